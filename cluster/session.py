@@ -1,0 +1,124 @@
+"""The Ray session: where this process finds or starts a cluster, and where its chatter goes."""
+
+import io
+import logging
+import os
+import socket
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.errors import UserError
+
+MIN_OBJECT_STORE_BYTES = 256 * 1024**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterResources:
+    """What the cluster has in all."""
+
+    num_nodes: int
+    num_cpus: int
+    num_gpus: int
+
+
+def connect(log_folder: Path | None = None, *, serve: bool = False) -> ClusterResources:
+    """Joins the cluster of RAY_ADDRESS, or starts Ray on this machine; a second call only reports.
+
+    Workers' output goes to Ray's own log files, so that the console stays the user's.
+
+    Args:
+        log_folder: Where Ray's own warnings of this process go; discarded if None.
+        serve: Leaves worker output on the console, for a server's own log lines.
+
+    Raises:
+        UserError: RAY_ADDRESS names a cluster that does not answer.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_V2", "1")
+    import ray
+
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        silence(log_folder)
+        try:
+            if address:
+                ray.init(address=address, log_to_driver=serve, logging_level=logging.ERROR)
+            else:
+                ray.init(
+                    num_cpus=os.cpu_count(),
+                    object_store_memory=MIN_OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    log_to_driver=serve,
+                    logging_level=logging.ERROR,
+                    _temp_dir=_short_temporary_folder(),
+                )
+        except ConnectionError as error:
+            raise UserError(
+                f"no Ray cluster answers at RAY_ADDRESS={address!r}: correct it, or unset it to"
+                " run on this machine"
+            ) from error
+        _silence_ray_data()
+        silence(log_folder)
+    resources = ray.cluster_resources()
+    return ClusterResources(
+        num_nodes=sum(node["Alive"] for node in ray.nodes()),
+        num_cpus=int(resources.get("CPU", 0)),
+        num_gpus=int(resources.get("GPU", 0)),
+    )
+
+
+def silence(log_folder: Path | None) -> None:
+    """Sends this process's library logging, warnings and native stderr to `log_folder`/driver.log.
+
+    `sys.stderr` itself stays the user's console.
+    """
+    handler: logging.Handler = logging.NullHandler()
+    if log_folder is not None:
+        log_folder.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(log_folder / "driver.log")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+        if not getattr(sys.stderr, "diverted", False):
+            console = _Console(os.dup(2))
+            os.dup2(os.open(log_folder / "native.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+            sys.stderr = console
+    logging.captureWarnings(True)
+    names = ("", "ray", "ray.data", "ray.train", "ray.serve", "vllm", "mteb", "py.warnings")
+    for name in (*names, "transformers", "sentence_transformers", "datasets", "huggingface_hub"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+
+
+class _Console(io.TextIOWrapper):
+    """The user's stderr, after libraries that write to descriptor 2 were sent elsewhere."""
+
+    diverted = True
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(open(descriptor, "wb", buffering=0), write_through=True)  # noqa: SIM115
+
+
+def _silence_ray_data() -> None:
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def _short_temporary_folder() -> str:
+    """Returns a folder short enough for Ray's socket paths (107 bytes), private to this user."""
+    folder = Path(tempfile.gettempdir())
+    if len(str(folder)) > 30:
+        folder = Path("/tmp")
+    return str(folder / f"tokay-ray-{os.getuid()}")
+
+
+def free_port() -> int:
+    """Returns a loopback port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,175 @@
+"""Stages: transformations of shards by actors, streamed by Ray Data and resumed shard by shard.
+
+Ray Data moves references to shards, not rows: an actor reads its input shard, works, and commits
+one output shard of the same number. So a shard is the unit of work, of resume and of retry; the
+object store stays empty; and a shard computed twice (a lost node, a killed run) is the same file.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from cluster.artifacts import Artifact, FileEntry, Json, shard_path, write_rejects
+from cluster.errors import TokayError
+from cluster.steps import StepContext
+from cluster.storage import Storage, read_table, write_table
+
+METRICS = b"tokay.metrics"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResources:
+    """What each actor of a stage needs; changes no number, so it is in no fingerprint.
+
+    Attributes:
+        num_actors: Actors at most; the pool starts with one and grows.
+        num_cpus: Logical CPUs an actor.
+        num_gpus: GPUs an actor.
+        node_resource: Custom resource that steers actors to one node type of the cluster.
+        shards_in_flight: Shards an actor works on at once, so that an engine never idles.
+    """
+
+    num_actors: int = 1
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    node_resource: str | None = None
+    shards_in_flight: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageOutput:
+    """What became of a shard's rows: each is in `rows` or, with its reason, in `rejects`.
+
+    Attributes:
+        rows: Results.
+        rejects: (id, reason, text) of each refused row.
+        metrics: Counts to be summed over shards.
+    """
+
+    rows: pa.Table
+    rejects: list[tuple[str, str, str]] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+StageFunction = Callable[[pa.Table], Awaitable[StageOutput]]
+
+
+class Stage(Protocol):
+    """A frozen, picklable description of one transformation; one input row gives one output row."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns it reads."""
+
+    @property
+    def resources(self) -> StageResources:
+        """What each actor needs."""
+
+    def load(self) -> StageFunction:
+        """Loads models, once in each actor, and returns the transformation of a shard."""
+
+
+def run_stage(stage: Stage, source: Artifact, context: StepContext) -> dict[str, Json]:
+    """Transforms every shard of `source` that has no output yet; returns the summed metrics.
+
+    Raises:
+        TokayError: An actor failed for good, or a stage lost rows.
+    """
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    done = set(context.storage.list("shards"))
+    todo = [shard for shard in source.shards if shard.path not in done]
+    num_rows = sum(shard.num_rows or 0 for shard in todo)
+    num_done = source.num_rows - num_rows
+    context.progress.update(num_done, source.num_rows, "starting actors" if todo else "")
+    if todo:
+        resources = stage.resources
+        pool = ActorPoolStrategy(
+            min_size=1,
+            max_size=min(resources.num_actors, len(todo)),
+            max_tasks_in_flight_per_actor=2 * resources.shards_in_flight,
+            max_concurrent_calls_per_actor=resources.shards_in_flight,
+        )
+        extra: dict[str, Any] = {}
+        if resources.node_resource:
+            extra["resources"] = {resources.node_resource: 0.001}
+        references = ray.data.from_items(
+            [{"path": shard.path} for shard in todo], override_num_blocks=len(todo)
+        )
+        results = references.map_batches(
+            _ShardWorker,
+            fn_constructor_args=(stage, source, context.storage),
+            batch_size=1,
+            compute=pool,
+            num_cpus=resources.num_cpus,
+            num_gpus=resources.num_gpus,
+            **extra,
+        )
+        try:
+            for result in results.iter_rows():
+                num_done += result["num_rows"]
+                context.progress.update(num_done, source.num_rows)
+        except ray.exceptions.RayError as error:
+            raise _cause(error) from error
+    return _sum_metrics(context.storage, source.shards)
+
+
+class _ShardWorker:
+    """The actor: loads the stage once, then turns shard after shard."""
+
+    def __init__(self, stage: Stage, source: Artifact, target: Storage) -> None:
+        self.stage, self.source, self.target = stage, source, target
+        self.transform = stage.load()
+
+    async def __call__(self, batch: dict[str, Any]) -> Any:
+        """Commits the output of the one shard in `batch`; its rejects first, itself last."""
+        path = str(batch["path"][0])
+        shard = next(entry for entry in self.source.shards if entry.path == path)
+        table = self.source.shard(shard, list(self.stage.columns))
+        output = await self.transform(table)
+        if output.rows.num_rows + len(output.rejects) != table.num_rows:
+            raise TokayError(
+                f"{type(self.stage).__name__} lost rows of {path}: {table.num_rows} in,"
+                f" {output.rows.num_rows} out, {len(output.rejects)} refused"
+            )
+        write_rejects(self.target, output.rejects, _number(shard))
+        metrics = {METRICS: json.dumps(output.metrics).encode()}
+        rows = output.rows.replace_schema_metadata(metrics)
+        write_table(self.target, shard_path(_number(shard)), rows)
+        yield {"num_rows": [table.num_rows]}
+
+
+def _number(shard: FileEntry) -> int:
+    return int(shard.path.removeprefix("shards/").removesuffix(".parquet"))
+
+
+def _sum_metrics(storage: Storage, shards: tuple[FileEntry, ...]) -> dict[str, Json]:
+    totals: Counter[str] = Counter()
+    for shard in shards:
+        metadata = read_table(storage, shard.path, columns=[]).schema.metadata or {}
+        totals.update(json.loads(metadata.get(METRICS, b"{}")))
+    return dict(totals)
+
+
+def _cause(error: BaseException) -> TokayError:
+    """Finds our own error below Ray's wrapping, or makes one line of the innermost."""
+    innermost: BaseException = error
+    seen = {id(error)}
+    while True:
+        following = getattr(innermost, "cause", None) or innermost.__cause__
+        if not isinstance(following, BaseException) or id(following) in seen:
+            break
+        innermost = following
+        seen.add(id(innermost))
+        if isinstance(innermost, TokayError):
+            kinds: list[type[TokayError]] = [
+                k for k in type(innermost).__mro__ if k.__module__ == "cluster.errors"
+            ]
+            return kinds[0](str(innermost).strip().splitlines()[-1])
+    lines = str(innermost).strip().splitlines() or [type(innermost).__name__]
+    return TokayError(f"an actor failed: {lines[-1]}")

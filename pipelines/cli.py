@@ -1,0 +1,281 @@
+"""The `tokay` command."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cluster.errors import TokayError
+
+app = typer.Typer(
+    name="tokay",
+    help="Distils a large language model into a small text-embedding model: an open Gecko.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False)
+
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a recipe key: path.to.key=value.")
+]
+StorageUri = Annotated[
+    str | None, typer.Option("--storage", help="Run folder: a path, file:// or s3://.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+Address = Annotated[
+    str, typer.Option(help="The cluster's dashboard.", envvar="RAY_API_SERVER_ADDRESS")
+]
+RecipeFile = Annotated[str, typer.Argument(help="A YAML file, or laptop, gpu or cluster.")]
+LOCAL_DASHBOARD = "http://127.0.0.1:8265"
+
+
+@app.callback()
+def tokay(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.")
+    ] = False,
+) -> None:
+    """Distils a large language model into a small text-embedding model: an open Gecko."""
+    os.environ["TOKAY_VERBOSE"] = "1" if verbose else ""
+
+
+@app.command("run")
+def run_command(
+    recipe: RecipeFile,
+    storage: StorageUri = None,
+    settings: Settings = None,
+    until: Annotated[str | None, typer.Option(help="The last step to run.")] = None,
+    rebuild: Annotated[
+        bool, typer.Option(help="Make steps of another configuration anew.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option(help="Delete the run folder's steps first.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe here, or on the cluster of RAY_ADDRESS; finished steps are not repeated."""
+    from pipelines.execute import execute
+    from pipelines.recipe import load_recipe
+
+    loaded = load_recipe(recipe, settings)
+    execute(
+        loaded,
+        storage or f"runs/{loaded.name}",
+        console,
+        until=until,
+        rebuild=rebuild,
+        fresh=fresh,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def demo(
+    storage: Annotated[str, typer.Option(help="Run folder.")] = "runs/demo",
+    settings: Settings = None,
+    fresh: Annotated[bool, typer.Option(help="Start anew.")] = False,
+) -> None:
+    """Learn to search the documentation of this Python environment, end to end."""
+    from pipelines.demo.command import run_demo
+
+    run_demo(storage, settings or [], fresh, console)
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    storage: StorageUri = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the steps, what is done, and what the rest would cost."""
+    from pipelines.plan import make_plan, print_plan
+    from pipelines.recipe import load_recipe
+
+    loaded = load_recipe(recipe, settings)
+    made = make_plan(loaded, storage or f"runs/{loaded.name}")
+    _print_json(made) if as_json else print_plan(made, console)
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="A run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print report.json instead.")] = False,
+) -> None:
+    """Write the HTML report of a run, and say where it is."""
+    from pipelines.report.write import write_report
+
+    document = write_report(run)
+    _print_json(document) if as_json else console.print(document["html"])
+
+
+@app.command("eval")
+def eval_command(
+    model: Annotated[str, typer.Argument(help="A run, an export folder, a hub id or an endpoint.")],
+    beir: Annotated[list[Path] | None, typer.Option(help="A BEIR folder; may be repeated.")] = None,
+    mteb: Annotated[list[str] | None, typer.Option(help="An mteb task's name.")] = None,
+    split: Annotated[str, typer.Option(help="The qrels of a BEIR folder.")] = "test",
+    task: Annotated[str | None, typer.Option(help="The {task} of the query template.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="For models that do not say.")] = 256,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a model with mteb on BEIR folders or mteb's own tasks."""
+    from cluster.session import silence
+    from pipelines.evaluation.command import run_eval
+    from pipelines.execute import find_models
+
+    silence(None)
+    run_eval(
+        find_models(model),
+        beir=beir or [],
+        mteb=mteb or [],
+        split=split,
+        task=task,
+        as_json=as_json,
+        max_tokens=max_tokens,
+    )
+
+
+@app.command()
+def submit(
+    recipe: Annotated[Path, typer.Argument(help="A recipe's YAML file.")],
+    storage: Annotated[str, typer.Option(help="Where the cluster writes the run: s3://...")],
+    address: Address = LOCAL_DASHBOARD,
+    settings: Settings = None,
+    submission_id: Annotated[str | None, typer.Option(help="A name for the job.")] = None,
+    ship_code: Annotated[bool, typer.Option(help="Run this checkout's code there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe on a cluster through the Ray Jobs API; prints the job's id."""
+    from cluster import jobs
+    from pipelines.recipe import load_recipe
+
+    load_recipe(recipe, settings)  # a mistake is told here, not by a job an hour later
+    job = jobs.submit(
+        recipe,
+        address=address,
+        storage=storage,
+        settings=settings or [],
+        submission_id=submission_id,
+        ship_code=ship_code,
+    )
+    if as_json:
+        _print_json({"id": job, "address": address, "storage": storage})
+    else:
+        console.print(f"{job}  (tokay status {job} --address {address})", soft_wrap=True)
+
+
+@app.command()
+def status(
+    target: Annotated[str | None, typer.Argument(help="A job's id or a run folder.")] = None,
+    address: Address = LOCAL_DASHBOARD,
+    as_json: AsJson = False,
+) -> None:
+    """Show the cluster's jobs, one of them, or the steps of a run folder."""
+    from cluster import jobs
+    from pipelines.execute import run_status
+
+    found = run_status(target) if target else None
+    if target and found is not None:
+        _print_rows([{"step": s, **row} for s, row in found.items()], as_json)
+        return
+    _print_rows(
+        [
+            {
+                "job": job.id,
+                "status": job.status,
+                "recipe": job.recipe,
+                "storage": job.storage,
+                "exit_code": job.exit_code,
+                "started": job.started.isoformat(timespec="seconds") if job.started else None,
+                "message": job.message,
+            }
+            for job in jobs.status(address, target)
+        ],
+        as_json,
+    )
+
+
+@app.command()
+def logs(
+    job: Annotated[str, typer.Argument(help="A job's id.")],
+    address: Address = LOCAL_DASHBOARD,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more.")] = False,
+) -> None:
+    """Print what a job has printed."""
+    from cluster import jobs
+
+    for piece in jobs.logs(address, job, follow=follow):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+
+@app.command()
+def stop(
+    job: Annotated[str, typer.Argument(help="A job's id.")], address: Address = LOCAL_DASHBOARD
+) -> None:
+    """Stop a job; its run goes on where it stopped when submitted again."""
+    from cluster import jobs
+
+    jobs.stop(address, job)
+    console.print(f"{job} stopped")
+
+
+@app.command("version")
+def version_command() -> None:
+    """Print the version."""
+    console.print(version("tokay"))
+
+
+def _print_json(document: object) -> None:
+    print(json.dumps(document, indent=1))
+
+
+def _print_rows(rows: list[dict[str, object]], as_json: bool) -> None:
+    if as_json:
+        _print_json(rows)
+        return
+    if not rows:
+        console.print("nothing there")
+        return
+    table = Table(box=None, header_style="bold")
+    for name in rows[0]:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*("" if value is None else str(value) for value in row.values()))
+    console.print(table)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Answers the user's mistakes and our failures with one line and the exit code."""
+    try:
+        yield
+    except TokayError as error:
+        if os.environ.get("TOKAY_VERBOSE"):
+            raise
+        line = " ".join(str(error).split())
+        print(f"tokay: {line}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("tokay: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def main() -> None:
+    """The console script's entry."""
+    for command in entry_points(group="tokay.commands"):
+        app.command(command.name)(command.load())
+    with _one_line_errors():
+        app()
+
+
+if __name__ == "__main__":
+    main()

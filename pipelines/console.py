@@ -1,0 +1,144 @@
+"""What a person sees while a run is under way: one line a step, live on a terminal."""
+
+import json
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+
+from cluster.artifacts import Artifact
+from cluster.steps import Step
+from pipelines.graph import TITLES
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class RunConsole:
+    """Shows steps as they are found, begin, move and end; a `cluster.steps.RunListener`."""
+
+    def __init__(self, console: Console) -> None:
+        """Writes to `console`: live bars on a terminal, else a line now and then."""
+        self.console = console
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[count]}"),
+            TextColumn("{task.fields[clock]}"),
+            TextColumn("[dim]{task.fields[note]}"),
+            console=console,
+            transient=True,
+        )
+
+    def __enter__(self) -> "RunConsole":
+        if self.console.is_terminal:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self.progress.stop()
+
+    def step_found(self, step: Step, artifact: Artifact) -> None:
+        """Says that the step was finished before."""
+        self._line("✓", step, _summary(artifact), "done before")
+
+    def step_begins(self, step: Step, resumed: bool) -> "StepConsole":
+        """Starts the step's line."""
+        return StepConsole(self, step, resumed)
+
+    def step_done(self, step: Step, artifact: Artifact) -> None:
+        """Ends the step's line."""
+        for task in self.progress.task_ids:
+            self.progress.remove_task(task)
+        self._line("✓", step, _summary(artifact), f"{artifact.manifest.seconds_s:.1f} s")
+
+    def _line(self, mark: str, step: Step, summary: str, time_text: str) -> None:
+        title = TITLES.get(step.name, step.name)
+        self.console.print(
+            f"[green]{mark}[/] {step.name:<11} {title:<38} {summary:<34} [dim]{time_text}[/]",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+class StepConsole:
+    """One running step; a `cluster.steps.Progress`."""
+
+    def __init__(self, run: RunConsole, step: Step, resumed: bool) -> None:
+        """Adds the step's bar."""
+        self._run, self._step = run, step
+        self._begin = self._last = time.monotonic()
+        note = "going on where it stopped" if resumed else ""
+        title = TITLES.get(step.name, step.name)
+        self._task: TaskID = run.progress.add_task(
+            f"{step.name:<11} {title}", total=None, count="", clock="", note=note
+        )
+        if resumed and not run.console.is_terminal:
+            run.console.print(f"… {step.name}: {note}", highlight=False)
+
+    def update(self, done: float, total: float | None = None, note: str = "") -> None:
+        """Moves the bar, or prints a line every ten seconds where there is no terminal."""
+        now = time.monotonic()
+        count = f"{done:,.0f}" + (f"/{total:,.0f}" if total else "")
+        self._run.progress.update(
+            self._task,
+            completed=done,
+            total=total,
+            count=count,
+            clock=f"{now - self._begin:.0f} s",
+            note=note,
+        )
+        if not self._run.console.is_terminal and now - self._last > SECONDS_BETWEEN_LINES:
+            self._last = now
+            line = f"… {self._step.name}: {count} after {now - self._begin:.0f} s {note}".rstrip()
+            self._run.console.print(line, highlight=False, soft_wrap=True)
+
+
+class JsonLines:
+    """The same for a program: a JSON object a line; a `cluster.steps.RunListener`."""
+
+    def step_found(self, step: Step, artifact: Artifact) -> None:
+        """Prints that the step was finished before."""
+        _print({"event": "step_found", "step": step.name, "num_rows": artifact.num_rows})
+
+    def step_begins(self, step: Step, resumed: bool) -> "JsonLines":
+        """Prints that the step begins."""
+        _print({"event": "step_begins", "step": step.name, "resumed": resumed})
+        return self
+
+    def step_done(self, step: Step, artifact: Artifact) -> None:
+        """Prints that the step is finished."""
+        _print(
+            {
+                "event": "step_done",
+                "step": step.name,
+                "num_rows": artifact.num_rows,
+                "num_rejects": artifact.num_rejects,
+                "seconds_s": artifact.manifest.seconds_s,
+            }
+        )
+
+    def update(self, done: float, total: float | None = None, note: str = "") -> None:
+        """Leaves out progress."""
+
+
+def _print(row: dict[str, Any]) -> None:
+    print(json.dumps(row), flush=True)
+
+
+def _summary(artifact: Artifact) -> str:
+    metrics = artifact.manifest.metrics
+    parts = []
+    if artifact.shards:
+        parts.append(f"{artifact.num_rows:,} rows")
+    if "num_kept" in metrics:
+        parts.append(f"{metrics['num_kept']:,} kept")
+    if artifact.num_rejects:
+        parts.append(f"{artifact.num_rejects:,} rejects")
+    if "final_loss" in metrics:
+        parts.append(f"loss {metrics['final_loss']:.3f}")
+    if "parity_cosine" in metrics:
+        parts.append(f"parity {metrics['parity_cosine']:.5f}")
+    return ", ".join(parts)

@@ -1,0 +1,345 @@
+"""A corpus that every machine with Tokay already holds: the documentation of its own Python.
+
+It lets a newcomer see the whole loop on real text without a data hub. Taken are the language
+reference (`pydoc_data.topics`), the docstrings of the standard library and of the scientific
+packages, and the long descriptions of the installed distributions. Nothing is executed beyond
+imports, and the order is the same every time.
+"""
+
+import importlib
+import inspect
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageMetadata, distributions
+from operator import attrgetter
+from types import ModuleType
+
+from pipelines.corpus.passages import (
+    Document,
+    Passage,
+    clean,
+    near_duplicates,
+    num_words,
+    passages_of,
+    reject_reason,
+)
+
+log = logging.getLogger(__name__)
+
+# Sections of the reference that other sections repeat; each paragraph is taken once, from the
+# specific section where there is one.
+_COLLECTIVE_TOPICS = ("typesseq", "typesmapping", "types", "specialnames", "execmodel", "compound")
+# The str docstrings say it method by method; the debugger's commands are pdb's own module text.
+_SKIPPED_TOPICS = {"string-methods", "debugger"}
+
+_EVERYDAY = """
+    builtins bisect calendar collections contextlib copy csv datetime enum fnmatch functools
+    glob graphlib hashlib heapq html itertools json math os.path pathlib queue random re secrets
+    shutil statistics string tempfile textwrap threading time urllib.parse uuid zipfile
+"""
+_STANDARD = """
+    abc argparse array ast asyncio atexit base64 binascii bz2 codecs collections.abc
+    concurrent.futures configparser contextvars dataclasses decimal difflib email.message
+    email.utils filecmp fractions gc getpass gzip hmac html.parser http.client
+    http.server importlib.metadata importlib.util inspect io ipaddress linecache
+    locale logging logging.config logging.handlers lzma mimetypes
+    multiprocessing.shared_memory operator os pdb pickle platform plistlib
+    profile sched select selectors shelve signal smtplib socket socketserver
+    sqlite3 ssl struct subprocess sys tarfile timeit traceback types typing
+    unicodedata unittest unittest.mock urllib.error urllib.request venv
+    warnings wave weakref webbrowser xml.etree.ElementTree zlib
+"""
+_SCIENTIFIC = """
+    numpy numpy.linalg numpy.fft numpy.random scipy.cluster.hierarchy scipy.integrate
+    scipy.interpolate scipy.optimize scipy.sparse.csgraph scipy.spatial scipy.spatial.distance
+    scipy.stats pandas sklearn.calibration sklearn.cluster sklearn.compose sklearn.decomposition
+    sklearn.ensemble sklearn.feature_extraction.text sklearn.feature_selection sklearn.impute
+    sklearn.inspection sklearn.linear_model sklearn.manifold sklearn.metrics sklearn.mixture
+    sklearn.model_selection sklearn.naive_bayes sklearn.neighbors sklearn.neural_network
+    sklearn.pipeline sklearn.preprocessing sklearn.svm sklearn.tree
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shelf:
+    """Modules whose entries are taken alike: the shortest entry, and how much of a long one."""
+
+    modules: str
+    min_words: int
+    max_words: int
+    methods: bool
+
+
+_SHELVES = (
+    _Shelf(modules=_EVERYDAY, min_words=16, max_words=240, methods=True),
+    _Shelf(modules=_STANDARD, min_words=40, max_words=240, methods=True),
+    _Shelf(modules=_SCIENTIFIC, min_words=100, max_words=150, methods=False),
+)
+_METHODS_OF = {"pandas": ("DataFrame", "Series.str", "Series.dt")}
+"""Scientific classes whose methods are entries too; elsewhere the class stands for them."""
+_ALIKE: dict[str, type] = {"bytes": str, "bytearray": bytes, "frozenset": set}
+"""Types of which only the methods are taken that the other type has not."""
+
+_DISTRIBUTION_WORDS = 150
+
+_NUMPYDOC_SECTION = re.compile(r"^([A-Z][A-Za-z ]+)\n-{3,}[ \t]*$", re.MULTILINE)
+_SIGNATURE = re.compile(r"^\s*[\w.]+\(.*?\)\s*(?:-{1,2}>|--|:|=|$)\s*")
+_WRAPPED_SIGNATURE = re.compile(r"\A[\w.]+\([^()\n]*\n(?:[^()]|\([^()]*\))*\)\n\s*\n")
+_STATEMENT = re.compile(
+    r"^\s*(?:(?:def|class|import|from|for|if|while|try|with|return|print|assert|async|else|except)\b"
+    r".*[:)\w]$|\$ |@\w|[\w.\[\]]+ = |\w[\w.]*\(.*\)$|#)"
+)
+_DROPPED_DIRECTIVE = re.compile(
+    r"^\s*\.\. (?:math|code|plot|image|figure|literalinclude|doctest|testcode|highlight|raw|"
+    r"toctree|index|_|\||list-table|table|csv-table|contents|autosummary|jupyterlite|versionadded|"
+    r"deprecated|versionchanged|versionremoved|seealso|sectionauthor|moduleauthor|badge|start|end)"
+)
+_DIRECTIVE = re.compile(r"^\s*\.\. [\w-]+::[ \t]*", re.MULTILINE)
+_VERSION_REMARK = re.compile(
+    r"\s*(?:(?:New|Changed|Added) in version|Deprecated since|See also:?\s*$)"
+)
+_HEADING = re.compile(r"^(\S.*)\n([=\-*~^#+])\2{2,}[ \t]*$", re.MULTILINE)
+
+_DEFINED = re.compile(r"^((?:(?:class )?[\w.]+(?:\(.*\))?\n)+)\n(?=   \S)", re.MULTILINE)
+"""Terms on lines of their own, before the indented text that defines them."""
+
+
+def python_documentation() -> Iterator[Document]:
+    """Yield the documentation of this environment, in an order that does not change.
+
+    `Document.name` is `python:topic/<topic>`, the dotted name of a module, class, function or
+    method (the first public one, when it has several), or `dist:<distribution>`.
+    """
+    yield from _language_reference()
+    seen: set[int] = set()
+    for shelf in _SHELVES:
+        for module in shelf.modules.split():
+            for name, value in _entries(module, shelf, seen):
+                paragraphs = _docstring_prose(value)
+                if sum(map(num_words, paragraphs)) >= shelf.min_words:
+                    title = f"{name} module" if inspect.ismodule(value) else name
+                    text = _first_words(paragraphs, shelf.max_words)
+                    yield Document(name=name, title=title, text=text)
+    yield from _distributions()
+
+
+def python_passages(*, max_words: int = 160, min_words: int = 20) -> list[Passage]:
+    """Return the fit passages of `python_documentation`, near-duplicates left out.
+
+    `Passage.source` is the locator that the demo's questions name as their answers.
+    """
+    passages = [
+        passage
+        for document in python_documentation()
+        for passage in passages_of(document, max_words=max_words, min_words=min_words)
+        if reject_reason(passage.text) is None
+    ]
+    drop = near_duplicates([passage.text for passage in passages])
+    return [passage for row, passage in enumerate(passages) if row not in drop]
+
+
+def _language_reference() -> Iterator[Document]:
+    from pydoc_data.topics import topics
+
+    names = sorted(set(topics) - _SKIPPED_TOPICS - set(_COLLECTIVE_TOPICS))
+    seen: set[str] = set()
+    for name in [*names, *(topic for topic in _COLLECTIVE_TOPICS if topic in topics)]:
+        title, _, body = topics[name].strip().partition("\n")
+        body = _HEADING.sub(r"\1.", body.partition("\n")[2])
+        body = _DEFINED.sub(lambda match: f"   {_names(match[1])}:\n", body)
+        paragraphs = []
+        for paragraph in _prose(body):
+            if paragraph not in seen:
+                paragraphs.append(paragraph)
+                seen.add(paragraph)
+        text = "\n\n".join(paragraphs)
+        yield Document(name=f"python:topic/{name}", title=title.replace('"', ""), text=text)
+
+
+def _names(signatures: str) -> str:
+    return ", ".join(signature.partition("(")[0] for signature in signatures.splitlines())
+
+
+def _entries(module_name: str, shelf: _Shelf, seen: set[int]) -> Iterator[tuple[str, object]]:
+    """Yield a module, its public members and their methods, each object once."""
+    module = _imported(module_name)
+    if module is None:
+        return
+    prefix = "" if module_name == "builtins" else f"{module_name}."
+    found: list[tuple[str, object]] = [(module_name, module)] if prefix else []
+    for name, value in _public(module):
+        found.append((prefix + name, value))
+        if shelf.methods and inspect.isclass(value) and id(value) not in seen:
+            found += _methods(prefix + name, value, vars(value))
+    for path in _METHODS_OF.get(module_name, ()):
+        owner = attrgetter(path)(module)
+        # Inherited ones count: pandas defines most of DataFrame's in private base classes.
+        members = {name: inspect.getattr_static(owner, name) for name in dir(owner)}
+        found += _methods(prefix + path, owner, members)
+    for name, value in found:
+        if id(value) not in seen:
+            seen.add(id(value))
+            yield name, value
+
+
+def _imported(name: str) -> ModuleType | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            # Distributions build Python without some of its modules.
+            log.warning("%s is left out of the corpus: %s", name, error)
+            return None
+
+
+def _public(module: ModuleType) -> Iterator[tuple[str, object]]:
+    listed = getattr(module, "__all__", None)
+    for name in sorted(set(listed or vars(module))):
+        value = vars(module).get(name)
+        if name.startswith("_") or not _is_entry(value):
+            continue
+        home = getattr(value, "__module__", None) or module.__name__
+        if listed or home.lstrip("_") == module.__name__:
+            yield name, value
+
+
+def _is_entry(value: object) -> bool:
+    return inspect.isclass(value) or inspect.isroutine(value) or type(value).__name__ == "ufunc"
+
+
+def _methods(
+    name: str, owner: object, members: Mapping[str, object]
+) -> Iterator[tuple[str, object]]:
+    alike = _ALIKE.get(name)
+    for attribute, member in sorted(members.items()):
+        if not attribute.startswith("_") and not (alike and hasattr(alike, attribute)):
+            yield f"{name}.{attribute}", member
+
+
+def _docstring_prose(value: object) -> list[str]:
+    """Summary, description and the parameters' prose; no signature, examples or references."""
+    doc = getattr(value, "__doc__", None)
+    if not isinstance(doc, str) or (not inspect.isclass(value) and doc is type(value).__doc__):
+        return []
+    pieces = _NUMPYDOC_SECTION.split(_without_signature(inspect.cleandoc(doc)))
+    paragraphs = _prose(pieces[0])
+    for heading, body in zip(pieces[1::2], pieces[2::2], strict=True):
+        if heading == "Parameters":
+            paragraphs += _parameters(body)
+    return paragraphs
+
+
+def _without_signature(doc: str) -> str:
+    lines = _WRAPPED_SIGNATURE.sub("", doc).split("\n")
+    kept = []
+    while lines and (match := _SIGNATURE.match(lines[0])):
+        rest = lines.pop(0)[match.end() :]
+        if len(rest.split()) > 2:
+            kept.append(rest)
+    return "\n".join([*kept, *lines])
+
+
+def _parameters(section: str) -> list[str]:
+    entries = re.split(r"\n(?=\S)", section.strip("\n"))
+    prose = []
+    for entry in entries:
+        head, _, description = entry.partition("\n")
+        text = " ".join(" ".join(_prose(inspect.cleandoc(description))).split())
+        if text:
+            prose.append(f"{head.partition(' : ')[0].strip()}: {text}")
+    return prose
+
+
+def _prose(text: str) -> list[str]:
+    """Paragraphs of running text: code, grammar, tables and version remarks are left out."""
+    kept: list[str] = []
+    hidden_below: int | None = None
+    for block in re.split(r"\n[ \t]*\n", text):
+        lines = [line for line in block.split("\n") if line.strip()]
+        if not lines:
+            continue
+        indent = len(lines[0]) - len(lines[0].lstrip())
+        if hidden_below is not None and indent > hidden_below:
+            continue
+        dropped = _DROPPED_DIRECTIVE.match(lines[0])
+        hidden_below = indent if dropped or lines[-1].rstrip().endswith("::") else None
+        if not dropped and not _VERSION_REMARK.match(lines[0]) and not _is_code(lines):
+            kept += clean(_DIRECTIVE.sub("", "\n".join(lines))).split("\n\n")
+    return [
+        re.sub("::$", ":", paragraph)
+        for paragraph in kept
+        if paragraph and not paragraph.startswith("Read more in the")
+    ]
+
+
+def _is_code(lines: list[str]) -> bool:
+    block = "\n".join(lines)
+    if ">>>" in block or "::=" in block or re.match(r"\s*(?:\+[-=]|\||={3,}\s+=)", block):
+        return True
+    if sum(bool(_STATEMENT.match(line)) for line in lines) > 0.4 * len(lines):
+        return True
+    characters = [character for character in block if not character.isspace()]
+    return sum(character in "{}[]<>=|\\/;" for character in characters) > 0.09 * len(characters)
+
+
+def _first_words(paragraphs: list[str], max_words: int) -> str:
+    kept: list[str] = []
+    room = max_words
+    for paragraph in paragraphs:
+        room -= num_words(paragraph)
+        if room < 0 and kept:
+            break
+        kept.append(paragraph)
+    while len(kept) > 1 and num_words(kept[-1]) < 4:
+        kept.pop()  # a heading whose text did not fit
+    return "\n\n".join(kept)
+
+
+def _distributions() -> Iterator[Document]:
+    found: dict[str, PackageMetadata] = {}
+    for distribution in distributions():
+        name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
+        found.setdefault(name, distribution.metadata)
+    # Tokay's own description would change the corpus with every edit of its README.
+    for name in sorted(set(found) - {"", "tokay"}):
+        metadata = found[name]
+        summary = " ".join((metadata["Summary"] or "").split())
+        body = metadata["Description"] or ""
+        paragraphs = _prose(_without_markup(body))
+        if summary and summary not in paragraphs:
+            paragraphs.insert(0, summary)
+        title = f"{metadata['Name']} (distribution)"
+        yield Document(
+            name=f"dist:{name}", title=title, text=_first_words(paragraphs, _DISTRIBUTION_WORDS)
+        )
+
+
+_MARKUP = (
+    (r"(?ms)^[ \t]*(```|~~~).*?^[ \t]*\1[ \t]*$", ""),  # fenced code
+    (r"(?s)<!--.*?-->", ""),
+    (r"(?s)<(?:details|table|pre|picture|svg|style|script)\b.*?</\w+>", ""),
+    (r"<https?://[^>\s]+>", ""),
+    (r"</?[a-zA-Z][^<>]*>", ""),
+    (r"\[!\[[^\]]*\]\([^)]*\)\]\([^)]*\)", ""),  # a badge with a link
+    (r"!\[[^\]]*\](?:\([^)]*\)|\[[^\]]*\])", ""),
+    (r"\[([^\]\[]+)\]\([^)]*\)", r"\1"),
+    (r"\[([^\]\[]+)\]\[[^\]]*\]", r"\1"),
+    (r"(?m)^[ \t]*\[[^\]]+\]:.*$", ""),  # a link's definition
+    (r"`([^`<]+?)\s*<[^`>]*>`__?", r"\1"),
+    (r"(?m)^[ \t]*\.\. .*(?:\n[ \t]+\S.*)*$", ""),  # directives with their options
+    (r"(?m)^[ \t]*\|.*$", ""),  # tables and substitutions
+    (r"(?m)^#{1,6}[ \t]*(.*?)[ \t#]*$", r"\n\1\n"),
+    (r"https?://\S+", ""),
+    (r"`([^`\n]+)`_?", r"\1"),
+    (r"(?m)^>[ \t]?", ""),
+)
+
+
+def _without_markup(text: str) -> str:
+    for pattern, replacement in _MARKUP:
+        text = re.sub(pattern, replacement, text)
+    return text

@@ -1,0 +1,89 @@
+"""The steps `passages` and `seeds`: what there is to search, and what the LLM writes about."""
+
+import hashlib
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.artifacts import Json, write_rejects, write_shards
+from cluster.errors import UserError
+from cluster.steps import StepContext
+from pipelines.corpus.passages import Passage, near_duplicates, passages_of, reject_reason
+from pipelines.corpus.sources import Corpus, Reject
+from pipelines.records import PASSAGE
+
+PASSAGES_PER_SHARD = 1024
+
+
+class SeedsConfig(BaseModel):
+    """Which passages the LLM writes about."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_seeds: int = Field(default=1000, ge=1)
+    seed: int = 0
+    rows_per_shard: int = Field(
+        default=32, ge=1, description="the unit of work, of resume and of retry"
+    )
+
+
+def make_passages(corpus: Corpus, context: StepContext) -> dict[str, Json]:
+    """Cleans, cuts and deduplicates the corpus."""
+    config = corpus.config
+    passages: list[Passage] = []
+    rejects: list[Reject] = []
+    ids: set[str] = set()
+    num_documents = 0
+    for document in corpus.documents():
+        num_documents += 1
+        if isinstance(document, tuple):
+            rejects.append(document)
+            continue
+        cut = passages_of(document, max_words=config.max_words, min_words=config.min_words)
+        if not cut:
+            rejects.append((document.name, "empty", document.text[:200]))
+        for passage in cut:
+            reason = reject_reason(passage.text)
+            if reason is None and passage.id in ids:
+                reason = "duplicate"
+            if reason is None:
+                ids.add(passage.id)
+                passages.append(passage)
+            else:
+                rejects.append((passage.source, reason, passage.text[:200]))
+        if num_documents % 100 == 0:
+            context.progress.update(num_documents, None, f"{len(passages)} passages")
+    if config.near_duplicate_threshold is not None:
+        context.progress.update(num_documents, None, "near-duplicates")
+        drop = near_duplicates([p.text for p in passages], config.near_duplicate_threshold)
+        rejects += [
+            (passages[r].source, "near-duplicate", passages[r].text[:200]) for r in sorted(drop)
+        ]
+        passages = [passage for row, passage in enumerate(passages) if row not in drop]
+    if not passages:
+        raise UserError(
+            f"corpus {config.path} gave no passage: {len(rejects)} rejects, the first because"
+            f" {rejects[0][1]!r}"
+            if rejects
+            else f"corpus {config.path} holds no documents"
+        )
+    rows = {name: [getattr(passage, name) for passage in passages] for name in PASSAGE.names}
+    write_shards(context.storage, pa.table(rows, schema=PASSAGE), PASSAGES_PER_SHARD)
+    write_rejects(context.storage, rejects)
+    return {"num_documents": num_documents, "num_passages": len(passages)}
+
+
+def choose_seeds(config: SeedsConfig, context: StepContext) -> dict[str, Json]:
+    """Samples seed passages uniformly, by a hash, so that more seeds contain the fewer.
+
+    Neighbours in the corpus stay neighbours, because passages of one document share candidates.
+    """
+    passages = context.input("passages").read()
+    ids = passages["id"].to_pylist()
+
+    def draw(row: int) -> bytes:
+        return hashlib.sha256(f"{config.seed} {ids[row]}".encode()).digest()
+
+    chosen = sorted(sorted(range(len(ids)), key=draw)[: config.num_seeds])
+    write_shards(context.storage, passages.take(chosen), config.rows_per_shard)
+    return {"num_seeds": len(chosen)}

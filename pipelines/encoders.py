@@ -1,0 +1,108 @@
+"""Which encoder a recipe means, and the stages that embed passages with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.artifacts import Artifact, Json
+from cluster.stages import StageFunction, StageOutput, StageResources, run_stage
+from cluster.steps import StepContext
+from pipelines.records import EMBEDDED_PASSAGE, PASSAGE
+
+if TYPE_CHECKING:
+    from actors.encoder import Encoder
+
+
+class EncoderConfig(BaseModel):
+    """An encoder and the prompts around its texts; templates of None are the model's own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(description="folder, hub id or embedded:NAME")
+    max_tokens: int = Field(default=256, ge=8)
+    query_template: str | None = Field(
+        default=None, description="'task: {task} | query: {text}' is Gecko's"
+    )
+    passage_template: str | None = Field(
+        default=None, description="'title: {title} | text: {text}' is Gecko's"
+    )
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+
+
+def load_encoder(config: EncoderConfig) -> Encoder:
+    """Loads the encoder with the recipe's templates."""
+    from actors.encoder import Encoder, PromptTemplates
+
+    encoder = Encoder.load(
+        config.model,
+        max_tokens=config.max_tokens,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+    )
+    encoder.templates = PromptTemplates(
+        query=config.query_template or encoder.templates.query,
+        passage=config.passage_template or encoder.templates.passage,
+    )
+    return encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedPassages:
+    """Passages in, passages with their embeddings out."""
+
+    encoder: EncoderConfig
+    resources: StageResources
+    columns: tuple[str, ...] = tuple(PASSAGE.names)
+
+    def load(self) -> StageFunction:
+        """Loads the encoder."""
+        encoder = load_encoder(self.encoder)
+
+        async def embed(passages: pa.Table) -> StageOutput:
+            vectors = encoder.encode_passages(
+                passages["text"].to_pylist(), passages["title"].to_pylist()
+            )
+            rows = passages.append_column("embedding", vector_column(vectors))
+            return StageOutput(rows=rows.cast(EMBEDDED_PASSAGE))
+
+        return embed
+
+
+def embed_passages(
+    encoder: EncoderConfig, resources: StageResources, context: StepContext
+) -> dict[str, Json]:
+    """The work of a step that embeds every passage of the run."""
+    stage = EmbedPassages(encoder=encoder, resources=resources)
+    return run_stage(stage, context.input("passages"), context)
+
+
+def vector_column(vectors: np.ndarray) -> pa.Array:
+    """Turns float32 ``[rows, dimensions]`` into a list column."""
+    offsets = np.arange(0, vectors.size + 1, vectors.shape[1], dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, pa.array(vectors.ravel()))
+
+
+def column_vectors(column: pa.ChunkedArray) -> np.ndarray:
+    """Turns a list column back into float32 ``[rows, dimensions]``."""
+    flat = np.asarray(column.combine_chunks().flatten(), dtype=np.float32)
+    return flat.reshape(len(column), -1)
+
+
+class PassageTexts:
+    """Titles and texts by passage id, held as Arrow columns."""
+
+    def __init__(self, passages: Artifact) -> None:
+        """Reads the artifact's shards into memory."""
+        self._table = passages.read(["id", "title", "text"])
+        self._rows = {id_: row for row, id_ in enumerate(self._table["id"].to_pylist())}
+
+    def __getitem__(self, passage_id: str) -> tuple[str, str]:
+        """Returns (title, text); raises KeyError for an id that is not in the corpus."""
+        row = self._rows[passage_id]
+        return self._table["title"][row].as_py(), self._table["text"][row].as_py()

@@ -1,0 +1,121 @@
+"""Running a recipe in a folder, and finding in a folder what a run left."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from cluster.artifacts import Artifact, Json
+from cluster.errors import UserError
+from cluster.session import connect
+from cluster.steps import Run
+from cluster.storage import LocalStorage, Storage, join, open_storage
+from pipelines.console import JsonLines, RunConsole
+from pipelines.graph import build_run
+from pipelines.recipe import Recipe
+from pipelines.report.write import print_evaluation, write_report
+
+RECIPE = "recipe.yaml"
+
+
+def execute(
+    recipe: Recipe,
+    uri: str,
+    console: Console,
+    *,
+    until: str | None = None,
+    rebuild: bool = False,
+    fresh: bool = False,
+    as_json: bool = False,
+) -> dict[str, Artifact]:
+    """Runs a recipe, shows its progress, and writes its report when all steps are done."""
+    run = build_run(recipe, uri)
+    if fresh:
+        for step in run.steps:
+            run.step_storage(step).delete("")
+    if not rebuild:
+        run.check_configuration(run.steps)
+    storage = run.storage
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    storage.write_bytes(RECIPE, text.encode())
+    if not as_json:
+        console.print(f"[bold]{recipe.name}[/] in {storage.uri}", soft_wrap=True)
+    if any(run.state(step) != "done" for step in run.steps):
+        if not as_json:
+            console.print("[dim]starting Ray ...[/]")
+        connect(log_folder(storage))
+    if as_json:
+        artifacts = run.execute(JsonLines(), until=until, rebuild=rebuild)
+    else:
+        with RunConsole(console) as listener:
+            artifacts = run.execute(listener, until=until, rebuild=rebuild)
+    if until is None:
+        document = write_report(uri)
+        if not as_json:
+            print_evaluation(document, console)
+            console.print(f"report: {document['html']}", soft_wrap=True)
+    return artifacts
+
+
+def log_folder(storage: Storage) -> Path | None:
+    """Returns where the chatter of Ray and vLLM goes; a run on S3 leaves it in Ray's own logs."""
+    return storage.folder / "logs" if isinstance(storage, LocalStorage) else None
+
+
+def run_status(uri: str) -> dict[str, dict[str, Json]] | None:
+    """Returns what is known of each step of a run folder, or None if it is no run folder."""
+    run = open_run(uri)
+    if run is None:
+        return None
+    rows: dict[str, dict[str, Json]] = {}
+    for step in run.steps:
+        artifact = run.artifact(step)
+        rows[step.name] = {
+            "state": run.state(step),
+            "num_rows": artifact.num_rows if artifact and artifact.shards else None,
+            "num_rejects": artifact.num_rejects if artifact else None,
+            "seconds_s": artifact.manifest.seconds_s if artifact else None,
+        }
+    return rows
+
+
+def open_run(uri: str) -> Run | None:
+    """Opens a run by its folder, with the recipe that it was last run with; None if it is none."""
+    recipe = read_recipe(open_storage(uri))
+    return None if recipe is None else build_run(recipe, uri)
+
+
+def read_recipe(storage: Storage) -> Recipe | None:
+    """Returns the recipe that a run folder was last run with."""
+    try:
+        tree: Any = yaml.safe_load(storage.read_bytes(RECIPE))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return Recipe.model_validate(tree)
+
+
+def find_models(model: str) -> dict[str, str]:
+    """Returns names and places of the models that `tokay eval MODEL` means.
+
+    Args:
+        model: A run folder (retriever, student_before, student_after), or anything an encoder is
+            loaded from.
+    """
+    if model.startswith(("http://", "https://")):
+        return {model: model}
+    storage = open_storage(model)
+    recipe = read_recipe(storage)
+    if recipe is None:
+        return {model: model}
+    found = {"retriever": recipe.retriever.model}
+    for name, step in (("student_before", "student"), ("student_after", "export")):
+        artifact = Artifact.open(open_storage(join(storage.uri, step)))
+        if artifact is None:
+            raise UserError(
+                f"run {model} has no finished step {step!r} yet: run `tokay run` on it first"
+            )
+        from pipelines.student import model_folder
+
+        found[name] = model_folder(artifact)
+    return found

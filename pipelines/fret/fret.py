@@ -1,0 +1,94 @@
+"""The step `fret`: scored candidates become training examples, and queries unfit for it are marked.
+
+Every scored query keeps its row, with the rule that dropped it if one did: an LLM was paid for it,
+and another threshold may want it.
+"""
+
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+
+from cluster.artifacts import Json, write_shards
+from cluster.steps import StepContext
+from pipelines.encoders import PassageTexts
+from pipelines.fret.fusion import FretConfig, choose_labels
+from pipelines.fret.overlap import OverlapIndex
+from pipelines.records import FRET
+
+ROWS_PER_SHARD = 4096
+
+
+def make_fret(
+    config: FretConfig, evaluation_queries: list[str], context: StepContext
+) -> dict[str, Json]:
+    """Chooses each query's positive and hard negative, and applies the filters."""
+    texts = PassageTexts(context.input("passages"))
+    judged_by = OverlapIndex(evaluation_queries)
+    rows: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    highest_kept = 0.0
+    for table in context.input("scores").tables():
+        for scored in table.to_pylist():
+            row = _labelled(scored, config, texts)
+            overlap = judged_by.highest(row["query"])
+            row["dropped_by"] = _dropped_by(row, overlap, seen, config)
+            if row["dropped_by"] is None:
+                seen.add(row["query"].casefold())
+                highest_kept = max(highest_kept, overlap)
+            rows.append(row)
+        context.progress.update(len(rows), context.input("scores").num_rows)
+    table = pa.Table.from_pylist(rows, schema=FRET)
+    write_shards(context.storage, table, ROWS_PER_SHARD)
+    kept = [row for row in rows if row["dropped_by"] is None]
+    return {
+        "num_queries": len(rows),
+        "num_kept": len(kept),
+        "dropped_by": dict(Counter(row["dropped_by"] for row in rows if row["dropped_by"])),
+        "num_positive_is_not_seed": sum(not row["positive_is_seed"] for row in rows),
+        "num_kept_positive_is_not_seed": sum(not row["positive_is_seed"] for row in kept),
+        "num_without_negative": sum(row["negative_id"] is None for row in kept),
+        "num_evaluation_queries": len(judged_by),
+        "highest_overlap_kept": round(highest_kept, 4),
+    }
+
+
+def _labelled(scored: dict[str, Any], config: FretConfig, texts: PassageTexts) -> dict[str, Any]:
+    num_scored = len(scored["query_likelihoods"])
+    ids = scored["candidate_ids"][:num_scored]
+    labels = choose_labels(
+        ql=scored["query_likelihoods"],
+        rc=scored["relevances"],
+        similarities=scored["similarities"][:num_scored],
+        seed_place=ids.index(scored["seed_id"]),
+        config=config,
+        query_id=scored["id"],
+    )
+    positive_id = ids[labels.positive]
+    negative_id = None if labels.negative is None else ids[labels.negative]
+    positive = texts[positive_id]
+    negative = (None, None) if negative_id is None else texts[negative_id]
+    return {
+        **scored,
+        "positive_id": positive_id,
+        "positive_title": positive[0],
+        "positive": positive[1],
+        "negative_id": negative_id,
+        "negative_title": negative[0],
+        "negative": negative[1],
+        "positive_is_seed": positive_id == scored["seed_id"],
+        "fused": labels.fused,
+    }
+
+
+def _dropped_by(
+    row: dict[str, Any], overlap: float, seen: set[str], config: FretConfig
+) -> str | None:
+    if overlap > config.max_overlap or overlap == 1.0:
+        return "repeats an evaluation query"
+    if row["query"].casefold() in seen:
+        return "repeats another query"
+    rank = row["seed_rank"]
+    if config.max_seed_rank is not None and not 0 < rank <= config.max_seed_rank:
+        return "round trip failed"
+    return None

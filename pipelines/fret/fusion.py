@@ -1,0 +1,112 @@
+"""Rank fusion and the choice of positive and hard negative, as pure functions.
+
+Source: "Gecko: Versatile Text Embeddings Distilled from Large Language Models", arXiv 2403.20327,
+section 3 ("LLM-based positive and negative mining").
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class FretConfig(BaseModel):
+    """How labels are chosen from the scored candidates. The defaults are Gecko's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fusion: Literal["ql+rc", "ql", "rc"] = "ql+rc"
+    positive: Literal["fused", "seed"] = "fused"
+    negative: Literal["lowest", "random", "none"] = "lowest"
+    max_negative_similarity: float | None = Field(
+        default=None,
+        gt=0,
+        description="negatives must be less similar to the query than this share of the"
+        " positive's similarity (NV-Retriever's 0.95); Gecko has no such rule",
+    )
+    max_seed_rank: int | None = Field(
+        default=None,
+        ge=1,
+        description="round trip: drop queries whose seed the retriever ranks lower; for small"
+        " LLMs, whose queries wander. Gecko has no such rule",
+    )
+    max_overlap: float = Field(
+        default=0.8,
+        gt=0,
+        le=1,
+        description="decontamination: drop queries whose words overlap more (Jaccard) with an"
+        " evaluation query",
+    )
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """Places of the positive and the hard negative among the candidates; None: none is fit."""
+
+    positive: int
+    negative: int | None
+    fused: list[float]
+
+
+def ranks(scores: Sequence[float]) -> np.ndarray:
+    """Returns ranks from 1 for the highest score; equal scores rank in their given order."""
+    order = np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")
+    result = np.empty(len(scores), dtype=np.int64)
+    result[order] = np.arange(1, len(scores) + 1)
+    return result
+
+
+def fuse(ql: Sequence[float], rc: Sequence[float], fusion: str = "ql+rc") -> np.ndarray:
+    """Returns R(q, p) = 1 / rank_QL + 1 / rank_RC for each candidate (Gecko, section 3).
+
+    Args:
+        ql: Query likelihoods of the candidates.
+        rc: Log probabilities of the relevant label.
+        fusion: `ql+rc`; or one of them, for ablations.
+    """
+    kinds = {"ql": ql, "rc": rc}
+    fused: np.ndarray = np.sum([1.0 / ranks(kinds[kind]) for kind in fusion.split("+")], axis=0)
+    return fused
+
+
+def choose_labels(
+    *,
+    ql: Sequence[float],
+    rc: Sequence[float],
+    similarities: Sequence[float],
+    seed_place: int,
+    config: FretConfig,
+    query_id: str,
+) -> Labels:
+    """Chooses the positive (highest R) and the hard negative (lowest R, or a draw).
+
+    Args:
+        ql: Query likelihood of each candidate, in the retriever's order.
+        rc: Relevance of each candidate.
+        similarities: The retriever's similarity of each candidate.
+        seed_place: Where the seed passage stands among the candidates.
+        config: The rules.
+        query_id: Seeds the draw of a random negative.
+    """
+    fused = fuse(ql, rc, config.fusion)
+    # Of equal R, the nearer candidate is the better positive and the worse negative.
+    order = [int(place) for place in np.argsort(-fused, kind="stable")]
+    positive = seed_place if config.positive == "seed" else order[0]
+    limit = float("inf")
+    if config.max_negative_similarity is not None:
+        limit = config.max_negative_similarity * similarities[positive]
+    fit = [
+        place
+        for place in order
+        if place not in (positive, seed_place) and similarities[place] < limit
+    ]
+    negative: int | None = None
+    if fit and config.negative == "lowest":
+        negative = fit[-1]
+    elif fit and config.negative == "random":
+        negative = random.Random(f"{config.seed} {query_id}").choice(fit)
+    return Labels(positive=positive, negative=negative, fused=[float(value) for value in fused])

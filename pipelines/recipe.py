@@ -1,0 +1,179 @@
+"""A recipe: everything a run is made from, read from YAML, checked key by key."""
+
+import difflib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cluster.errors import UserError
+from cluster.stages import StageResources
+from pipelines.corpus.sources import CorpusConfig
+from pipelines.corpus.steps import SeedsConfig
+from pipelines.encoders import EncoderConfig
+from pipelines.evaluation.steps import TestSet
+from pipelines.fret.fusion import FretConfig
+from pipelines.fret.language_models import EngineConfig, LlmConfig
+from pipelines.fret.neighbours import CandidatesConfig
+from pipelines.fret.queries import QueriesConfig
+from pipelines.fret.scores import ScoresConfig
+from pipelines.mixture import MixtureConfig
+from pipelines.student import StudentConfig
+from pipelines.training.config import TrainingConfig
+
+
+class ActorResources(BaseModel):
+    """What each actor of a kind needs; see `cluster.stages.StageResources`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_actors: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=1.0, ge=0)
+    num_gpus: float = Field(default=0.0, ge=0)
+    node_resource: str | None = None
+    shards_in_flight: int = Field(default=1, ge=1)
+
+    def stage(self) -> StageResources:
+        """Returns it as the runner knows it."""
+        return StageResources(**self.model_dump())
+
+
+class Resources(BaseModel):
+    """Where the work runs. Nothing here changes a number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    llm: ActorResources = ActorResources(shards_in_flight=4)
+    engine: EngineConfig = EngineConfig()
+    encoder: ActorResources = ActorResources()
+    index: ActorResources = ActorResources()
+
+
+class Estimate(BaseModel):
+    """What `tokay plan` reckons with; measure your own and put it here."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prefill_tokens_per_s: float = Field(default=1000.0, gt=0, description="of one LLM actor")
+    decode_tokens_per_s: float = Field(default=250.0, gt=0, description="of one LLM actor")
+    actor_hour_usd: float = Field(default=0.0, ge=0, description="price of an LLM actor")
+
+
+class Recipe(BaseModel):
+    """A graph of steps, by the parts that configure them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    kind: Literal["laptop", "gpu", "cluster"] = "laptop"
+    corpus: CorpusConfig
+    seeds: SeedsConfig = SeedsConfig()
+    llm: LlmConfig
+    queries: QueriesConfig = QueriesConfig()
+    retriever: EncoderConfig
+    candidates: CandidatesConfig = CandidatesConfig()
+    scores: ScoresConfig = ScoresConfig()
+    fret: FretConfig = FretConfig()
+    mixture: MixtureConfig = MixtureConfig()
+    student: StudentConfig
+    training: TrainingConfig = TrainingConfig()
+    evaluation: tuple[TestSet, ...] = ()
+    resources: Resources = Resources()
+    estimate: Estimate = Estimate()
+
+
+def load_recipe(source: str | Path, settings: list[str] | None = None) -> Recipe:
+    """Reads a recipe by its file, or by the name of one that comes with Tokay.
+
+    Args:
+        source: A YAML file, or a name such as `laptop`.
+        settings: Overrides, each `path.to.key=value`; the value is YAML.
+
+    Raises:
+        UserError: No such recipe, not YAML, an unknown key or a value that is not accepted.
+    """
+    path = Path(source)
+    if not path.is_file() and "/" not in str(source) and not path.suffix:
+        path = Path(str(files("pipelines") / "recipes" / f"{source}.yaml"))
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        known = ", ".join(recipe_names())
+        raise UserError(
+            f"recipe {str(source)!r} does not exist: give a YAML file or one of {known}"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {path} is not a mapping of keys: see {', '.join(recipe_names())}")
+    for setting in settings or []:
+        _set(tree, setting)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"recipe {path}: {_explain(error)}") from error
+
+
+def recipe_names() -> list[str]:
+    """Returns the names of the recipes that come with Tokay."""
+    folder = Path(str(files("pipelines") / "recipes"))
+    return sorted(file.stem for file in folder.glob("*.yaml"))
+
+
+def _set(tree: dict[str, Any], setting: str) -> None:
+    key, equals, value = setting.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {setting!r}: write path.to.key=value")
+    *parents, last = key.strip().split(".")
+    node: Any = tree
+    for parent in parents:
+        if isinstance(node, list):
+            node = node[_index(parent, node, setting)]
+        else:
+            node = node.setdefault(parent, {})
+        if not isinstance(node, dict | list):
+            raise UserError(f"--set {setting!r}: {parent} is a value and holds no keys")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {setting!r}: the value is not YAML") from error
+    if isinstance(node, list):
+        node[_index(last, node, setting)] = parsed
+    else:
+        node[last] = parsed
+
+
+def _index(text: str, node: list[Any], setting: str) -> int:
+    if not text.isdecimal() or int(text) >= len(node):
+        raise UserError(f"--set {setting!r}: {text!r} is no place in a list of {len(node)}")
+    return int(text)
+
+
+def _explain(error: ValidationError) -> str:
+    """Says of the first mistakes: the key, what was given, what is accepted."""
+    lines = []
+    for mistake in error.errors()[:3]:
+        key = ".".join(str(part) for part in mistake["loc"])
+        if mistake["type"] == "extra_forbidden":
+            accepted = _accepted_keys(mistake["loc"][:-1])
+            near = difflib.get_close_matches(str(mistake["loc"][-1]), accepted, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"accepted are {', '.join(accepted)}"
+            lines.append(f"unknown key {key}; {hint}")
+        elif mistake["type"] == "missing":
+            lines.append(f"key {key} is missing")
+        else:
+            lines.append(f"{key}: {mistake['input']!r} given; {mistake['msg']}")
+    return "; ".join(lines)
+
+
+def _accepted_keys(path: tuple[int | str, ...]) -> list[str]:
+    model: Any = Recipe
+    for part in path:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        arguments = [a for a in getattr(annotation, "__args__", ()) if hasattr(a, "model_fields")]
+        model = arguments[0] if arguments else annotation
+    return sorted(model.model_fields)

@@ -1,0 +1,145 @@
+"""The figures of a run, gathered from its manifests and artifacts into one JSON document."""
+
+import json
+from collections import Counter
+from typing import Any
+
+import pyarrow.compute as pc
+
+from cluster.artifacts import Artifact, Json
+from pipelines.report.examples import choose_examples
+from pipelines.report.run_folder import RunFolder
+from pipelines.report.test_sets import MODELS, collect_test_sets
+
+# The filters of the step `fret` in the order in which it asks them, and what passed each.
+FILTERS = {
+    "repeats an evaluation query": "not repeating an evaluation query",
+    "repeats another query": "not repeating another query",
+    "round trip failed": "passing the round trip",
+}
+
+
+def collect(run: RunFolder) -> dict[str, Json]:
+    """Returns the report's document; a part whose step is unfinished is empty or None."""
+    fret = _metrics(run, "fret")
+    test_sets = collect_test_sets(run)
+    first: dict[str, Json] = next(iter(test_sets.values()), {})
+    return {
+        "recipe": run.name,
+        "run": run.storage.uri,
+        **{key: first.get(key) for key in (*MODELS, "difference")},
+        "test_sets": test_sets,
+        "funnel": collect_funnel(run),
+        "rejects": _rejects(run),
+        "dropped_by": fret.get("dropped_by", {}),
+        "positive_is_not_seed_share": _share(
+            fret.get("num_positive_is_not_seed"), fret.get("num_queries")
+        ),
+        "positive_is_not_seed_share_kept": _share(
+            fret.get("num_kept_positive_is_not_seed"), fret.get("num_kept")
+        ),
+        "highest_overlap_kept": fret.get("highest_overlap_kept"),
+        "seed_ranks": _seed_ranks(run.artifacts.get("fret")),
+        "examples": choose_examples(run.artifacts.get("fret"), run.artifacts.get("passages")),
+        "training": _training(run),
+        "steps": [_step(name, artifact) for name, artifact in run.artifacts.items()],
+        "unfinished": run.unfinished,
+        "outdated": run.outdated,
+        "versions": _versions(run),
+    }
+
+
+def collect_funnel(run: RunFolder) -> list[dict[str, Json]]:
+    """Returns what was left after each step, from documents to training examples."""
+    fret = _metrics(run, "fret")
+    rows = [
+        ("documents", _metrics(run, "passages").get("num_documents")),
+        ("passages", _num_rows(run, "passages")),
+        ("seed passages", _num_rows(run, "seeds")),
+        ("queries written", _num_rows(run, "queries")),
+        ("queries scored", _num_rows(run, "scores")),
+    ]
+    if fret:
+        left = fret["num_queries"]
+        filters = list(FILTERS)
+        if run.artifacts["fret"].manifest.config.get("max_seed_rank") is None:
+            filters.remove("round trip failed")
+        filters += [reason for reason in fret["dropped_by"] if reason not in filters]
+        for reason in filters:
+            left -= fret["dropped_by"].get(reason, 0)
+            rows.append((FILTERS.get(reason, f"not dropped by: {reason}"), left))
+        rows.append(("with a hard negative", fret["num_kept"] - fret["num_without_negative"]))
+    rows.append(("training examples", _metrics(run, "mixture").get("num_examples")))
+    return [{"name": name, "count": count} for name, count in rows if count is not None]
+
+
+def _metrics(run: RunFolder, step: str) -> dict[str, Any]:
+    return run.artifacts[step].manifest.metrics if step in run.artifacts else {}
+
+
+def _num_rows(run: RunFolder, step: str) -> int | None:
+    return run.artifacts[step].num_rows if step in run.artifacts else None
+
+
+def _share(part: int | None, whole: int | None) -> float | None:
+    return part / whole if part is not None and whole else None
+
+
+def _rejects(run: RunFolder) -> dict[str, dict[str, int]]:
+    counts = {}
+    for name, artifact in run.artifacts.items():
+        if artifact.num_rejects:
+            reasons = Counter(artifact.rejects()["reason"].to_pylist())
+            counts[name] = dict(reasons.most_common())
+    return counts
+
+
+def _seed_ranks(fret: Artifact | None) -> list[dict[str, int]]:
+    """Counts queries by the rank of their seed; rank 0, not among the neighbours, comes last."""
+    scored: Counter[int] = Counter()
+    kept: Counter[int] = Counter()
+    for table in fret.tables(["seed_rank", "dropped_by"]) if fret else []:
+        for counter, part in ((scored, table), (kept, table.filter(pc.is_null(table["dropped_by"])))):
+            for entry in part["seed_rank"].value_counts().to_pylist():
+                counter[entry["values"]] += entry["counts"]
+    ranks = sorted(scored, key=lambda rank: (rank == 0, rank))
+    return [{"rank": rank, "scored": scored[rank], "kept": kept[rank]} for rank in ranks]
+
+
+def _training(run: RunFolder) -> dict[str, Json] | None:
+    training = run.artifacts.get("training")
+    if training is None:
+        return None
+    try:
+        lines = training.storage.read_bytes("metrics.jsonl").splitlines()
+    except FileNotFoundError:
+        lines = []
+    # A resumed training repeats the batches since its checkpoint: the last row of a batch counts.
+    rows = {row["batch"]: row for row in map(json.loads, lines)}
+    loss = [[batch, rows[batch]["loss"]] for batch in sorted(rows)]
+    return {
+        "batches": _metrics(run, "mixture").get("num_batches", len(loss)),
+        "loss": loss,
+        "sets": _metrics(run, "mixture").get("sets", {}),
+    }
+
+
+def _step(name: str, artifact: Artifact) -> dict[str, Json]:
+    return {
+        "name": name,
+        "seconds_s": artifact.manifest.seconds_s,
+        "num_rows": artifact.num_rows if artifact.shards else None,
+        "num_rejects": artifact.num_rejects,
+        "metrics": artifact.manifest.metrics,
+    }
+
+
+def _versions(run: RunFolder) -> dict[str, str]:
+    """Returns each library's version; several where the steps were run with different ones."""
+    found: dict[str, list[str]] = {}
+    for artifact in run.artifacts.values():
+        for library, version in artifact.manifest.versions.items():
+            versions = found.setdefault(library, [])
+            if version not in versions:
+                versions.append(version)
+    return {library: ", ".join(versions) for library, versions in sorted(found.items())}

@@ -1,0 +1,148 @@
+"""The report's figures: SVG that lives inside the page, takes its colours and reads as text."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Stand-ins that are replaced by the page's own colours, so that one figure serves light and dark.
+INK, MUTED, ACCENT, SOFT, LINE = "#010101", "#020202", "#030303", "#040404", "#050505"
+COLOURS = {INK: "ink", MUTED: "muted", ACCENT: "accent", SOFT: "soft", LINE: "line"}
+WIDTH_INCHES = 7.2
+MAX_POINTS = 1000
+STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": LINE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": INK,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+}
+
+
+def bars(name: str, label: str, rows: Sequence[tuple[str, float, str]]) -> str:
+    """Draws a horizontal bar for each (name, value, text at its end)."""
+
+    def draw(axes: Axes) -> None:
+        places = range(len(rows))
+        values = [value for _, value, _ in rows]
+        axes.barh(places, values, height=0.62, color=ACCENT)
+        axes.set_yticks(places, [row[0] for row in rows], parse_math=False)
+        axes.invert_yaxis()
+        axes.set_xticks([])
+        axes.set_xlim(0, max(*values, 1e-9) * 1.22)
+        axes.tick_params(axis="y", length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        for place, (_, value, text) in zip(places, rows, strict=True):
+            axes.annotate(
+                text, (value, place), xytext=(5, 0), textcoords="offset points", va="center"
+            )
+
+    return _svg(name, label, 0.35 + 0.27 * len(rows), draw)
+
+
+def intervals(name: str, label: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
+    """Draws (name, value, low, high) as points with their intervals."""
+
+    def draw(axes: Axes) -> None:
+        places = range(len(rows))
+        axes.set_yticks(places, [row[0] for row in rows], parse_math=False)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.grid(axis="x")
+        axes.set_axisbelow(True)
+        axes.tick_params(axis="both", length=0)
+        axes.spines["left"].set_visible(False)
+        for place, (_, value, low, high) in zip(places, rows, strict=True):
+            axes.plot([low, high], [place, place], color=ACCENT, linewidth=2, alpha=0.55)
+            axes.plot([value], [place], "o", color=ACCENT, markersize=7)
+            axes.annotate(
+                f"{value:.3f}",
+                (value, place),
+                xytext=(0, 8),
+                textcoords="offset points",
+                ha="center",
+            )
+        axes.set_xlabel(label)
+
+    return _svg(name, label, 0.75 + 0.42 * len(rows), draw)
+
+
+def seed_ranks(name: str, label: str, rows: Sequence[tuple[str, int, int]]) -> str:
+    """Draws (rank, scored queries, kept queries) as bars, the kept ones in full colour."""
+
+    def draw(axes: Axes) -> None:
+        places = range(len(rows))
+        axes.bar(places, [row[1] for row in rows], width=0.7, color=SOFT, label="scored")
+        axes.bar(places, [row[2] for row in rows], width=0.7, color=ACCENT, label="kept")
+        axes.set_xticks(places, [row[0] for row in rows])
+        axes.tick_params(axis="x", length=0)
+        axes.set_xlabel("rank of the seed in the retriever's list")
+        axes.set_ylabel("queries")
+        axes.legend()
+
+    return _svg(name, label, 2.4, draw)
+
+
+def loss_curve(name: str, label: str, loss: Sequence[Sequence[float]]) -> str:
+    """Draws (batch, loss) and its moving mean over a twentieth of the training."""
+    import numpy as np
+
+    batches, losses = np.asarray(loss, dtype=np.float64).T
+    window = max(1, len(losses) // 20)
+    mean = np.convolve(losses, np.ones(window) / window, mode="valid")
+    thin = slice(None, None, -(-len(losses) // MAX_POINTS))
+
+    def draw(axes: Axes) -> None:
+        axes.plot(batches[thin], losses[thin], color=SOFT, linewidth=1, label="each batch")
+        if window > 1:
+            ends = batches[window - 1 :]
+            text = f"mean of {window} batches"
+            axes.plot(ends[thin], mean[thin], color=ACCENT, linewidth=1.8, label=text)
+            axes.legend()
+        axes.set_xlabel("batch")
+        axes.set_ylabel("loss")
+        axes.grid(axis="y")
+        axes.margins(x=0.01)
+        axes.tick_params(axis="both", length=0)
+
+    return _svg(name, label, 2.8, draw)
+
+
+def _svg(name: str, label: str, height_inches: float, draw: Callable[[Axes], None]) -> str:
+    """Draws into an SVG element whose ids begin with `name` and which needs nothing outside."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # A style of its own, whatever the machine's matplotlibrc says.
+    style: dict[Any, Any] = {**matplotlib.rcParamsDefault, **STYLE, "svg.hashsalt": name}
+    style.pop("backend")
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
+        figure.patch.set_visible(False)
+        axes = figure.subplots()
+        axes.patch.set_visible(False)
+        draw(axes)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' (?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", text, count=5)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    for stand_in, colour in COLOURS.items():
+        text = text.replace(stand_in, f"var(--{colour})")
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

@@ -1,0 +1,104 @@
+"""The report as one HTML page that needs nothing beside itself."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cluster.artifacts import Json
+from pipelines.graph import TITLES
+from pipelines.report import figures
+from pipelines.report.test_sets import MODELS
+
+TEMPLATE = "report.html"
+MODEL_NAMES = {
+    "retriever": "Retriever",
+    "student_before": "Student before",
+    "student_after": "Student after",
+}
+
+
+def render_page(document: dict[str, Json], recipe_text: str) -> str:
+    """Returns the page; every text of the run is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "count": "{:,}".format,
+        "score": "{:.3f}".format,
+        "gain": "{:+.3f}".format,
+        "percent": "{:.1%}".format,
+        "interval": partial(show_interval, form=".3f"),
+        "gain_interval": partial(show_interval, form="+.3f"),
+        "duration": show_duration,
+        "number": show_number,
+    }
+    return environment.get_template(TEMPLATE).render(
+        document=document,
+        figures=_figures(document),
+        recipe_text=recipe_text,
+        models=MODEL_NAMES,
+        titles=TITLES,
+    )
+
+
+def show_interval(interval: list[float], form: str) -> str:
+    """Returns `low to high`."""
+    low, high = interval
+    return f"{low:{form}} to {high:{form}}"
+
+
+def show_duration(seconds_s: float) -> str:
+    """Returns seconds as a person says them."""
+    if seconds_s < 60:
+        return f"{seconds_s:.1f} s"
+    minutes, seconds = divmod(round(seconds_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+
+
+def show_number(value: float) -> str:
+    """Returns whole numbers with thousands marked, others with four places."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _figures(document: dict[str, Json]) -> dict[str, Any]:
+    """Draws what there is; an SVG of ours is the only text that is not escaped."""
+    from markupsafe import Markup
+
+    drawn: dict[str, str] = {}
+    if document["funnel"]:
+        rows = [(row["name"], row["count"], f"{row['count']:,}") for row in document["funnel"]]
+        drawn["funnel"] = figures.bars("funnel", "From documents to training examples", rows)
+    if document["seed_ranks"]:
+        ranks = [
+            (str(row["rank"] or "not found"), row["scored"], row["kept"])
+            for row in document["seed_ranks"]
+        ]
+        drawn["seed_ranks"] = figures.seed_ranks("seeds", "Where the seed ranks", ranks)
+    if document["training"] and document["training"]["loss"]:
+        loss = document["training"]["loss"]
+        drawn["loss"] = figures.loss_curve("loss", "Loss of each training batch", loss)
+    if document["steps"]:
+        times = [
+            (step["name"], step["seconds_s"], show_duration(step["seconds_s"]))
+            for step in document["steps"]
+        ]
+        drawn["steps"] = figures.bars("steps", "Time of each step", times)
+    for number, test_set in enumerate(document["test_sets"].values()):
+        scores = [
+            (
+                MODEL_NAMES[model],
+                test_set[model]["ndcg_at_10"],
+                *test_set[model]["ndcg_at_10_interval"],
+            )
+            for model in MODELS
+        ]
+        label = "nDCG@10 with 95 % interval"
+        drawn[f"scores_{number}"] = figures.intervals(f"scores-{number}", label, scores)
+    return {name: Markup(svg) for name, svg in drawn.items()}

@@ -1,0 +1,133 @@
+"""A run folder as the report finds it: finished or not, on a disk or on S3.
+
+The report trusts manifests alone. It needs no recipe that still validates and no model, so that a
+run of last year, or one that died half-way, can still be read.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import yaml
+
+from cluster.artifacts import Artifact
+from cluster.errors import UserError
+from cluster.storage import Storage, join, open_storage
+from pipelines.graph import TITLES
+
+RECIPE = "recipe.yaml"
+EXCERPT_CHARACTERS = 700
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """What a run left.
+
+    Attributes:
+        storage: The run's folder.
+        recipe_text: The recipe it was last run with; empty where none was kept.
+        recipe: The same, parsed but not validated.
+        artifacts: Step name -> artifact, of the finished steps in their order.
+    """
+
+    storage: Storage
+    recipe_text: str
+    recipe: dict[str, Any]
+    artifacts: dict[str, Artifact]
+
+    @property
+    def name(self) -> str:
+        """The recipe's name, or the folder's."""
+        return str(self.recipe.get("name") or self.storage.uri.rstrip("/").rpartition("/")[2])
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Steps without a manifest; a recipe without test sets has no evaluation to miss."""
+        optional = set() if self.recipe.get("evaluation", True) else {"evaluation"}
+        return [name for name in TITLES if name not in self.artifacts.keys() | optional]
+
+    @property
+    def outdated(self) -> list[str]:
+        """Finished steps whose inputs were made anew since, or are themselves outdated."""
+        found: list[str] = []
+        for name, artifact in self.artifacts.items():
+            for step, fingerprint in artifact.manifest.inputs.items():
+                given = self.artifacts.get(step)
+                if given is None or given.manifest.fingerprint != fingerprint or step in found:
+                    found.append(name)
+                    break
+        return found
+
+
+def open_run_folder(uri: str) -> RunFolder:
+    """Opens a run by its manifests.
+
+    Raises:
+        UserError: The folder is no run, or cannot be read.
+    """
+    storage = open_storage(uri)
+    text = (_read(storage, RECIPE) or b"").decode("utf-8", "replace")
+    try:
+        recipe = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"{join(storage.uri, RECIPE)} is not YAML: run `tokay run` on this folder again"
+        ) from error
+    artifacts = {}
+    for name in TITLES:
+        artifact = Artifact.open(open_storage(join(storage.uri, name)))
+        if artifact is not None:
+            artifacts[name] = artifact
+    if not text and not artifacts:
+        raise UserError(
+            f"{uri} is no run of Tokay (it has no {RECIPE} and no finished step): give the folder"
+            " that `tokay run` or `tokay demo` wrote to"
+        )
+    return RunFolder(
+        storage=storage,
+        recipe_text=text,
+        recipe=recipe if isinstance(recipe, dict) else {},
+        artifacts=artifacts,
+    )
+
+
+def _read(storage: Storage, path: str) -> bytes | None:
+    try:
+        return storage.read_bytes(path)
+    except FileNotFoundError:
+        return None
+
+
+def find_passages(passages: Artifact | None, ids: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Returns id, title and the text's beginning of the named passages that the corpus holds."""
+    return _find(passages, "id", ids)
+
+
+def find_documents(passages: Artifact | None, names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Returns the first passage of each named document, by the document's name."""
+    found = _find(passages, "source", [f"{name}#1" for name in names])
+    return {source.removesuffix("#1"): passage for source, passage in found.items()}
+
+
+def _find(passages: Artifact | None, key: str, wanted: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Streams the shards, so that a large corpus is never held whole."""
+    values = pa.array(sorted(set(wanted)), pa.string())
+    found: dict[str, dict[str, str]] = {}
+    if passages is None or not len(values):
+        return found
+    for table in passages.tables(sorted({"id", "title", "text", key})):
+        for row in table.filter(pc.is_in(table[key], values)).to_pylist():
+            found[row[key]] = {
+                "id": row["id"],
+                "title": row["title"],
+                "text": excerpt(row["text"], EXCERPT_CHARACTERS),
+            }
+    return found
+
+
+def excerpt(text: str, max_characters: int) -> str:
+    """Returns the text on one line, cut at `max_characters`."""
+    line = " ".join(text.split())
+    return line if len(line) <= max_characters else line[: max_characters - 1].rstrip() + "…"

@@ -1,0 +1,103 @@
+"""The report's heart for a terminal: the table, and a few queries before and after."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cluster.artifacts import Json
+from pipelines.report.page import MODEL_NAMES
+from pipelines.report.run_folder import excerpt
+
+RESULT_CHARACTERS = 160
+
+
+def print_evaluation(document: dict[str, Json], console: Console) -> None:
+    """Prints each test set's table and chosen queries; made for 80 to 120 columns."""
+    if not document["test_sets"]:
+        console.print("The run has no evaluation.", style="dim")
+    for name, test_set in document["test_sets"].items():
+        console.print()
+        console.print(
+            Text.assemble(
+                (name, "bold"),
+                f"  {test_set['num_queries']:,} queries over {test_set['num_passages']:,} passages",
+            )
+        )
+        console.print(_scores(test_set))
+        _print_difference(test_set, console)
+        for query in test_set["queries"]:
+            console.print()
+            console.print(_query(query))
+
+
+def _scores(test_set: dict[str, Any]) -> Table:
+    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for heading in ("nDCG@10 [95 %]", "recall@10 [95 %]", "texts/s", "parameters"):
+        table.add_column(Text(heading), justify="right")
+    for model, title in MODEL_NAMES.items():
+        row = test_set[model]
+        parameters = row["num_parameters"]
+        table.add_row(
+            title,
+            _estimate(row["ndcg_at_10"], row["ndcg_at_10_interval"]),
+            _estimate(row["recall_at_10"], row["recall_at_10_interval"]),
+            f"{row['texts_per_s']:,.0f}",
+            f"{parameters / 1e6:.1f} M" if parameters else "",
+            style="bold" if model == "student_after" else "",
+        )
+    return table
+
+
+def _estimate(value: float, interval: list[float]) -> Text:
+    low, high = interval
+    return Text.assemble(f"{value:.3f} ", (f"[{low:.3f}, {high:.3f}]", "dim not bold"))
+
+
+def _print_difference(test_set: dict[str, Any], console: Console) -> None:
+    gain, (low, high) = test_set["difference"]["ndcg_at_10"], test_set["difference"]["interval"]
+    changes = test_set["changes"]
+    console.print(
+        Text.assemble(
+            "after - before: nDCG@10 ",
+            (f"{gain:+.3f}", _colour(gain)),
+            f" [{low:+.3f}, {high:+.3f}]; {changes['better']} queries better,"
+            f" {changes['worse']} worse, {changes['unchanged']} unchanged",
+        )
+    )
+
+
+def _query(query: dict[str, Any]) -> Table:
+    before, after = query["ndcg_at_10"].values()
+    table = Table(
+        title=Text.assemble(
+            (" ".join(query["query"].split()), "bold"),
+            ("  nDCG@10 ", "dim"),
+            f"{before:.2f} → ",
+            (f"{after:.2f}", _colour(after - before)),
+        ),
+        title_justify="left",
+        title_style="",
+        box=None,
+        header_style="dim",
+        padding=(0, 1),
+        pad_edge=False,
+        expand=True,
+    )
+    table.add_column("before", ratio=1, no_wrap=True, overflow="ellipsis")
+    table.add_column("after", ratio=1, no_wrap=True, overflow="ellipsis")
+    for hits in zip(*query["top_results"].values(), strict=True):
+        table.add_row(*map(_hit, hits))
+    return table
+
+
+def _hit(hit: dict[str, Any]) -> Text:
+    mark = {True: ("✓ ", "green"), False: ("· ", "dim"), None: ("", "")}[hit["relevant"]]
+    title, text = hit["title"] or "", excerpt(hit["text"], RESULT_CHARACTERS)
+    return Text.assemble(mark, (title or ("" if text else hit["id"]), "bold"), "  ", (text, "dim"))
+
+
+def _colour(gain: float) -> str:
+    return "green" if gain > 0 else "red" if gain < 0 else "dim"

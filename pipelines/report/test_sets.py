@@ -1,0 +1,121 @@
+"""What the run's test sets say, and a few queries that show it, for better and for worse."""
+
+import json
+from typing import Any
+
+from cluster.artifacts import Json
+from pipelines.report.run_folder import RunFolder, find_documents, find_passages
+
+MODELS = ("retriever", "student_before", "student_after")
+SCORES = (
+    "ndcg_at_10",
+    "ndcg_at_10_interval",
+    "recall_at_10",
+    "recall_at_10_interval",
+    "texts_per_s",
+)
+NUM_QUERIES = 5
+NUM_RESULTS = 3
+SAME = 1e-9
+
+
+def collect_test_sets(run: RunFolder) -> dict[str, dict[str, Json]]:
+    """Returns scores, differences and chosen queries of each test set, in the recipe's order."""
+    evaluation = run.artifacts.get("evaluation")
+    if evaluation is None:
+        return {}
+    document = json.loads(evaluation.storage.read_bytes("results.json"))
+    gains = {row["dataset"]: row for row in document["differences"]}
+    test_sets: dict[str, dict[str, Json]] = {}
+    for name in gains:
+        results = {row["model"]: row for row in document["results"] if row["dataset"] == name}
+        after = results["student_after"]
+        test_sets[name] = {
+            **{model: _scores(results[model], run) for model in MODELS},
+            "difference": {
+                "ndcg_at_10": gains[name]["difference"],
+                "interval": gains[name]["interval"],
+            },
+            **{key: after[key] for key in ("split", "task", "num_queries", "num_passages")},
+            "changes": _changes(results),
+            "queries": _queries(results, document, run),
+        }
+    return test_sets
+
+
+def choose_queries(before: dict[str, float], after: dict[str, float]) -> list[str]:
+    """Chooses queries that show a difference honestly.
+
+    The two that gained most, the two that lost most and one that stayed the same; where there are
+    too few of a kind, the largest remaining differences fill the five.
+
+    Args:
+        before: Query id -> score.
+        after: The same queries' scores.
+    """
+    gains = {query: after[query] - before[query] for query in sorted(before)}
+    order = sorted(gains, key=lambda query: -gains[query])
+    better = [query for query in order if gains[query] > SAME]
+    worse = [query for query in reversed(order) if gains[query] < -SAME]
+    same = [query for query in order if abs(gains[query]) <= SAME]
+    chosen = [*better[:2], *worse[:2], *same[:1]]
+    rest = [query for query in order if query not in chosen]
+    chosen += sorted(rest, key=lambda query: -abs(gains[query]))[: NUM_QUERIES - len(chosen)]
+    return sorted(chosen, key=lambda query: -gains[query])
+
+
+def _scores(result: dict[str, Any], run: RunFolder) -> dict[str, Json]:
+    student = run.artifacts.get("student") if result["model"] != "retriever" else None
+    return {
+        **{key: result[key] for key in SCORES},
+        "num_parameters": student and student.manifest.metrics.get("num_parameters"),
+    }
+
+
+def _changes(results: dict[str, Any]) -> dict[str, int]:
+    before = results["student_before"]["per_query"]["ndcg_at_10"]
+    after = results["student_after"]["per_query"]["ndcg_at_10"]
+    gains = [after[query] - before[query] for query in before]
+    better, worse = sum(gain > SAME for gain in gains), sum(gain < -SAME for gain in gains)
+    return {"better": better, "worse": worse, "unchanged": len(gains) - better - worse}
+
+
+def _queries(
+    results: dict[str, Any], document: dict[str, Any], run: RunFolder
+) -> list[dict[str, Json]]:
+    name = results["student_after"]["dataset"]
+    models = MODELS[1:]
+    ndcg = {model: results[model]["per_query"]["ndcg_at_10"] for model in models}
+    chosen = choose_queries(*ndcg.values())
+    top = {
+        model: {query: results[model]["top_results"][query][:NUM_RESULTS] for query in chosen}
+        for model in models
+    }
+    ids = {id_ for of_model in top.values() for hits in of_model.values() for id_, _ in hits}
+    texts = find_passages(run.artifacts.get("passages"), ids)
+    if _is_the_corpus(name, run):
+        texts = find_documents(run.artifacts.get("passages"), ids - texts.keys()) | texts
+    judged = document.get("qrels", {}).get(name)
+
+    def hit(query: str, id_: str, score: float) -> dict[str, Json]:
+        passage = texts.get(id_, {"title": "", "text": ""})
+        relevant = None if judged is None else judged[query].get(id_, 0) > 0
+        return {**passage, "id": id_, "score": score, "relevant": relevant}
+
+    return [
+        {
+            "id": query,
+            "query": document["queries"][name][query],
+            "ndcg_at_10": {model: ndcg[model][query] for model in models},
+            "top_results": {
+                model: [hit(query, *found) for found in top[model][query]] for model in models
+            },
+        }
+        for query in chosen
+    ]
+
+
+def _is_the_corpus(name: str, run: RunFolder) -> bool:
+    """Says whether a test set asks of the run's own corpus, so that ids are documents' names."""
+    paths = [s.get("path") for s in run.recipe.get("evaluation") or () if s.get("name") == name]
+    return run.recipe.get("corpus", {}).get("path") in paths

@@ -1,0 +1,32 @@
+"""The report of a run: a page that a person likes to read, and the same figures for a program."""
+
+import json
+
+from cluster.artifacts import Json
+from cluster.storage import join
+from pipelines.report.collect import collect
+from pipelines.report.page import render_page
+from pipelines.report.run_folder import open_run_folder
+from pipelines.report.terminal import print_evaluation
+
+__all__ = ["print_evaluation", "write_report"]
+
+PAGE = "report.html"
+DOCUMENT = "report.json"
+
+
+def write_report(run_uri: str) -> dict[str, Json]:
+    """Writes `report.html` and `report.json` into a run folder, whatever of the run is finished.
+
+    Returns:
+        What stands in report.json; `html` is the page's path or URI.
+
+    Raises:
+        UserError: The folder is no run.
+        ArtifactError: A finished step's files are not those that its manifest names.
+    """
+    run = open_run_folder(run_uri)
+    document = {**collect(run), "html": join(run.storage.uri, PAGE)}
+    run.storage.write_bytes(PAGE, render_page(document, run.recipe_text).encode("utf-8", "replace"))
+    run.storage.write_bytes(DOCUMENT, json.dumps(document, indent=1).encode())
+    return document

@@ -1,0 +1,125 @@
+"""Training through Ray Train: workers, restarts, live progress, and one line when it fails."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cluster.errors import TokayError, UserError
+from cluster.steps import Progress
+from cluster.storage import Storage, open_storage
+from pipelines.training.checkpoint import FOLDER
+from pipelines.training.config import TrainingConfig
+from pipelines.training.examples import count_batches
+from pipelines.training.worker import Job, MetricsRow, read_metrics, train_worker
+
+_LOOK_EVERY_S = 1.0
+
+
+def train(
+    config: TrainingConfig,
+    *,
+    examples: str,
+    student: str,
+    output: str,
+    scratch: str,
+    progress: Progress | None = None,
+) -> list[MetricsRow]:
+    """Trains the student on all batches, going on from the last checkpoint in `output`.
+
+    Ray must be connected.
+
+    Args:
+        config: The training's configuration.
+        examples: URI of a folder with ``shards/*.parquet`` in the order of training.
+        student: Folder, hub id or ``embedded:NAME``, the same on every node.
+        output: URI of the folder that gets ``encoder/``, ``metrics.jsonl`` and, while it lasts,
+            ``work/checkpoints/``.
+        scratch: URI of a folder that every node reaches, for Ray Train's own files.
+        progress: Told of batches done.
+
+    Returns:
+        A row for each batch: batch, loss, learning_rate, examples_per_s.
+
+    Raises:
+        UserError: There are no examples, or the student does not load.
+        TokayError: A worker failed more than ``max_failures`` times.
+    """
+    from ray.train import (
+        FailureConfig,
+        LoggingConfig,
+        RunConfig,
+        ScalingConfig,
+        TrainingFailedError,
+    )
+    from ray.train.torch import TorchTrainer
+
+    job = Job(
+        config=config,
+        examples=examples,
+        student=student,
+        output=output,
+        num_batches=count_batches(examples),
+    )
+    storage = open_storage(output)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=job,
+        scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=config.use_gpu),
+        run_config=RunConfig(
+            name=f"training-{uuid.uuid4().hex[:8]}",
+            storage_path=open_storage(scratch).uri,
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    with _followed(storage, job.num_batches, progress):
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise _cause(error) from error
+    storage.delete(FOLDER)
+    return read_metrics(storage)
+
+
+def _cause(error: BaseException) -> TokayError:
+    """Returns what a person is told: the first worker's own reason."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for rank, failure in sorted(failures.items()):
+        causes = [failure, getattr(failure, "cause", None), failure.__cause__]
+        for cause in causes:
+            if isinstance(cause, UserError):
+                return cause
+        reason = str(failure).strip().splitlines()
+        return TokayError(f"training failed on worker {rank}: {reason[-1] if reason else failure}")
+    return TokayError(f"training failed: {' '.join(str(error).split())}")
+
+
+@contextmanager
+def _followed(storage: Storage, total: int, progress: Progress | None) -> Iterator[None]:
+    """Tells `progress` what rank 0 has written, until the block ends."""
+    if progress is None:
+        yield
+        return
+    done = threading.Event()
+
+    def tell() -> None:
+        rows = read_metrics(storage)
+        if rows:
+            mean = sum(row["loss"] for row in rows[-20:]) / len(rows[-20:])
+            progress.update(len(rows), total, f"loss {mean:.3f}")
+
+    def follow() -> None:
+        while not done.wait(_LOOK_EVERY_S):
+            tell()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+        tell()
+    finally:
+        done.set()
+        thread.join()

@@ -1,0 +1,92 @@
+"""The Ray Serve application: replicas that each hold the encoder, the corpus and the HTTP routes.
+
+One deployment, not an ingress in front of an encoder: a hop between two deployments costs a second
+Ray call and a copy of every vector for each request, and on a small machine a second process that
+competes with the encoder for cores. More traffic is met by more replicas.
+"""
+
+from typing import TYPE_CHECKING, Any, cast
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from ray.serve import Application
+
+# Above what the token budget admits, so that overload is answered by our 429 and never by a queue
+# in Serve's router, which knows nothing of tokens.
+_MAX_ONGOING_REQUESTS = 4096
+# Without a limit of its own, a model's length counts, up to this.
+_MAX_TOKENS = 8192
+
+
+class ServeOptions(BaseModel):
+    """What `tokay serve` and a Serve configuration's `args` accept."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(description="Model folder, hub id, or embedded:NAME")
+    name: str = Field(min_length=1, description="What requests call the model")
+    corpus: str | None = Field(None, description="What /v1/search answers from; see serving.corpus")
+    task: str = Field("search result", description="The task of queries that name none")
+    max_tokens: int = Field(
+        _MAX_TOKENS, ge=8, description="Longer texts are refused; a model may lower it"
+    )
+    dtype: str = Field("float32", pattern="^(float32|bfloat16|float16)$")
+    replicas: int = Field(1, ge=1)
+    cpus_per_replica: float = Field(1, ge=0, description="Ray gives the encoder so many threads")
+    gpus_per_replica: float = Field(0, ge=0)
+    batch_tokens: int = Field(2048, ge=1, description="Tokens in one pass; 16384 suits a GPU")
+    max_queued_tokens: int = Field(
+        262_144, ge=1, description="Tokens that may wait in a replica; beyond it, 429"
+    )
+
+
+class TokayServer:
+    """One replica: loads everything once, then hands Serve the HTTP application."""
+
+    def __init__(self, options: ServeOptions) -> None:
+        from ray import serve
+
+        from actors.encoder import Encoder
+        from serving.corpus import load_corpus
+        from serving.metrics import Metrics
+        from serving.served_model import ServedModel
+
+        encoder = Encoder.load(
+            options.model,
+            max_tokens=options.max_tokens,
+            dtype=options.dtype,
+            device="cuda" if options.gpus_per_replica else "cpu",
+        )
+        self.model = ServedModel(
+            encoder,
+            name=options.name,
+            task=options.task,
+            batch_tokens=options.batch_tokens,
+            max_queued_tokens=options.max_queued_tokens,
+            metrics=Metrics(serve.get_replica_context().replica_id.unique_id),
+            corpus=load_corpus(options.corpus, encoder) if options.corpus else None,
+        )
+
+    def __serve_build_asgi_app__(self) -> "FastAPI":
+        """Called by Serve after the constructor."""
+        from serving.api import create_app
+
+        return create_app(self.model)
+
+
+def build(options: ServeOptions) -> "Application":
+    """Builds the application; the entry point of a Serve configuration (`serving.app:build`)."""
+    from ray import serve
+
+    deployment: Any = serve.deployment(
+        name="server",
+        num_replicas=options.replicas,
+        max_ongoing_requests=_MAX_ONGOING_REQUESTS,
+        ray_actor_options={
+            "num_cpus": options.cpus_per_replica,
+            "num_gpus": options.gpus_per_replica,
+        },
+    )(serve.ingress()(TokayServer))
+    return cast("Application", deployment.bind(options))

@@ -1,0 +1,203 @@
+"""`tokay serve`: from a model's name to an endpoint that answers, and back to a clean machine."""
+
+import errno
+import os
+import re
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from actors.embedded import PREFIX, resolve_model
+from cluster.artifacts import Artifact
+from cluster.errors import TokayError, UserError
+from cluster.storage import join, open_storage
+from serving.app import ServeOptions
+
+_READY = """\
+{name} ({what}) answers at {url}   (Ctrl-C stops it)
+  console  {url}/
+  curl     curl {url}/v1/embeddings -H 'content-type: application/json' \\
+             -d '{{"model": "{name}", "input": "a text"}}'
+  python   openai.OpenAI(base_url="{url}/v1", api_key="-") \\
+             .embeddings.create(model="{name}", input="a text")"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What a MODEL argument names."""
+
+    model: str
+    name: str
+    index: str | None
+
+
+def serve(
+    model: Annotated[
+        str,
+        typer.Argument(help="A run's folder, a model folder, a hub id, or embedded:NAME"),
+    ],
+    corpus: Annotated[
+        str | None,
+        typer.Option(help="Search over this JSONL, Parquet or folder, not the run's index"),
+    ] = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 opens it to the network")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    replicas: Annotated[int, typer.Option(min=1)] = 1,
+    cpus: Annotated[
+        int, typer.Option(min=0, help="Cores of each replica; 0: an equal share of them all")
+    ] = 0,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs of each replica")] = 0,
+    name: Annotated[str | None, typer.Option(help="What requests call the model")] = None,
+) -> None:
+    """Serves a model through OpenAI's embeddings API, with search over a corpus and a console."""
+    served = find_model(model)
+    corpus = corpus or served.index
+    if corpus:
+        from serving.corpus import check_corpus
+
+        check_corpus(corpus)
+    check_port(host, port)
+    from cluster.session import connect
+
+    resources = connect()
+    options = ServeOptions(
+        model=served.model,
+        name=name or served.name,
+        corpus=corpus,
+        replicas=replicas,
+        cpus_per_replica=cpus or max(1, resources.num_cpus // replicas),
+        gpus_per_replica=gpus,
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        start(options, host=host, port=port)
+        what = "embeddings and search" if corpus else "embeddings"
+        shown = f"[{host}]" if ":" in host else host
+        typer.echo(_READY.format(name=options.name, what=what, url=f"http://{shown}:{port}"))
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        typer.echo("stopping")
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        stop()
+
+
+def find_model(model: str) -> Served:
+    """Finds the model folder, its name and a run's index.
+
+    Raises:
+        UserError: No such model, or a run that has not exported one yet.
+    """
+    if model.startswith("s3://") or Path(model, "export").is_dir():
+        return _find_in_run(model)
+    resolved = resolve_model(model)
+    if model.startswith(PREFIX):
+        return Served(model=resolved, name=model.removeprefix(PREFIX), index=None)
+    folder = Path(resolved)
+    if not folder.is_dir():
+        return Served(model=resolved, name=resolved, index=None)
+    folder = folder.resolve()
+    # RUN/export/model is better known by the run's name.
+    if folder.parts[-2:] == ("export", "model"):
+        return Served(model=str(folder), name=folder.parts[-3], index=None)
+    return Served(model=str(folder), name=folder.name, index=None)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises UserError if nobody could listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        # As the server does: a port whose old connections are still closing is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                message = f"port {port} of {host} is in use: give another with --port"
+            else:
+                message = f"cannot listen on {host}:{port}: {error.strerror or error}"
+            raise UserError(message) from error
+
+
+def start(options: ServeOptions, *, host: str, port: int) -> None:
+    """Runs the application on the connected Ray cluster; returns when it answers.
+
+    Raises:
+        UserError: The cluster serves something already, or has too few cores or GPUs.
+        TokayError: The replicas could not start.
+    """
+    import ray
+    from ray import serve as ray_serve
+
+    from cluster.session import silence
+    from serving.app import build
+
+    silence(None)  # importing Serve gave its logger a console handler again
+    if ray_serve.status().proxies:
+        raise UserError(
+            "this Ray cluster runs Ray Serve already: deploy there with `serve deploy` and"
+            " serving/serve.yaml, or unset RAY_ADDRESS to serve from this machine"
+        )
+    total = ray.cluster_resources()
+    for resource, each in (("CPU", options.cpus_per_replica), ("GPU", options.gpus_per_replica)):
+        has = total.get(resource, 0)
+        if each * options.replicas > has:
+            raise UserError(
+                f"{options.replicas} replicas of {each:g} {resource} need more than Ray's {has:g}:"
+                f" lower --replicas or --{resource.lower()}s"
+            )
+    ray_serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": host, "port": port},
+        logging_config={"enable_access_log": False},
+    )
+    try:
+        ray_serve.run(build(options), name="tokay", route_prefix="/")
+    except RuntimeError as error:
+        raise _readable(error) from error
+
+
+def stop() -> None:
+    """Lets running requests finish, then takes down what `start` and `connect` put up."""
+    import ray
+    from ray import serve as ray_serve
+
+    ray_serve.delete("tokay")
+    if os.environ.get("RAY_ADDRESS"):
+        ray_serve.shutdown()
+    ray.shutdown()
+
+
+def _find_in_run(run: str) -> Served:
+    export = Artifact.open(open_storage(join(run, "export")))
+    if export is None:
+        raise UserError(
+            f"run {run!r} has no finished export: let `tokay run` finish, or give a model folder"
+        )
+    model = export.local_folder(Path("~/.cache/tokay").expanduser()) / "model"
+    index = join(run, "index")
+    finished = Artifact.open(open_storage(index)) is not None
+    name = run.rstrip("/").rpartition("/")[2]
+    return Served(model=str(model), name=name, index=index if finished else None)
+
+
+def _readable(error: RuntimeError) -> TokayError:
+    """Finds, in Serve's report of a failed start, what the replica raised."""
+    raised = re.findall(r"(?:cluster\.errors\.)?(UserError|StorageError): (.+)", str(error))
+    if raised:
+        return UserError(raised[-1][1].strip())
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return TokayError(f"the server did not start: {lines[-1] if lines else error}")
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,68 @@
+"""What an operator watches, in Prometheus' words.
+
+Serve sends each scrape to one replica, so every series carries the replica's name: a scrape of
+several replicas gives several honest series and never one that jumps.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+class Metrics:
+    """The counters of one replica, in a registry of their own."""
+
+    def __init__(self, replica: str = "0") -> None:
+        self._replica = replica
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "tokay_requests",
+            "Requests by path and HTTP status",
+            ["replica", "path", "status"],
+            registry=self._registry,
+        )
+        self._latency = Histogram(
+            "tokay_request_seconds",
+            "Seconds from the request's arrival in the replica to its last byte",
+            ["replica", "path"],
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._texts = Counter(
+            "tokay_texts", "Texts embedded", ["replica"], registry=self._registry
+        ).labels(replica)
+        self._tokens = Counter(
+            "tokay_tokens",
+            "Tokens embedded, special tokens included",
+            ["replica"],
+            registry=self._registry,
+        ).labels(replica)
+        self._batch_texts = Histogram(
+            "tokay_batch_texts",
+            "Texts in one pass of the model",
+            ["replica"],
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+            registry=self._registry,
+        ).labels(replica)
+        self._queued = Gauge(
+            "tokay_queued_tokens",
+            "Tokens that wait or are being embedded",
+            ["replica"],
+            registry=self._registry,
+        ).labels(replica)
+
+    def count_request(self, path: str, status: int, seconds: float) -> None:
+        """Counts one answered request."""
+        self._requests.labels(self._replica, path, str(status)).inc()
+        self._latency.labels(self._replica, path).observe(seconds)
+
+    def count_batch(self, texts: int, tokens: int) -> None:
+        """Counts one pass of the model."""
+        self._texts.inc(texts)
+        self._tokens.inc(tokens)
+        self._batch_texts.observe(texts)
+
+    def exposition(self, queued_tokens: int) -> bytes:
+        """Returns all series in Prometheus' text format."""
+        self._queued.set(queued_tokens)
+        return generate_latest(self._registry)

@@ -1,0 +1,229 @@
+"""The model behind the endpoint: it reads requests' texts, checks them, and batches them.
+
+It knows nothing of HTTP or Ray, so that a test, a notebook and the Serve replica use the same one.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from actors.encoder import Encoder
+from serving.batching import QueueFull, TokenBatcher
+from serving.corpus import Corpus, Passage
+from serving.metrics import Metrics
+from serving.protocol import ApiError, Role
+
+MAX_TEXTS = 2048  # OpenAI's limit for one request
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedded:
+    """Vectors float32 `[texts, dimensions]` and the tokens that were read for them."""
+
+    vectors: np.ndarray
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Passages with their scores, best first, and the tokens of the query."""
+
+    hits: list[tuple[Passage, float]]
+    num_tokens: int
+
+
+class ServedModel:
+    """An encoder under one name, with its queue and perhaps a corpus."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        name: str,
+        task: str,
+        batch_tokens: int,
+        max_queued_tokens: int,
+        metrics: Metrics,
+        corpus: Corpus | None = None,
+    ) -> None:
+        """Wraps a loaded encoder.
+
+        Args:
+            encoder: Loaded; from now on only this object may call it.
+            name: What requests call the model.
+            task: The task of queries that name none.
+            batch_tokens: Tokens in one pass of the model.
+            max_queued_tokens: Tokens that may wait before requests are refused.
+            metrics: Where batches are counted.
+            corpus: What searches answer from.
+        """
+        self.name = name
+        self.created = int(time.time())
+        self.corpus = corpus
+        self.metrics = metrics
+        self.encoder = encoder
+        self._task = task
+        self._batch_tokens = batch_tokens
+        self.batcher = TokenBatcher(
+            self._embed_rows,
+            dimensions=encoder.dimensions,
+            batch_tokens=batch_tokens,
+            max_queued_tokens=max_queued_tokens,
+            on_batch=metrics.count_batch,
+        )
+        # One thread: a fast tokenizer must not be asked to truncate from two threads at once.
+        self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+
+    async def embed(
+        self,
+        inputs: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        role: Role | None = None,
+        task: str | None = None,
+        truncate: bool = False,
+        param: str = "input",
+    ) -> Embedded:
+        """Embeds texts, or token ids without special tokens.
+
+        Args:
+            inputs: 1 to 2048 of them, none empty.
+            role: The template to apply; None for texts as they are.
+            task: The task of the query template; None for the served one.
+            truncate: Cut what is too long.
+            param: The request's field that errors name.
+
+        Raises:
+            ApiError: 400 for inputs that cannot be embedded, 429 when too much is waiting.
+        """
+        if not 0 < len(inputs) <= MAX_TEXTS:
+            raise ApiError(
+                400, f"{param} holds {len(inputs)} texts: give 1 to {MAX_TEXTS}", param=param
+            )
+        rows = await asyncio.get_running_loop().run_in_executor(
+            self._tokenizing, lambda: self._read(inputs, role, task, truncate, param)
+        )
+        try:
+            vectors = await self.batcher.embed(rows)
+        except QueueFull as error:
+            raise ApiError(
+                429,
+                f"the server is busy ({error}): try again in {error.retry_after_s} s",
+                code="rate_limit_exceeded",
+                retry_after_s=error.retry_after_s,
+            ) from error
+        return Embedded(vectors=vectors, num_tokens=sum(map(len, rows)))
+
+    async def search(self, query: str, *, top_k: int, task: str | None = None) -> Found:
+        """Finds the passages nearest to a query.
+
+        Raises:
+            ApiError: 404 without a corpus; 400 for a blank or over-long query; 429 when busy.
+        """
+        if self.corpus is None:
+            raise ApiError(
+                404,
+                "no corpus is loaded: start the server with `tokay serve MODEL --corpus FOLDER`",
+                code="corpus_not_found",
+            )
+        if not query.strip():
+            raise ApiError(400, "query is blank: give at least one word", param="query")
+        embedded = await self.embed([query], role="query", task=task, param="query")
+        hits = await asyncio.to_thread(self.corpus.search, embedded.vectors[0], top_k)
+        return Found(hits=hits, num_tokens=embedded.num_tokens)
+
+    def _read(
+        self,
+        inputs: Sequence[str] | Sequence[Sequence[int]],
+        role: Role | None,
+        task: str | None,
+        truncate: bool,
+        param: str,
+    ) -> list[list[int]]:
+        """Returns the token ids that the model will read, special tokens included."""
+        if any(len(item) == 0 for item in inputs):
+            raise ApiError(400, f"{param} holds an empty text: leave it out", param=param)
+        texts = [item for item in inputs if isinstance(item, str)]
+        if texts:
+            rows = self._tokenize(self._format(texts, role, task), param)
+        else:
+            ids = [list(item) for item in inputs if not isinstance(item, str)]
+            rows = self._add_special_tokens(ids, role)
+        limit = self.encoder.max_tokens
+        for number, row in enumerate(rows):
+            if len(row) <= limit:
+                continue
+            if not truncate:
+                raise ApiError(
+                    400,
+                    f"{param} {number} has {len(row)} tokens and the model reads {limit}, special"
+                    " tokens included: shorten it, or send truncate=true to embed its beginning",
+                    param=param,
+                    code="context_length_exceeded",
+                )
+            num_last = len(self._special_tokens()[1])
+            rows[number] = row[: limit - num_last] + row[len(row) - num_last :]
+        return rows
+
+    def _format(self, texts: list[str], role: Role | None, task: str | None) -> list[str]:
+        templates = self.encoder.templates
+        if role == "query":
+            return [templates.format_query(text, task=task or self._task) for text in texts]
+        if task is not None:
+            raise ApiError(400, 'task needs input_type "query"', param="task")
+        if role == "passage":
+            return [templates.format_passage(text) for text in texts]
+        return texts
+
+    def _tokenize(self, texts: list[str], param: str) -> list[list[int]]:
+        """Tokenises without cutting, to know how long a text is."""
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:
+            raise ApiError(
+                400,
+                f"{param} holds half of a surrogate pair, which is no character: send Unicode text",
+                param=param,
+            ) from error
+        rows: list[list[int]] = self.encoder.tokenizer(
+            texts,
+            truncation=False,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        return [row or self.encoder.tokenize([""])[0] for row in rows]
+
+    def _special_tokens(self) -> tuple[list[int], list[int]]:
+        """Returns what the tokenizer puts before and behind a text."""
+        bare = self.encoder.tokenizer("a", add_special_tokens=False)["input_ids"]
+        full = self.encoder.tokenizer("a")["input_ids"]
+        start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+        return full[:start], full[start + len(bare) :]
+
+    def _add_special_tokens(self, rows: list[list[int]], role: Role | None) -> list[list[int]]:
+        if role is not None:
+            raise ApiError(400, "input_type needs texts, not token ids", param="input_type")
+        size = len(self.encoder.tokenizer)
+        worst = max(max(row) for row in rows)
+        if min(min(row) for row in rows) < 0 or worst >= size:
+            raise ApiError(
+                400,
+                f"token ids must be 0 to {size - 1} of this model's own tokenizer (given:"
+                f" {worst}): send texts; in LangChain, set check_embedding_ctx_length=False",
+                param="input",
+            )
+        first, last = self._special_tokens()
+        return [first + row + last for row in rows]
+
+    def _embed_rows(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        import torch
+
+        with torch.inference_mode():
+            found = self.encoder.embed_tokens(rows, batch_tokens=self._batch_tokens)
+            vectors: np.ndarray = found.float().cpu().numpy()
+        return vectors
