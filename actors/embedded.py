@@ -6,6 +6,8 @@ installed with the Python packages that carry their weights and are named ``embe
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import re
 import shutil
@@ -14,6 +16,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from cluster.errors import UserError
+from cluster.storage import open_storage
 
 PREFIX = "embedded:"
 # name -> (distribution to install, module that carries it, file or folder inside the module)
@@ -32,7 +35,7 @@ def resolve_model(name: str) -> str:
     """Turn a model's name in a recipe into what ``from_pretrained`` accepts.
 
     Args:
-        name: A folder, ``embedded:NAME``, or a hub id such as ``org/model``.
+        name: A folder, an ``s3://`` folder, ``embedded:NAME``, or a hub id such as ``org/model``.
 
     Returns:
         The path of a local folder, or the hub id unchanged.
@@ -42,6 +45,8 @@ def resolve_model(name: str) -> str:
     """
     if name.startswith(PREFIX):
         return str(embedded_model(name))
+    if name.startswith("s3://"):
+        return str(_downloaded(name))
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("config.json", "modules.json")):
@@ -90,10 +95,31 @@ def embedded_model(name: str) -> Path:
     source = Path(spec.submodule_search_locations[0]) / inside
     if source.is_dir():
         return source
-    cache = Path(os.environ.get("TOKAY_CACHE", "~/.cache/tokay")).expanduser() / "models"
-    folder = cache / f"{name.removeprefix(PREFIX)}-{metadata.version(distribution)}"
+    folder = _cache() / f"{name.removeprefix(PREFIX)}-{metadata.version(distribution)}"
     if not folder.is_dir():
         _dequantise(source, folder)
+    return folder
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("TOKAY_CACHE", "~/.cache/tokay")).expanduser() / "models"
+
+
+def _downloaded(uri: str) -> Path:
+    """Copy a model folder from S3, once for each content of it on each node."""
+    storage = open_storage(uri)
+    versions = [(file, storage.version(file)) for file in storage.list()]
+    if not versions:
+        raise UserError(f"model {uri!r}: nothing is there; give the folder that holds config.json")
+    folder = _cache() / hashlib.sha256(repr((uri, versions)).encode()).hexdigest()[:16]
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            whole = Path(temporary) / "whole"
+            for file, _ in versions:
+                storage.download(file, whole / file)
+            with contextlib.suppress(OSError):  # another process of this node was first
+                whole.rename(folder)
     return folder
 
 

@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -175,9 +175,7 @@ class LanguageModel:
             line = str(error).strip().splitlines()[-1]
             raise UserError(f"vLLM refuses model {options.model!r}: {line}") from error
         except Exception as error:
-            raise TokayError(
-                f"vLLM did not start with model {options.model!r}: {error}"
-            ) from error
+            raise TokayError(f"vLLM did not start with model {options.model!r}: {error}") from error
         tokenizer = AutoTokenizer.from_pretrained(
             model, trust_remote_code=options.trust_remote_code
         )
@@ -268,10 +266,31 @@ class LanguageModel:
             TokayError: If the engine is dead.
         """
         contexts: dict[str, list[int]] = {}
+        requests: list[Coroutine[Any, Any, PairScore | None]] = []
         for pair in pairs:
             if pair.context not in contexts:
                 contexts[pair.context] = self._tokenize(pair.context, special=True)
-        return list(await asyncio.gather(*[self._score(p, contexts[p.context]) for p in pairs]))
+                requests.append(self._prefill(contexts[pair.context]))
+            requests.append(self._score(pair, contexts[pair.context]))
+        # Requests reach the engine in this order; a pair finds its context in the cache even
+        # when both run in one step.
+        answers = await asyncio.gather(*requests)
+        return [answer for answer in answers if answer is not None]
+
+    async def _prefill(self, context: list[int]) -> None:
+        """Put a context in the cache without the cost of its tokens' log-probabilities."""
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        if not self._misfit(len(context), 1):
+            await self._request(
+                context,
+                SamplingParams(
+                    temperature=0.0,
+                    max_tokens=1,
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                ),
+            )
 
     async def _score(self, pair: ScoringPrompt, context: list[int]) -> PairScore:
         query = self._tokenize(pair.query, special=False)
@@ -354,11 +373,19 @@ def _scoring_params(relevant: int, irrelevant: int, *, cached: bool) -> Sampling
 
 def _set_environment(options: EngineOptions) -> None:
     """Set what vLLM takes from the environment only; what the user has set stays."""
-    cores = sorted(os.sched_getaffinity(0))
-    size = options.tensor_parallel_size
-    groups = [cores[rank::size] for rank in range(size)]
-    # vLLM's own choice on a CPU leaves one core idle. A GPU engine does not read this.
-    bind = "|".join(",".join(map(str, group)) for group in groups)
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind)
+    from vllm.platforms import current_platform
+
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if not current_platform.is_cpu():
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    size = options.tensor_parallel_size
+    groups = [",".join(map(str, cores[rank::size])) for rank in range(size)]
+    # vLLM's own choice leaves one core of two idle.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(groups))
+    # One order of summation, however many requests share a step: the same numbers every time.
+    os.environ.setdefault("VLLM_CPU_ATTN_SPLIT_KV", "0")
+    if options.enforce_eager:
+        # Eager vLLM still compiles a helper of prompt log-probabilities: 20 s, and a C++ compiler.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

@@ -2,8 +2,8 @@
 
 The rival is FastAPI with one `SentenceTransformer.encode` for each request, in the thread pool,
 with the same model, the same cores and the same JSON. Both are up at once and loaded in turns by
-the same closed-loop clients on loopback, so that whatever else the machine does falls on both. Processor
-time of the whole server, Ray's own processes included, is the figure that such other work disturbs
+the same closed-loop clients on loopback, so that whatever else the machine does falls on both. The
+processor time of a whole server, Ray's own processes included, is what such other work disturbs
 least.
 
     python benchmarks/serving.py [--rounds 3] [--seconds 8] [--json FILE]

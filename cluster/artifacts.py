@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -138,18 +137,6 @@ class Artifact:
                 raise self._broken(f"{entry.path} is missing") from error
             if hashlib.sha256(content).hexdigest() != entry.sha256:
                 raise self._broken(f"{entry.path} does not match its checksum")
-
-    def local_folder(self, cache: Path) -> Path:
-        """Returns the artifact as a folder on this node, downloaded below `cache` if need be."""
-        folder = getattr(self.storage, "folder", None)
-        if isinstance(folder, Path):
-            return folder
-        target = cache / self.manifest.step / self.manifest.fingerprint
-        for entry in self.manifest.files:
-            file = target / entry.path
-            if not file.exists() or file.stat().st_size != entry.num_bytes:
-                self.storage.download(entry.path, file)
-        return target
 
     def _broken(self, what: str) -> ArtifactError:
         return ArtifactError(

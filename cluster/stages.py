@@ -7,7 +7,7 @@ object store stays empty; and a shard computed twice (a lost node, a killed run)
 
 import json
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -52,7 +52,7 @@ class StageOutput:
 
     rows: pa.Table
     rejects: list[tuple[str, str, str]] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 StageFunction = Callable[[pa.Table], Awaitable[StageOutput]]
@@ -138,7 +138,7 @@ class _ShardWorker:
                 f" {output.rows.num_rows} out, {len(output.rejects)} refused"
             )
         write_rejects(self.target, output.rejects, _number(shard))
-        metrics = {METRICS: json.dumps(output.metrics).encode()}
+        metrics = {METRICS: json.dumps(dict(output.metrics)).encode()}
         rows = output.rows.replace_schema_metadata(metrics)
         write_table(self.target, shard_path(_number(shard)), rows)
         yield {"num_rows": [table.num_rows]}

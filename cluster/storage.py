@@ -65,6 +65,8 @@ def open_storage(uri: str | Path) -> Storage:
     """
     text = str(uri)
     parts = urlsplit(text)
+    if parts.scheme == "file" and parts.netloc not in ("", "localhost"):
+        raise StorageError(f"storage {text!r}: write file:///{parts.netloc}{parts.path}, or a path")
     if parts.scheme in ("", "file"):
         return LocalStorage(Path(unquote(parts.path) if parts.scheme else text))
     if parts.scheme == "s3":

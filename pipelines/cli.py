@@ -224,8 +224,8 @@ def stop(
     """Stop a job; its run goes on where it stopped when submitted again."""
     from cluster import jobs
 
-    jobs.stop(address, job)
-    console.print(f"{job} stopped")
+    stopped = jobs.stop(address, job)
+    console.print(f"{job} stopped" if stopped else f"{job} had already ended")
 
 
 @app.command("version")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from cluster.errors import UserError
 from cluster.stages import StageResources
@@ -79,9 +79,19 @@ class Recipe(BaseModel):
     mixture: MixtureConfig = MixtureConfig()
     student: StudentConfig
     training: TrainingConfig = TrainingConfig()
-    evaluation: tuple[TestSet, ...] = ()
+    evaluation: tuple[TestSet, ...] = Field(
+        default=(), description="the first is the headline; names must differ"
+    )
     resources: Resources = Resources()
     estimate: Estimate = Estimate()
+
+    @field_validator("evaluation")
+    @classmethod
+    def _named_apart(cls, test_sets: tuple[TestSet, ...]) -> tuple[TestSet, ...]:
+        names = [test_set.name for test_set in test_sets]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two test sets have one name: {names}; give each its own")
+        return test_sets
 
 
 def load_recipe(source: str | Path, settings: list[str] | None = None) -> Recipe:

@@ -11,6 +11,7 @@ from pydantic import Field
 from cluster.artifacts import Artifact, Json
 from cluster.errors import TokayError, UserError
 from cluster.steps import StepContext
+from cluster.storage import join
 from pipelines.encoders import EncoderConfig, load_encoder
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 MODEL = "model"
 MIN_PARITY = 0.9999
-CACHE = Path.home() / ".cache" / "tokay"
 
 
 class StudentConfig(EncoderConfig):
@@ -58,8 +58,7 @@ def export_student(
     """
     from actors.encoder import Encoder, check_parity
 
-    trained = context.input("training").local_folder(CACHE) / "encoder"
-    encoder = Encoder.load(str(trained))
+    encoder = Encoder.load(join(context.input("training").uri, "encoder"))
     fret = context.input("fret").manifest.metrics
     mixture = context.input("mixture").manifest
     card = _model_card(recipe_name, base_model, encoder, fret, mixture.metrics)
@@ -76,8 +75,8 @@ def export_student(
 
 
 def model_folder(artifact: Artifact) -> str:
-    """Returns the local folder of the encoder that a `student` or `export` step wrote."""
-    return str(artifact.local_folder(CACHE) / MODEL)
+    """Returns the folder or URI of the encoder that a `student` or `export` step wrote."""
+    return join(artifact.uri, MODEL)
 
 
 def _save(encoder: Encoder, card: str, storage: Storage) -> None:

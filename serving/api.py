@@ -99,7 +99,7 @@ def create_app(model: ServedModel) -> FastAPI:
         found = await model.search(request.query, top_k=request.top_k, task=request.task)
         return _json(
             SearchResponse(
-                data=[
+                results=[
                     Hit(id=passage.id, title=passage.title, text=passage.text, score=score)
                     for passage, score in found.hits
                 ],

@@ -1,8 +1,8 @@
 """`tokay serve`: from a model's name to an endpoint that answers, and back to a clean machine."""
 
+import contextlib
 import errno
 import os
-import re
 import signal
 import socket
 import time
@@ -74,6 +74,7 @@ def serve(
         cpus_per_replica=cpus or max(1, resources.num_cpus // replicas),
         gpus_per_replica=gpus,
     )
+    check_cluster(options)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
@@ -97,9 +98,12 @@ def find_model(model: str) -> Served:
     Raises:
         UserError: No such model, or a run that has not exported one yet.
     """
-    if model.startswith("s3://") or Path(model, "export").is_dir():
+    remote = model.startswith("s3://")
+    if Path(model, "export").is_dir() or (remote and _artifact(model, "export")):
         return _find_in_run(model)
     resolved = resolve_model(model)
+    if remote:  # every node fetches its own
+        return Served(model=model, name=model.rstrip("/").rpartition("/")[2], index=None)
     if model.startswith(PREFIX):
         return Served(model=resolved, name=model.removeprefix(PREFIX), index=None)
     folder = Path(resolved)
@@ -128,20 +132,11 @@ def check_port(host: str, port: int) -> None:
             raise UserError(message) from error
 
 
-def start(options: ServeOptions, *, host: str, port: int) -> None:
-    """Runs the application on the connected Ray cluster; returns when it answers.
-
-    Raises:
-        UserError: The cluster serves something already, or has too few cores or GPUs.
-        TokayError: The replicas could not start.
-    """
+def check_cluster(options: ServeOptions) -> None:
+    """Raises UserError if the connected Ray serves something already, or is too small."""
     import ray
     from ray import serve as ray_serve
 
-    from cluster.session import silence
-    from serving.app import build
-
-    silence(None)  # importing Serve gave its logger a console handler again
     if ray_serve.status().proxies:
         raise UserError(
             "this Ray cluster runs Ray Serve already: deploy there with `serve deploy` and"
@@ -155,6 +150,20 @@ def start(options: ServeOptions, *, host: str, port: int) -> None:
                 f"{options.replicas} replicas of {each:g} {resource} need more than Ray's {has:g}:"
                 f" lower --replicas or --{resource.lower()}s"
             )
+
+
+def start(options: ServeOptions, *, host: str, port: int) -> None:
+    """Runs the application on the connected Ray cluster; returns when it answers.
+
+    Raises:
+        TokayError: The replicas could not start; a UserError where the user can mend it.
+    """
+    from ray import serve as ray_serve
+
+    from cluster.session import silence
+    from serving.app import build
+
+    silence(None)  # importing Serve gave its logger a console handler again
     ray_serve.start(
         proxy_location="HeadOnly",
         http_options={"host": host, "port": port},
@@ -163,40 +172,48 @@ def start(options: ServeOptions, *, host: str, port: int) -> None:
     try:
         ray_serve.run(build(options), name="tokay", route_prefix="/")
     except RuntimeError as error:
-        raise _readable(error) from error
+        raise _cause() from error
 
 
 def stop() -> None:
     """Lets running requests finish, then takes down what `start` and `connect` put up."""
     import ray
     from ray import serve as ray_serve
+    from ray.serve.exceptions import RayServeException
 
-    ray_serve.delete("tokay")
+    with contextlib.suppress(RayServeException):  # stopped before Serve was up
+        ray_serve.delete("tokay")
     if os.environ.get("RAY_ADDRESS"):
         ray_serve.shutdown()
     ray.shutdown()
 
 
+def _artifact(run: str, step: str) -> Artifact | None:
+    return Artifact.open(open_storage(join(run, step)))
+
+
 def _find_in_run(run: str) -> Served:
-    export = Artifact.open(open_storage(join(run, "export")))
-    if export is None:
+    if _artifact(run, "export") is None:
         raise UserError(
             f"run {run!r} has no finished export: let `tokay run` finish, or give a model folder"
         )
-    model = export.local_folder(Path("~/.cache/tokay").expanduser()) / "model"
-    index = join(run, "index")
-    finished = Artifact.open(open_storage(index)) is not None
-    name = run.rstrip("/").rpartition("/")[2]
-    return Served(model=str(model), name=name, index=index if finished else None)
+    return Served(
+        model=join(run, "export", "model"),
+        name=run.rstrip("/").rpartition("/")[2],
+        index=join(run, "index") if _artifact(run, "index") else None,
+    )
 
 
-def _readable(error: RuntimeError) -> TokayError:
+def _cause() -> TokayError:
     """Finds, in Serve's report of a failed start, what the replica raised."""
-    raised = re.findall(r"(?:cluster\.errors\.)?(UserError|StorageError): (.+)", str(error))
-    if raised:
-        return UserError(raised[-1][1].strip())
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return TokayError(f"the server did not start: {lines[-1] if lines else error}")
+    from ray import serve as ray_serve
+
+    application = ray_serve.status().applications["tokay"]
+    report = [application.message, *(each.message for each in application.deployments.values())]
+    kind, _, message = "\n".join(report).strip().splitlines()[-1].partition(": ")
+    if kind in ("cluster.errors.UserError", "cluster.errors.StorageError"):
+        return UserError(message)
+    return TokayError(f"the server did not start: {kind}: {message}")
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

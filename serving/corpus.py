@@ -7,7 +7,6 @@ passages are embedded when the server starts.
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,10 +54,15 @@ class Corpus:
 
 
 def check_corpus(uri: str) -> None:
-    """Says early, without reading passages, whether `uri` names a corpus; raises UserError."""
+    """Refuses a corpus before a server is started for it; vectors are checked when it is loaded.
+
+    Raises:
+        UserError: Nothing readable there, or a malformed line.
+    """
     storage, files = _files(uri)
-    if Artifact.open(storage) is None and not files:
-        raise UserError(f"corpus {uri!r} holds no passages: {ACCEPTED}")
+    for path in files:
+        if path.endswith(".jsonl"):
+            _read_jsonl(storage.read_bytes(path), join(storage.uri, path))
 
 
 def load_corpus(uri: str, encoder: "Encoder") -> Corpus:
@@ -105,27 +109,28 @@ def _vectors(table: pa.Table, dimensions: int, uri: str) -> np.ndarray:
 
 
 def _files(uri: str) -> tuple[Storage, list[str]]:
-    """Opens the folder and lists the data files; a file's URI is a folder of one."""
+    """Opens the folder and lists the data files: none for an artifact, whose manifest has them."""
     if uri.endswith((".jsonl", ".parquet")):
         folder, _, name = uri.rpartition("/")
-        storage = open_storage(folder or (Path("/") if uri.startswith("/") else "."))
-        return storage, [name] if storage.exists(name) else []
-    storage = open_storage(uri)
-    if storage.exists("corpus.jsonl"):
-        return storage, ["corpus.jsonl"]
-    paths = storage.list()
-    parquet = [path for path in paths if path.endswith(".parquet")]
-    return storage, parquet or [path for path in paths if path.endswith(".jsonl")]
+        storage = open_storage(folder or ("/" if uri.startswith("/") else "."))
+        files = [name] if storage.exists(name) else []
+    else:
+        storage = open_storage(uri)
+        if storage.exists(MANIFEST):
+            return storage, []
+        files = [path for path in storage.list() if path.endswith((".jsonl", ".parquet"))]
+        if "corpus.jsonl" in files:  # a BEIR folder, whose queries are JSONL too
+            files = ["corpus.jsonl"]
+    if not files:
+        raise UserError(f"corpus {uri!r} holds no passages: {ACCEPTED}")
+    return storage, files
 
 
 def _tables(uri: str) -> Iterator[pa.Table]:
     storage, files = _files(uri)
-    artifact = Artifact.open(storage)
+    artifact = None if files else Artifact.open(storage)
     if artifact is not None:
         yield from map(_passage_table, artifact.tables())
-        return
-    if not files:
-        raise UserError(f"corpus {uri!r} holds no passages ({MANIFEST} neither): {ACCEPTED}")
     for path in files:
         where = join(storage.uri, path)
         if path.endswith(".parquet"):

@@ -134,7 +134,6 @@ class Hit(BaseModel):
 class SearchResponse(BaseModel):
     """The nearest passages, best first."""
 
-    object: Literal["list"] = "list"
-    data: list[Hit]
+    results: list[Hit]
     model: str
     usage: Usage

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from cluster.errors import UserError
 from pipelines.evaluation.bootstrap import Estimate
@@ -25,7 +25,7 @@ STUDENT_AFTER = "student_after"
 
 
 def run_eval(
-    model: str,
+    models: Mapping[str, str],
     *,
     beir: Sequence[Path] = (),
     mteb: Sequence[str] = (),
@@ -33,19 +33,17 @@ def run_eval(
     task: str | None = None,
     as_json: bool = False,
     max_tokens: int = 256,
-    run_models: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Measures models on BEIR folders and mteb tasks and prints what it found.
 
     Args:
-        model: Model folder, hub id, ``embedded:NAME``, endpoint ``http(s)://HOST/v1``, or a run.
+        models: Name -> model folder, hub id, ``embedded:NAME`` or endpoint ``http(s)://HOST/v1``.
         beir: Folders in BEIR's layout.
         mteb: mteb's names of tasks.
         split: Which qrels of the folders.
         task: For the query template; Gecko's for each test set if None.
         as_json: Print JSON instead of a table.
         max_tokens: Longer texts are cut.
-        run_models: The models of a run, name -> folder or hub id, where ``model`` is one.
 
     Returns:
         The results as they stand in the JSON.
@@ -60,11 +58,11 @@ def run_eval(
     if mteb:
         with quiet_mteb():
             find_mteb_tasks(mteb)
-    models = run_models or {_short_name(model): model}
     retrieval: list[RetrievalResult] = []
     named: list[MtebResult] = []
     with _progress(shown=not as_json) as show:
-        for name, location in models.items():
+        for given, location in models.items():
+            name = _short_name(given)
             encoder = _load(location, max_tokens)
             for dataset in datasets:
                 advance = show(f"{name} on {dataset.name}", _num_texts(dataset))
@@ -120,6 +118,7 @@ def _load(location: str, max_tokens: int) -> TextEncoder:
 
 
 def _short_name(model: str) -> str:
+    """Returns the last part of a folder's path, and any other name as it is."""
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
@@ -154,20 +153,17 @@ def _print_tables(
 ) -> None:
     console = Console()
     if retrieval:
-        table = Table("model", "test set")
+        table = _table("model", "test set")
         for heading in ("nDCG@10", "recall@10", "texts/s"):
-            table.add_column(heading, justify="right")
-        ordered = sorted(retrieval, key=lambda result: result.dataset)
-        for _, group in groupby(ordered, key=lambda result: result.dataset):
-            for result in group:
-                table.add_row(
-                    result.model,
-                    result.dataset,
-                    _show(result.ndcg_at_10),
-                    _show(result.recall_at_10),
-                    f"{result.texts_per_s:,.0f}",
-                )
-            table.add_section()
+            table.add_column(heading, justify="right", no_wrap=True)
+        for result in sorted(retrieval, key=lambda result: result.dataset):
+            table.add_row(
+                result.model,
+                result.dataset,
+                _show(result.ndcg_at_10),
+                _show(result.recall_at_10),
+                f"{result.texts_per_s:,.0f}",
+            )
         console.print(table)
     for row in compared:
         low, high = row["interval"]
@@ -178,9 +174,9 @@ def _print_tables(
             highlight=False,
         )
     if retrieval:
-        console.print("In brackets: 95 % bootstrap intervals over queries.", markup=False)
+        console.print("In brackets: 95 % bootstrap intervals over queries.", style="dim")
     if named:
-        table = Table("model", "mteb task", "type", "metric")
+        table = _table("model", "mteb task", "type", "metric")
         table.add_column("score", justify="right")
         for outcome in named:
             table.add_row(
@@ -193,6 +189,10 @@ def _print_tables(
         console.print(table)
 
 
-def _show(estimate: Estimate) -> str:
-    # Rich reads a bracket as markup unless it is escaped.
-    return f"{estimate.mean:.3f} \\[{estimate.low:.3f}, {estimate.high:.3f}]"
+def _table(*headings: str) -> Table:
+    return Table(*headings, box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
+
+
+def _show(estimate: Estimate) -> Text:
+    interval = f"[{estimate.low:.3f}, {estimate.high:.3f}]"
+    return Text.assemble(f"{estimate.mean:.3f} ", (interval, "dim"))

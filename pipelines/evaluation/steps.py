@@ -128,7 +128,13 @@ def run_evaluation(
             }
         )
     queries = {dataset.name: dict(dataset.queries) for dataset in datasets}
-    document = {"results": results, "differences": differences, "queries": queries}
+    qrels = {d.name: {query: dict(rated) for query, rated in d.qrels.items()} for d in datasets}
+    document = {
+        "results": results,
+        "differences": differences,
+        "queries": queries,
+        "qrels": qrels,
+    }
     context.storage.write_bytes(RESULTS, json.dumps(document).encode())
     short = [{k: v for k, v in r.items() if k not in _LONG} for r in results]
     return {"results": short, "differences": differences}

@@ -99,7 +99,10 @@ def _seed_ranks(fret: Artifact | None) -> list[dict[str, int]]:
     scored: Counter[int] = Counter()
     kept: Counter[int] = Counter()
     for table in fret.tables(["seed_rank", "dropped_by"]) if fret else []:
-        for counter, part in ((scored, table), (kept, table.filter(pc.is_null(table["dropped_by"])))):
+        for counter, part in (
+            (scored, table),
+            (kept, table.filter(pc.is_null(table["dropped_by"]))),
+        ):
             for entry in part["seed_rank"].value_counts().to_pylist():
                 counter[entry["values"]] += entry["counts"]
     ranks = sorted(scored, key=lambda rank: (rank == 0, rank))
@@ -114,9 +117,7 @@ def _training(run: RunFolder) -> dict[str, Json] | None:
         lines = training.storage.read_bytes("metrics.jsonl").splitlines()
     except FileNotFoundError:
         lines = []
-    # A resumed training repeats the batches since its checkpoint: the last row of a batch counts.
-    rows = {row["batch"]: row for row in map(json.loads, lines)}
-    loss = [[batch, rows[batch]["loss"]] for batch in sorted(rows)]
+    loss = [[row["batch"], row["loss"]] for row in map(json.loads, lines)]
     return {
         "batches": _metrics(run, "mixture").get("num_batches", len(loss)),
         "loss": loss,

@@ -81,14 +81,16 @@ def intervals(name: str, label: str, rows: Sequence[tuple[str, float, float, flo
     return _svg(name, label, 0.75 + 0.42 * len(rows), draw)
 
 
-def seed_ranks(name: str, label: str, rows: Sequence[tuple[str, int, int]]) -> str:
-    """Draws (rank, scored queries, kept queries) as bars, the kept ones in full colour."""
+def seed_ranks(name: str, label: str, rows: Sequence[tuple[int, int, int]]) -> str:
+    """Draws (rank, scored queries, kept queries) as bars; rank 0 is a seed that was not found."""
 
     def draw(axes: Axes) -> None:
-        places = range(len(rows))
+        last = max(rank for rank, _, _ in rows)
+        places = [rank or last + 2 for rank, _, _ in rows]
         axes.bar(places, [row[1] for row in rows], width=0.7, color=SOFT, label="scored")
         axes.bar(places, [row[2] for row in rows], width=0.7, color=ACCENT, label="kept")
-        axes.set_xticks(places, [row[0] for row in rows])
+        ticks = range(1, last + 1, -(-last // 25) or 1)
+        axes.set_xticks([*ticks, last + 2], [*map(str, ticks), "not\nfound"])
         axes.tick_params(axis="x", length=0)
         axes.set_xlabel("rank of the seed in the retriever's list")
         axes.set_ylabel("queries")

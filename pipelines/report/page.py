@@ -76,10 +76,7 @@ def _figures(document: dict[str, Json]) -> dict[str, Any]:
         rows = [(row["name"], row["count"], f"{row['count']:,}") for row in document["funnel"]]
         drawn["funnel"] = figures.bars("funnel", "From documents to training examples", rows)
     if document["seed_ranks"]:
-        ranks = [
-            (str(row["rank"] or "not found"), row["scored"], row["kept"])
-            for row in document["seed_ranks"]
-        ]
+        ranks = [(row["rank"], row["scored"], row["kept"]) for row in document["seed_ranks"]]
         drawn["seed_ranks"] = figures.seed_ranks("seeds", "Where the seed ranks", ranks)
     if document["training"] and document["training"]["loss"]:
         loss = document["training"]["loss"]

@@ -27,9 +27,12 @@ def print_evaluation(document: dict[str, Json], console: Console) -> None:
         )
         console.print(_scores(test_set))
         _print_difference(test_set, console)
+        console.print(
+            Text("\nqueries: nDCG@10 before → after, first results, ✓ is an answer", "dim")
+        )
         for query in test_set["queries"]:
-            console.print()
             console.print(_query(query))
+            console.print()
 
 
 def _scores(test_set: dict[str, Any]) -> Table:
@@ -63,8 +66,8 @@ def _print_difference(test_set: dict[str, Any], console: Console) -> None:
         Text.assemble(
             "after - before: nDCG@10 ",
             (f"{gain:+.3f}", _colour(gain)),
-            f" [{low:+.3f}, {high:+.3f}]; {changes['better']} queries better,"
-            f" {changes['worse']} worse, {changes['unchanged']} unchanged",
+            f" [{low:+.3f}, {high:+.3f}]; {changes['better']} better,"
+            f" {changes['worse']} worse, {changes['unchanged']} same",
         )
     )
 
@@ -73,10 +76,9 @@ def _query(query: dict[str, Any]) -> Table:
     before, after = query["ndcg_at_10"].values()
     table = Table(
         title=Text.assemble(
-            (" ".join(query["query"].split()), "bold"),
-            ("  nDCG@10 ", "dim"),
             f"{before:.2f} → ",
             (f"{after:.2f}", _colour(after - before)),
+            ("  " + " ".join(query["query"].split()), "bold"),
         ),
         title_justify="left",
         title_style="",

@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file with weights, optimizer and place, so that it is whole or absent."""
+"""Checkpoints: weights and optimizer in one safetensors file, so that it is whole or absent."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ class TrainingConfig(BaseModel):
         "use_gpu",
         "checkpoint_every_batches",
         "max_failures",
+        "node_resource",
     )
 
     epochs: float = Field(default=3, gt=0)
@@ -58,6 +59,9 @@ class TrainingConfig(BaseModel):
     seed: int = 0
     num_workers: int = Field(default=1, ge=1, description="Ray Train workers, one GPU each if any")
     use_gpu: bool = False
+    node_resource: str | None = Field(
+        default=None, description="custom resource that steers workers to one node type"
+    )
     checkpoint_every_batches: int = Field(default=100, ge=1)
     max_failures: int = Field(
         default=2, ge=0, description="restarts from the last checkpoint after a lost worker"

@@ -66,8 +66,12 @@ def train(
     storage = open_storage(output)
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config=job,
-        scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=config.use_gpu),
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=config.use_gpu,
+            resources_per_worker=_worker_resources(config),
+        ),
         run_config=RunConfig(
             name=f"training-{uuid.uuid4().hex[:8]}",
             storage_path=open_storage(scratch).uri,
@@ -82,6 +86,13 @@ def train(
             raise _cause(error) from error
     storage.delete(FOLDER)
     return read_metrics(storage)
+
+
+def _worker_resources(config: TrainingConfig) -> dict[str, float]:
+    resources = {"GPU": 1.0} if config.use_gpu else {"CPU": 1.0}
+    if config.node_resource:
+        resources[config.node_resource] = 1.0
+    return resources
 
 
 def _cause(error: BaseException) -> TokayError:

@@ -64,13 +64,14 @@ class _Slice:
     related: torch.Tensor | None
 
 
-def train_worker(job: Job) -> None:
+def train_worker(told: dict[str, Job]) -> None:
     """Trains on this worker's slices; rank 0 also writes metrics, checkpoints and the encoder."""
     import ray.train
     from ray.train.torch import get_device
 
     from actors.encoder import Encoder
 
+    job = told["job"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
@@ -171,8 +172,8 @@ def _train_batch(
     device = encoder.device
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         embedded = encoder.embed_tokens([*part.queries, *part.positives, *part.negatives])
-    queries, positives, found = embedded.split(
-        [len(part.queries), len(part.positives), len(part.negatives)]
+    queries, positives, found = torch.split(
+        embedded, [len(part.queries), len(part.positives), len(part.negatives)]
     )
     has_negative = part.has_negative.to(device)
     negatives = torch.zeros_like(queries)
@@ -200,7 +201,7 @@ def _add_up_gradients(weights: Sequence[torch.nn.Parameter]) -> None:
     ]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     dist.all_reduce(flat)
-    parts = flat.split([weight.numel() for weight in weights])
+    parts = torch.split(flat, [weight.numel() for weight in weights])
     for weight, summed in zip(weights, parts, strict=True):
         weight.grad = summed.view_as(weight)
 

@@ -130,7 +130,7 @@ def test_openai_client_raises_its_own_errors(endpoint: Endpoint) -> None:
 
 def test_search_uses_the_index_of_the_run(endpoint: Endpoint) -> None:
     body = {"query": "how do I wait a moment", "top_k": 2}
-    hits = httpx.post(f"{endpoint.url}/v1/search", json=body).json()["data"]
+    hits = httpx.post(f"{endpoint.url}/v1/search", json=body).json()["results"]
     assert [hit["id"] for hit in hits][:1] == ["sleep"]
     assert hits[0]["title"] == "time.sleep"
     assert 1 > hits[0]["score"] > hits[1]["score"]

@@ -82,6 +82,11 @@ def test_unknown_scheme_is_refused_with_the_accepted_ones() -> None:
         open_storage("gs://bucket/x")
 
 
+def test_relative_file_uri_is_not_taken_for_an_absolute_path() -> None:
+    with pytest.raises(StorageError, match="write file:///runs/x, or a path"):
+        open_storage("file://runs/x")
+
+
 def test_missing_bucket_names_the_mend(bucket: str) -> None:
     with pytest.raises(StorageError, match="NoSuchBucket; create the bucket"):
         open_storage("s3://no-such-bucket-here/x").list()

@@ -237,15 +237,15 @@ def test_search_finds_the_passage_that_answers(
     corpus = load_corpus(str(tmp_path), prompted)
     client = TestClient(create_app(make_model(prompted, corpus=corpus)))
     found = client.post("/v1/search", json={"query": "wait a moment", "top_k": 2}).json()
-    assert found["data"][0]["id"] == "sleep"
-    assert len(found["data"]) == 2
-    assert found["data"][0]["title"] == "time.sleep"
+    assert found["results"][0]["id"] == "sleep"
+    assert len(found["results"]) == 2
+    assert found["results"][0]["title"] == "time.sleep"
     query = prompted.encode_queries(["wait a moment"], task="search result")[0]
     passage = prompted.encode_passages(["Suspends execution for some seconds."], ["time.sleep"])[0]
-    assert found["data"][0]["score"] == pytest.approx(float(query @ passage), abs=1e-5)
+    assert found["results"][0]["score"] == pytest.approx(float(query @ passage), abs=1e-5)
     other = client.post("/v1/search", json={"query": "wait a moment", "task": "clustering"}).json()
-    assert other["data"][0]["score"] != found["data"][0]["score"]
-    assert len(other["data"]) == 3
+    assert other["results"][0]["score"] != found["results"][0]["score"]
+    assert len(other["results"]) == 3
     assert client.get("/v1/models").json()["data"][0]["num_passages"] == 3
     for body in ({"query": "  "}, {"query": "a", "top_k": 0}, {"query": "word " * 300}, {}):
         refused(client.post("/v1/search", json=body), 400)

@@ -104,8 +104,12 @@ def encoder_of_another_size(encoder: Encoder) -> Encoder:
 )
 def test_malformed_line_is_named(encoder: Encoder, tmp_path: Path, line: bytes, says: str) -> None:
     (tmp_path / "corpus.jsonl").write_bytes(json.dumps(ROWS[0]).encode() + b"\n" + line)
-    with pytest.raises(UserError, match=says):
-        load_corpus(str(tmp_path), encoder)
+    for refuse in (
+        lambda: check_corpus(str(tmp_path)),
+        lambda: load_corpus(str(tmp_path), encoder),
+    ):
+        with pytest.raises(UserError, match=says):
+            refuse()
 
 
 def test_nothing_to_serve_is_refused(encoder: Encoder, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from pipelines.evaluation.steps import TestSet, run_evaluation
 from pipelines.fret.fret import make_fret
 from pipelines.fret.fusion import FretConfig
 from pipelines.records import EXAMPLE, PASSAGE, QUERY, SCORES
+from pipelines.report.write import write_report
 
 # Relevant passage and the rank each model gives it: retriever, student before, student after.
 JUDGED = {
@@ -138,10 +139,9 @@ def _steps(beir: Path, decoration: str) -> list[Step]:
         return {"num_batches": 3, "num_examples": 2, "sets": {f"fret{decoration}": 2}}
 
     def training(context: StepContext) -> dict[str, Json]:
-        losses = [(0, 3.0), (1, 2.5), (1, 2.25), (2, 2.0)]  # batch 1 was repeated after a resume
         lines = [
             {"batch": batch, "loss": loss, "learning_rate": 1e-4, "examples_per_s": 20.0}
-            for batch, loss in losses
+            for batch, loss in enumerate((3.0, 2.5, 2.0))
         ]
         content = "".join(json.dumps(line) + "\n" for line in lines)
         context.storage.write_bytes("metrics.jsonl", content.encode())
@@ -203,6 +203,12 @@ def _write_beir(beir: Path, decoration: str) -> None:
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The URI of a finished run; tests that change it copy it first."""
     return build(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture(scope="session")
+def report(finished_run: str) -> dict[str, Json]:
+    """The report of the finished run."""
+    return write_report(finished_run)
 
 
 @pytest.fixture

@@ -1,0 +1,72 @@
+"""`tokay demo`: the small recipe from end to end, and one query sent to the finished endpoint."""
+
+import subprocess
+import sys
+import time
+from importlib.resources import files
+
+import httpx
+from rich.console import Console
+
+from cluster.errors import TokayError
+from cluster.session import free_port
+from cluster.storage import open_storage
+from pipelines.execute import execute, log_folder
+from pipelines.recipe import load_recipe
+
+QUERY = "how can I find out which line of my program takes the most time"
+START_LIMIT_S = 120.0
+
+
+def run_demo(storage: str, settings: list[str], fresh: bool, console: Console) -> None:
+    """Runs the demo's recipe, shows what it learnt, and asks the endpoint."""
+    begin = time.monotonic()
+    recipe = load_recipe(str(files("pipelines") / "demo" / "demo.yaml"), settings)
+    execute(recipe, storage, console, fresh=fresh)
+    _ask_endpoint(storage, console)
+    console.print(f"[dim]{time.monotonic() - begin:.0f} s in all[/]")
+
+
+def _ask_endpoint(storage: str, console: Console) -> None:
+    """Starts `tokay serve` on the run, sends one query, and stops it."""
+    folder = log_folder(open_storage(storage))
+    assert folder is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    command = [sys.executable, "-m", "serving", storage, "--port", str(port)]
+    log = folder / "serve.log"
+    console.print("[dim]starting the endpoint ...[/]")
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait(server, url, str(log))
+            answer = httpx.post(
+                f"{url}/v1/search", json={"query": QUERY, "top_k": 3}, timeout=30
+            ).raise_for_status()
+        finally:
+            server.terminate()
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                server.kill()
+    console.print(f"[green]✓[/] the endpoint answers [bold]{QUERY}[/]", soft_wrap=True)
+    for passage in answer.json()["results"]:
+        text = " ".join(passage["text"].split())[:90]
+        console.print(
+            f"    {passage['score']:.3f}  [bold]{passage['title']}[/]  {text}", soft_wrap=True
+        )
+    console.print(f"serve it yourself: tokay serve {storage}", soft_wrap=True)
+
+
+def _wait(server: "subprocess.Popen[bytes]", url: str, log: str) -> None:
+    limit = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < limit:
+        if server.poll() is not None:
+            raise TokayError(f"the endpoint stopped with exit code {server.returncode}: see {log}")
+        try:
+            if httpx.get(f"{url}/healthz", timeout=2).is_success:
+                return
+        except httpx.HTTPError:
+            time.sleep(0.5)
+    raise TokayError(f"the endpoint did not answer within {START_LIMIT_S:.0f} s: see {log}")

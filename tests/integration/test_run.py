@@ -1,0 +1,127 @@
+"""The whole loop through every real engine, killed twice on the way, on a small corpus."""
+
+import inspect
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.artifacts import Artifact, open_artifact
+
+pytestmark = pytest.mark.slow
+NUM_SEEDS = 12
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BEIR folder from the standard library's docstrings, with lines that are no documents."""
+    folder = tmp_path_factory.mktemp("beir")
+    functions = [
+        value
+        for module in (statistics, os.path, json, subprocess, inspect)
+        for _, value in sorted(vars(module).items())
+        if inspect.isfunction(value) and inspect.getdoc(value)
+    ]
+    rows = {f.__qualname__: str(inspect.getdoc(f)) for f in functions}
+    lines = [json.dumps({"_id": k, "title": k, "text": v}) for k, v in rows.items()]
+    (folder / "corpus.jsonl").write_text("\n".join(lines))
+    lines += ["{not json", json.dumps({"_id": "empty", "text": ""}), json.dumps({"_id": "none"})]
+    (folder / "documents.jsonl").write_text("\n".join(lines))
+    (folder / "queries.jsonl").write_text(
+        json.dumps({"_id": "q1", "text": "what is the middle value of some numbers"})
+        + "\n"
+        + json.dumps({"_id": "q2", "text": "does a file exist"})
+    )
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "test.tsv").write_text(
+        "query-id\tcorpus-id\tscore\nq1\tmedian\t1\nq2\texists\t1\n"
+    )
+    return folder
+
+
+def command(corpus: Path, run: Path) -> list[str]:
+    settings = [
+        f"corpus.path={corpus}/documents.jsonl",
+        f"seeds.num_seeds={NUM_SEEDS}",
+        "seeds.rows_per_shard=4",
+        "scores.num_scored=3",
+        "queries.max_passage_tokens=64",
+        "scores.max_passage_tokens=48",
+        "training.batch_size=4",
+        "training.epochs=4",
+        "training.checkpoint_every_batches=2",
+        "fret.max_seed_rank=20",
+        f"evaluation=[{{name: tiny, path: {corpus}, task: search result}}]",
+    ]
+    sets = [word for setting in settings for word in ("--set", setting)]
+    return [sys.executable, "-m", "pipelines.cli", "run", "laptop", "--storage", str(run), *sets]
+
+
+def kill_when(folder: Path, pattern: str, arguments: list[str], limit_s: float = 240) -> None:
+    """Starts the command and kills its whole process tree once a file of the pattern is there."""
+    process = subprocess.Popen(arguments, start_new_session=True)
+    limit = time.monotonic() + limit_s
+    while not list(folder.glob(pattern)):
+        assert process.poll() is None, f"ended with {process.returncode} before {pattern}"
+        assert time.monotonic() < limit, f"no {pattern} within {limit_s} s"
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_run_killed_twice_gives_every_row_once_and_a_better_file(
+    corpus: Path, tmp_path: Path
+) -> None:
+    run, arguments = tmp_path / "run", command(corpus, tmp_path / "run")
+    kill_when(run, "queries/shards/*.parquet", arguments)
+    assert not (run / "queries" / "manifest.json").exists()
+    written = {f: f.stat().st_mtime_ns for f in run.glob("queries/shards/*.parquet")}
+    kill_when(run, "training/metrics.jsonl", arguments)
+    finished = {f: f.stat().st_mtime_ns for f in run.glob("*/manifest.json")}
+    assert {f: f.stat().st_mtime_ns for f in written} == written
+    assert (run / "fret" / "manifest.json") in finished
+
+    last = subprocess.run(arguments, check=True, capture_output=True, text=True, timeout=300)
+    assert "done before" in last.stdout and "report:" in last.stdout
+    assert {f: f.stat().st_mtime_ns for f in finished} == finished  # no finished step is repeated
+
+    def artifact(name: str) -> Artifact:
+        found = open_artifact(str(run / name))
+        found.verify()
+        return found
+
+    seeds = artifact("seeds").read()["id"].to_pylist()
+    queries = artifact("queries")
+    fret = artifact("fret").read()
+    assert len(seeds) == NUM_SEEDS
+    assert queries.num_rows + queries.num_rejects == NUM_SEEDS
+    assert fret["id"].to_pylist() == queries.read()["id"].to_pylist()
+    assert len(set(fret["id"].to_pylist())) == fret.num_rows
+    for row in fret.to_pylist():
+        assert row["seed_id"] in row["candidate_ids"][: len(row["query_likelihoods"])]
+        assert row["negative_id"] not in (row["positive_id"], row["seed_id"])
+    reasons = artifact("passages").rejects()["reason"].to_pylist()
+    assert {"malformed JSON", "empty"} <= set(reasons)
+    mixture = artifact("mixture").manifest.metrics
+    assert artifact("training").manifest.metrics["num_batches"] == mixture["num_batches"]
+    assert artifact("export").manifest.metrics["parity_cosine"] > 0.9999
+    report = json.loads((run / "report.json").read_text())
+    for model in ("retriever", "student_before", "student_after"):
+        assert 0 <= report[model]["ndcg_at_10"] <= 1
+    assert report["student_after"] != report["student_before"]
+
+    again = time.monotonic()
+    subprocess.run(arguments, check=True, capture_output=True, timeout=120)
+    assert time.monotonic() - again < 60  # everything is found
+
+    changed = subprocess.run(
+        [*arguments, "--set", "queries.temperature=0.9"], capture_output=True, text=True
+    )
+    assert changed.returncode == 2
+    assert "queries.temperature: 0.5 -> 0.9" in changed.stderr and "--rebuild" in changed.stderr

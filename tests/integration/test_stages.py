@@ -1,0 +1,146 @@
+"""Stages through real Ray Data: order, rejects, errors, and what a killed driver leaves."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from cluster.artifacts import Artifact, write_shards
+from cluster.errors import TokayError, UserError
+from cluster.stages import StageFunction, StageOutput, StageResources, run_stage
+from cluster.steps import Run, Step, StepContext
+
+pytestmark = pytest.mark.slow
+NUM_ROWS, ROWS_PER_SHARD = 60, 3
+RESOURCES = StageResources(num_cpus=1, shards_in_flight=2)
+
+
+class Silent:
+    def step_found(self, step: Step, artifact: Artifact) -> None: ...
+
+    def step_begins(self, step: Step, resumed: bool) -> "Silent":
+        return self
+
+    def step_done(self, step: Step, artifact: Artifact) -> None: ...
+
+    def update(self, done: float, total: float | None = None, note: str = "") -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Square:
+    """Squares n, refuses multiples of 10, notes each shard that it worked on."""
+
+    notes: str
+    seconds_a_shard: float = 0.0
+    fail_with: str = ""
+    columns: tuple[str, ...] = ("id", "n")
+    resources: StageResources = RESOURCES
+
+    def load(self) -> StageFunction:
+        if self.fail_with == "load":
+            raise UserError("model 'x' does not exist: correct llm.model")
+
+        async def square(table: pa.Table) -> StageOutput:
+            await asyncio.sleep(self.seconds_a_shard)
+            first = table["id"][0].as_py()
+            with Path(self.notes).open("a") as notes:
+                notes.write(f"{first}\n")
+            rows = table.to_pylist()
+            if self.fail_with == "lose":
+                rows = rows[1:]
+            kept = [{"id": row["id"], "square": row["n"] ** 2} for row in rows if row["n"] % 10]
+            refused = [(row["id"], "round number", "") for row in rows if row["n"] % 10 == 0]
+            return StageOutput(
+                rows=pa.Table.from_pylist(
+                    kept, schema=pa.schema([("id", pa.string()), ("square", pa.int64())])
+                ),
+                rejects=refused,
+                metrics={"num_seen": table.num_rows},
+            )
+
+        return square
+
+
+def make_run(folder: Path, stage: Square) -> Run:
+    def numbers(context: StepContext) -> dict[str, object]:
+        table = pa.table({"id": [f"r{n:03}" for n in range(NUM_ROWS)], "n": list(range(NUM_ROWS))})
+        write_shards(context.storage, table, ROWS_PER_SHARD)
+        return {}
+
+    return Run(
+        str(folder / "run"),
+        [
+            Step(name="numbers", config={}, inputs=(), work=numbers),
+            Step(
+                name="squares",
+                config={},
+                inputs=("numbers",),
+                work=lambda context: run_stage(stage, context.input("numbers"), context),
+            ),
+        ],
+    )
+
+
+def test_stage_keeps_shard_numbers_rejects_and_metrics(ray_session: None, tmp_path: Path) -> None:
+    stage = Square(notes=str(tmp_path / "notes"))
+    squares = make_run(tmp_path, stage).execute(Silent())["squares"]
+    table = squares.read()
+    expected = [n for n in range(NUM_ROWS) if n % 10]
+    assert table["id"].to_pylist() == [f"r{n:03}" for n in expected]
+    assert table["square"].to_pylist() == [n**2 for n in expected]
+    assert len(squares.shards) == NUM_ROWS // ROWS_PER_SHARD
+    assert squares.rejects()["reason"].to_pylist() == ["round number"] * 6
+    assert squares.manifest.metrics == {"num_seen": NUM_ROWS}
+
+
+def test_stage_that_loses_a_row_fails(ray_session: None, tmp_path: Path) -> None:
+    run = make_run(tmp_path, Square(notes=str(tmp_path / "notes"), fail_with="lose"))
+    with pytest.raises(TokayError, match="lost rows of shards"):
+        run.execute(Silent())
+    assert run.artifact(run.steps[1]) is None
+
+
+def test_users_mistake_in_an_actor_stays_the_users_mistake(
+    ray_session: None, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, Square(notes=str(tmp_path / "notes"), fail_with="load"))
+    with pytest.raises(UserError, match=r"^model 'x' does not exist: correct llm\.model$"):
+        run.execute(Silent())
+
+
+def test_killed_driver_goes_on_with_the_shards_that_are_missing(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
+        "from cluster.session import connect; from test_stages import *\n"
+        "connect(Path(sys.argv[1]) / 'logs')\n"
+        "stage = Square(notes=sys.argv[1] + '/notes', seconds_a_shard=0.4)\n"
+        "make_run(Path(sys.argv[1]), stage).execute(Silent())\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)]
+    shards = tmp_path / "run" / "squares" / "shards"
+    first = subprocess.Popen(command, start_new_session=True)
+    limit = time.monotonic() + 120
+    while len(list(shards.glob("*.parquet"))) < 5 and time.monotonic() < limit:
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    before = {file.name: file.stat().st_mtime_ns for file in shards.glob("*.parquet")}
+    assert 5 <= len(before) < NUM_ROWS // ROWS_PER_SHARD
+    assert not (tmp_path / "run" / "squares" / "manifest.json").exists()
+
+    subprocess.run(command, check=True, timeout=200)
+    after = {file.name: file.stat().st_mtime_ns for file in shards.glob("*.parquet")}
+    assert {name: after[name] for name in before} == before  # found again, not made again
+    done = make_run(tmp_path, Square(notes="")).artifact(
+        make_run(tmp_path, Square(notes="")).steps[1]
+    )
+    assert done is not None
+    assert done.num_rows + done.num_rejects == NUM_ROWS
+    done.verify()

@@ -1,0 +1,164 @@
+"""The engine's scores against a plain forward pass, and what neighbours in a batch may not do."""
+
+import asyncio
+import math
+import random
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from actors.embedded import embedded_model
+from actors.language_model import EngineOptions, LanguageModel, PairScore, Sampling, ScoringPrompt
+
+MODEL = "embedded:SmolLM2-135M-Instruct"
+SHOTS = "Passage: Glass is made of molten sand.\nQuestion: what is glass made of\nAnswered: yes\n\n"
+PASSAGES = (
+    "Bees tell each other where flowers are by dancing: the angle of the dance against the vertical"
+    " is the angle of the flight against the sun, and its length is the distance.",
+    "A canal lock lifts a boat by letting water in from the upper level; the gates are opened when"
+    " the water stands as high inside as outside.",
+    "Moss has no roots. It takes up water over its whole surface, so it dries out quickly and grows"
+    " where the air is damp.",
+)
+QUERIES = ("how do bees describe a place", "how does a boat climb a hill", "why is moss never dry")
+LABELS = (" yes", " no")
+SAMPLING = Sampling(temperature=0.7, max_tokens=16, stop=("\n",))
+
+
+class Running:
+    """An engine with its own event loop, because the engine belongs to the loop it began in."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.llm = LanguageModel.load(
+            EngineOptions(
+                model=MODEL,
+                dtype="float32",
+                max_model_tokens=256,
+                enforce_eager=True,
+                kv_cache_gib=0.5,
+                block_size=32,
+            )
+        )
+
+    def __call__(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return self.loop.run_until_complete(work)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Running]:
+    running = Running()
+    yield running
+    running.llm.close()
+    running.loop.close()
+
+
+def pair(query: str, passage: str) -> ScoringPrompt:
+    return ScoringPrompt(
+        context=f"{SHOTS}Passage: {passage}\nQuestion:",
+        query=f" {query}",
+        question="\nAnswered:",
+        labels=LABELS,
+    )
+
+
+PAIRS = [pair(query, passage) for passage in PASSAGES for query in QUERIES]
+
+
+@pytest.fixture(scope="module")
+def plain() -> Callable[[ScoringPrompt], tuple[float, float]]:
+    """QL and RC by transformers: the whole prompt in one pass, no cache."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = embedded_model(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def scores(item: ScoringPrompt) -> tuple[float, float]:
+        parts = [ids(item.context), ids(item.query), ids(item.question)]
+        tokens = torch.tensor([sum(parts, [])])
+        with torch.inference_mode():
+            log_probs = model(tokens).logits[0].log_softmax(-1)
+        begin = len(parts[0])
+        query = parts[1]
+        ql = sum(log_probs[begin + i - 1, token].item() for i, token in enumerate(query))
+        yes, no = (log_probs[-1, ids(label)[0]].item() for label in item.labels)
+        return ql / len(query), yes - math.log(math.exp(yes) + math.exp(no))
+
+    return scores
+
+
+def numbers(scores: list[PairScore]) -> list[tuple[float | None, float | None]]:
+    return [(score.ql, score.rc) for score in scores]
+
+
+@pytest.mark.slow
+def test_scores_over_a_cached_prefix_equal_a_plain_forward_pass(engine: Any, plain: Any) -> None:
+    scores = engine(engine.llm.score(PAIRS))
+    assert sum(score.num_cached_tokens for score in scores) > 0  # else this shows nothing
+    for item, score in zip(PAIRS, scores, strict=True):
+        assert (score.ql, score.rc) == pytest.approx(plain(item), abs=2e-3)
+
+
+@pytest.mark.slow
+def test_scores_do_not_depend_on_the_order_or_on_an_earlier_request(engine: Any) -> None:
+    first = numbers(engine(engine.llm.score(PAIRS)))
+    order = list(range(len(PAIRS)))
+    random.Random(0).shuffle(order)
+    shuffled = numbers(engine(engine.llm.score([PAIRS[i] for i in order])))
+    for place, i in enumerate(order):
+        assert shuffled[place] == pytest.approx(first[i], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_scores_of_queries_that_begin_alike_are_not_read_from_the_cache(
+    engine: Any, plain: Any
+) -> None:
+    beginning = " and ".join(QUERIES * 3)  # longer than a block, so its blocks are shared
+    alike = [pair(f"{beginning} {end}", PASSAGES[0]) for end in ("today", "in winter", "today")]
+    for item, score in zip(alike, engine(engine.llm.score(alike)), strict=True):
+        assert (score.ql, score.rc) == pytest.approx(plain(item), abs=2e-3)
+
+
+@pytest.mark.slow
+def test_an_over_long_prompt_is_an_error_and_its_neighbours_succeed(engine: Any) -> None:
+    long = "far " * 400
+    scores = engine(engine.llm.score([PAIRS[0], pair("why", long), PAIRS[1]]))
+    assert [score.error is None for score in scores] == [True, False, True]
+    assert "max_model_tokens 256" in scores[1].error
+    assert scores[1].ql is None
+    assert scores[1].rc is None
+    texts = engine(engine.llm.generate([SHOTS, long, ""], sampling=SAMPLING, seeds=[1, 2, 3]))
+    assert texts[0].text
+    assert "max_model_tokens 256" in texts[1].error
+    assert texts[2].error == "empty prompt"
+
+
+@pytest.mark.slow
+def test_generation_with_the_same_seeds_is_the_same_in_any_order(engine: Any) -> None:
+    prompts = [item.context for item in PAIRS[::3]] * 4
+    seeds = list(range(len(prompts)))
+    first = engine(engine.llm.generate(prompts, sampling=SAMPLING, seeds=seeds))
+    again = engine(engine.llm.generate(prompts[::-1], sampling=SAMPLING, seeds=seeds[::-1]))
+    texts = [each.text for each in first]
+    assert [each.text for each in again][::-1] == texts
+    assert len(set(texts)) > len(PASSAGES)  # other seeds, other texts
+
+
+@pytest.mark.slow
+def test_truncate_keeps_the_first_tokens(engine: Any) -> None:
+    text = "one two three four five"
+    assert engine.llm.truncate(text, 3) == "one two three"
+    assert engine.llm.truncate(text, 50) == text
+
+
+@pytest.mark.slow
+def test_labels_that_begin_alike_are_refused(engine: Any) -> None:
+    item = ScoringPrompt(context="a", query=" b", question=" c", labels=(" yes", " yes indeed"))
+    with pytest.raises(ValueError, match="same token"):
+        engine(engine.llm.score([item]))

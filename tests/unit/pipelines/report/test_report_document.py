@@ -1,0 +1,202 @@
+"""report.json of a run that is small enough to be worked by hand."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cluster.artifacts import Json
+from cluster.errors import UserError
+from cluster.storage import open_storage
+from pipelines.report.test_sets import choose_queries
+from pipelines.report.write import write_report
+
+RANK_2 = 1 / math.log2(3)
+
+
+def copy_of(run: str, folder: Path) -> Path:
+    return Path(shutil.copytree(run, folder / "copy"))
+
+
+def test_report_equals_figures_worked_by_hand(report: dict[str, Json]) -> None:
+    assert report["recipe"] == "tiny"
+    assert report["retriever"]["ndcg_at_10"] == 1.0
+    before, after = (5 + RANK_2) / 7, (4.5 + 2 * RANK_2) / 7
+    assert report["student_before"]["ndcg_at_10"] == pytest.approx(before)
+    assert report["student_after"]["ndcg_at_10"] == pytest.approx(after)
+    assert report["difference"]["ndcg_at_10"] == pytest.approx(after - before)
+    low, high = report["difference"]["interval"]
+    assert low < after - before < high
+    assert report["student_after"]["recall_at_10"] == 1.0
+    assert report["student_after"]["num_parameters"] == 14_000_000
+    assert report["test_sets"]["questions"]["student_after"] == report["student_after"]
+    assert report["test_sets"]["questions"]["changes"] == {
+        "better": 3,
+        "worse": 2,
+        "unchanged": 2,
+    }
+
+
+def test_report_counts_what_each_step_left(report: dict[str, Json]) -> None:
+    assert {row["name"]: row["count"] for row in report["funnel"]} == {
+        "documents": 4,
+        "passages": 5,
+        "seed passages": 5,
+        "queries written": 4,
+        "queries scored": 4,
+        "not repeating an evaluation query": 3,
+        "not repeating another query": 3,
+        "passing the round trip": 2,
+        "with a hard negative": 1,
+        "training examples": 2,
+    }
+    assert report["rejects"] == {
+        "passages": {"duplicate": 2, "empty": 1},
+        "queries": {"no question": 1},
+    }
+    assert report["dropped_by"] == {"repeats an evaluation query": 1, "round trip failed": 1}
+    assert report["positive_is_not_seed_share"] == 0.25
+    assert report["positive_is_not_seed_share_kept"] == 0.5
+    assert report["seed_ranks"] == [
+        {"rank": 1, "scored": 2, "kept": 1},
+        {"rank": 2, "scored": 1, "kept": 1},
+        {"rank": 0, "scored": 1, "kept": 0},
+    ]
+    assert report["training"]["batches"] == 3
+    assert report["training"]["loss"] == [[0, 3.0], [1, 2.5], [2, 2.0]]
+
+
+def test_report_shows_examples_with_the_scores_that_chose_them(
+    report: dict[str, Json],
+) -> None:
+    examples = {example["id"]: example for example in report["examples"]}
+    assert list(examples) == ["q1", "q0", "q3", "q2"]  # other positive, seed, then the dropped
+    kept = examples["q0"]
+    assert kept["positive"] == kept["seed"] == {"id": "p0", "title": "title 0", "text": "text 0"}
+    assert kept["negative"]["id"] == "p2"
+    assert [candidate["roles"] for candidate in kept["candidates"]] == [
+        ["seed", "positive"],
+        [],
+        ["hard negative"],
+    ]
+    assert [candidate["fused"] for candidate in kept["candidates"]] == pytest.approx([2, 1, 2 / 3])
+    assert examples["q1"]["positive"]["id"] == "p2"
+    assert examples["q1"]["negative"] is None
+    assert examples["q3"]["dropped_by"] == "repeats an evaluation query"
+    # QL ranks p3, p0, p1; RC ranks p1, p0, p3.
+    ranks = {row["id"]: (row["ql_rank"], row["rc_rank"]) for row in examples["q3"]["candidates"]}
+    assert ranks == {"p3": (1, 3), "p0": (2, 2), "p1": (3, 1)}
+
+
+def test_report_shows_queries_that_got_better_and_worse(report: dict[str, Json]) -> None:
+    queries = report["test_sets"]["questions"]["queries"]
+    assert [query["id"] for query in queries] == ["e1", "e2", "e5", "e4", "e3"]
+    assert queries[0]["query"] == "question e1"
+    assert queries[0]["ndcg_at_10"] == {"student_before": 0.5, "student_after": 1.0}
+    top = queries[0]["top_results"]
+    assert [hit["id"] for hit in top["student_before"]] == ["p1", "p2", "p0"]
+    assert top["student_after"][0]["title"] == "title 0"
+
+
+@pytest.mark.parametrize(
+    ("gains", "expected"),
+    [
+        ({"a": 0.1, "b": 0.3, "c": 0.2, "d": 0.4, "e": 0.5, "f": 0.6}, "fedbc"),
+        ({"a": 0.5, "b": -0.1, "c": 0.0, "d": 0.0}, "acdb"),
+        ({"a": 0.0, "b": 0.0, "c": 0.0, "d": 0.0, "e": 0.0, "f": 0.0}, "abcde"),
+    ],
+)
+def test_choose_queries_fills_five_where_a_kind_is_missing(
+    gains: dict[str, float], expected: str
+) -> None:
+    chosen = choose_queries(dict.fromkeys(gains, 0.5), {q: 0.5 + gain for q, gain in gains.items()})
+    assert "".join(chosen) == expected
+
+
+def test_report_marks_answers_where_the_evaluation_kept_its_qrels(
+    finished_run: str, tmp_path: Path
+) -> None:
+    run = copy_of(finished_run, tmp_path)
+    results = run / "evaluation" / "results.json"
+    document = json.loads(results.read_text())
+    document["qrels"] = {
+        "questions": {query: {"p0": 1} for query in document["queries"]["questions"]}
+    }
+    results.write_text(json.dumps(document))
+    query = write_report(str(run))["test_sets"]["questions"]["queries"][0]
+    hits = query["top_results"]["student_before"]
+    assert [(hit["id"], hit["relevant"]) for hit in hits] == [
+        ("p1", False),
+        ("p2", False),
+        ("p0", True),
+    ]
+
+
+def test_report_finds_texts_by_document_where_the_test_set_is_the_corpus(
+    finished_run: str, tmp_path: Path
+) -> None:
+    run = copy_of(finished_run, tmp_path)
+    results = run / "evaluation" / "results.json"
+    results.write_text(results.read_text().replace('"p0"', '"document 0"'))
+    recipe = (run / "recipe.yaml").read_text()
+
+    def first_hit() -> dict[str, str]:
+        queries = write_report(str(run))["test_sets"]["questions"]["queries"]
+        hit: dict[str, str] = queries[0]["top_results"]["student_after"][0]
+        return hit
+
+    assert (first_hit()["id"], first_hit()["title"]) == ("document 0", "")
+    path = recipe.split("path: ")[2].strip()
+    (run / "recipe.yaml").write_text(recipe.replace("path: corpus.jsonl", f"path: {path}"))
+    assert (first_hit()["id"], first_hit()["title"]) == ("document 0", "title 0")
+
+
+def test_report_of_a_partial_run_says_what_is_missing(build_run: Callable[..., str]) -> None:
+    run = build_run(until="fret")
+    document = write_report(run)
+    assert document["student_after"] is None and document["test_sets"] == {}
+    assert document["training"] is None
+    assert [row["name"] for row in document["funnel"]][-1] == "with a hard negative"
+    missing = ["embeddings", "candidates", "student", "mixture", "training", "export", "index"]
+    assert document["unfinished"] == [*missing, "evaluation"]
+    page = Path(document["html"]).read_text()
+    assert "not finished" in page and "has not been trained yet" in page
+    assert json.loads((Path(run) / "report.json").read_text()) == document
+
+
+def test_report_of_a_run_without_a_finished_step_is_written(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: begun\nevaluation: []\n")
+    document = write_report(str(tmp_path))
+    assert document["recipe"] == "begun" and document["funnel"] == []
+    assert "evaluation" not in document["unfinished"]
+    assert "No step has finished yet" in (tmp_path / "report.html").read_text()
+
+
+def test_report_says_which_steps_are_outdated(finished_run: str, tmp_path: Path) -> None:
+    run = copy_of(finished_run, tmp_path)
+    assert write_report(str(run))["outdated"] == []
+    manifest = run / "mixture" / "manifest.json"
+    fields = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**fields, "fingerprint": "anew"}))
+    document = write_report(str(run))
+    assert document["outdated"] == ["training", "export", "evaluation"]
+    assert "made anew or deleted since: training" in (run / "report.html").read_text()
+
+
+def test_report_of_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run of Tokay"):
+        write_report(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_report_is_written_into_a_run_on_s3(finished_run: str, bucket: str) -> None:
+    source, target = open_storage(finished_run), open_storage(f"{bucket}/tiny")
+    for path in source.list():
+        target.write_bytes(path, source.read_bytes(path))
+    document = write_report(f"{bucket}/tiny/")
+    assert document["html"] == f"{bucket}/tiny/report.html"
+    assert json.loads(target.read_bytes("report.json")) == document
+    assert target.read_bytes("report.html").startswith(b"<!DOCTYPE html>")

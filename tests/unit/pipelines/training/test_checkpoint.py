@@ -1,0 +1,65 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.storage import LocalStorage, Storage, open_storage
+from pipelines.training.checkpoint import FOLDER, load_checkpoint, save_checkpoint
+from pipelines.training.config import TrainingConfig
+from pipelines.training.worker import learning_rate
+
+
+def small() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+
+def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
+    torch.manual_seed(number)
+    optimizer.zero_grad()
+    model(torch.randn(8, 4)).pow(3).sum().backward()
+    optimizer.step()
+
+
+@pytest.fixture(params=["local", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "local":
+        return open_storage(tmp_path)
+    return open_storage(request.getfixturevalue("bucket") + "/training")
+
+
+def test_training_goes_on_from_a_checkpoint_as_if_never_stopped(storage: Storage):
+    whole = small()
+    for number in range(6):
+        step(*whole, number)
+    before = small()
+    for number in range(3):
+        step(*before, number)
+        save_checkpoint(storage, number + 1, *before)
+    after = small()
+    assert load_checkpoint(storage, *after) == 3
+    for number in range(3, 6):
+        step(*after, number)
+    for expected, found in zip(whole[0].parameters(), after[0].parameters(), strict=True):
+        assert torch.equal(expected, found)
+
+
+def test_only_the_last_checkpoint_is_kept_and_half_a_one_is_not_seen(tmp_path: Path):
+    storage, (model, optimizer) = LocalStorage(tmp_path), small()
+    assert load_checkpoint(storage, model, optimizer) == 0
+    for batches in (2, 4):
+        save_checkpoint(storage, batches, model, optimizer)
+    assert len(storage.list(FOLDER)) == 1
+    (tmp_path / FOLDER / ".000000009.safetensors.x.unfinished").write_bytes(b"half")
+    assert load_checkpoint(storage, model, optimizer) == 4
+
+
+def test_learning_rate_rises_then_falls_to_nothing():
+    config = TrainingConfig(learning_rate=1.0, warmup_ratio=0.2)
+    rates = [learning_rate(config, batch, 10) for batch in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert 0 < rates[-1] < 0.2
+    config = TrainingConfig(learning_rate=1.0, warmup_ratio=0)
+    assert learning_rate(config, 0, 1) == 1.0

@@ -1,0 +1,79 @@
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from cluster.artifacts import shard_path
+from cluster.errors import UserError
+from cluster.storage import LocalStorage, write_table
+from pipelines.records import EXAMPLE
+from pipelines.training.examples import Batch, count_batches, iterate_batches
+
+
+def write(folder: Path, shards: list[list[int]]) -> str:
+    """Writes shards whose rows have these batch numbers; texts count through all rows."""
+    number = 0
+    for shard, batches in enumerate(shards):
+        rows = []
+        for batch in batches:
+            rows.append(
+                {
+                    "batch": batch,
+                    "dataset": "fret",
+                    "query": f"q{number}",
+                    "positive": f"p{number}",
+                    "negative": None if number % 2 else f"n{number}",
+                    "query_id": f"q{number}",
+                    "positive_id": f"p{number}",
+                    "symmetric": False,
+                }
+            )
+            number += 1
+        table = pa.Table.from_pylist(rows, schema=EXAMPLE)
+        write_table(LocalStorage(folder), shard_path(shard), table)
+    return str(folder)
+
+
+def read(uri: str, start: int = 0) -> list[tuple[int, list[str]]]:
+    return [(batch.number, batch.queries) for batch in iterate_batches(uri, start)]
+
+
+def test_batches_come_in_order_across_shards(tmp_path: Path):
+    uri = write(tmp_path, [[0, 0, 1], [1, 1], [1, 2], [], [3]])
+    assert read(uri) == [
+        (0, ["q0", "q1"]),
+        (1, ["q2", "q3", "q4", "q5"]),
+        (2, ["q6"]),
+        (3, ["q7"]),
+    ]
+    assert count_batches(uri) == 4
+
+
+def test_batch_holds_its_columns(tmp_path: Path):
+    (batch,) = iterate_batches(write(tmp_path, [[0, 0]]))
+    assert batch == Batch(
+        number=0,
+        queries=["q0", "q1"],
+        positives=["p0", "p1"],
+        negatives=["n0", None],
+        query_ids=["q0", "q1"],
+        positive_ids=["p0", "p1"],
+        symmetric=[False, False],
+    )
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 4])
+def test_resumed_stream_is_the_rest_of_the_whole(tmp_path: Path, start: int):
+    uri = write(tmp_path, [[0, 0, 1], [1, 1], [1, 2], [3]])
+    assert read(uri, start) == read(uri)[start:]
+
+
+@pytest.mark.parametrize("shards", [[[0, 1, 0]], [[0], [2]], [[1, 1]]])
+def test_rows_out_of_order_are_refused(tmp_path: Path, shards: list[list[int]]):
+    with pytest.raises(UserError, match="not together"):
+        read(write(tmp_path, shards))
+
+
+def test_missing_examples_are_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="hold no row"):
+        count_batches(write(tmp_path, [[]]))
