@@ -26,7 +26,7 @@ from actors.encoder import Encoder
 from actors.language_model import EngineOptions, LanguageModel, Sampling
 from actors.passage_index import PassageIndex
 from pipelines.corpus.passages import Passage, passages_of
-from pipelines.corpus.sources import Corpus, CorpusConfig, Reject
+from pipelines.corpus.sources import Corpus, CorpusConfig
 from pipelines.fret.fusion import fuse
 from pipelines.fret.prompts import (
     QUERY_PROMPTS,
@@ -122,7 +122,7 @@ def read_corpus(path: str) -> list[Passage]:
     return [
         passage
         for document in documents
-        if not isinstance(document, Reject)
+        if not isinstance(document, tuple)  # a reject
         for passage in passages_of(document, max_words=160, min_words=20)
     ]
 

@@ -69,6 +69,13 @@ def connect(log_folder: Path | None = None, *, serve: bool = False) -> ClusterRe
     )
 
 
+def disconnect() -> None:
+    """Leaves the cluster; Ray that `connect` started on this machine ends."""
+    import ray
+
+    ray.shutdown()
+
+
 def silence(log_folder: Path | None) -> None:
     """Sends this process's library logging, warnings and native stderr to `log_folder`/driver.log.
 

@@ -9,7 +9,7 @@ import httpx
 from rich.console import Console
 
 from cluster.errors import TokayError
-from cluster.session import free_port
+from cluster.session import disconnect, free_port
 from cluster.storage import open_storage
 from pipelines.execute import execute, log_folder
 from pipelines.recipe import load_recipe
@@ -23,6 +23,7 @@ def run_demo(storage: str, settings: list[str], fresh: bool, console: Console) -
     begin = time.monotonic()
     recipe = load_recipe(str(files("pipelines") / "demo" / "demo.yaml"), settings)
     execute(recipe, storage, console, fresh=fresh)
+    disconnect()  # the endpoint gets both cores
     _ask_endpoint(storage, console)
     console.print(f"[dim]{time.monotonic() - begin:.0f} s in all[/]")
 

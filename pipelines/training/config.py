@@ -53,8 +53,10 @@ class TrainingConfig(BaseModel):
     max_query_tokens: int = Field(default=64, ge=8)
     max_passage_tokens: int = Field(default=256, ge=8)
     dropout: bool = Field(default=True, description="use the model's own dropout")
-    precision: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="of the matrix products; weights stay float32"
+    precision: Literal["float32", "bfloat16", "auto"] = Field(
+        default="float32",
+        description="of the matrix products, weights stay float32; auto is bfloat16 where the "
+        "hardware multiplies it faster",
     )
     seed: int = 0
     num_workers: int = Field(default=1, ge=1, description="Ray Train workers, one GPU each if any")

@@ -122,6 +122,17 @@ def learning_rate(config: TrainingConfig, batch: int, num_batches: int) -> float
     return config.learning_rate * (num_batches - batch) / (num_batches - warmup)
 
 
+def uses_bfloat16(config: TrainingConfig, device: torch.device) -> bool:
+    """Says whether matrix products are bfloat16 on this device; ``auto`` asks the hardware."""
+    if config.precision != "auto":
+        return config.precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Elsewhere a CPU emulates it, slower than float32.
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
 def _make_optimizer(encoder: Encoder, config: TrainingConfig) -> torch.optim.AdamW:
     pooler = getattr(encoder.model, "pooler", None)
     if pooler is not None:  # BERT's, over the first token: no part of a mean-pooled vector
@@ -170,7 +181,7 @@ def _train_batch(
 ) -> float:
     """Takes one optimizer step and returns the whole batch's loss."""
     device = encoder.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(config, device)):
         embedded = encoder.embed_tokens([*part.queries, *part.positives, *part.negatives])
     queries, positives, found = torch.split(
         embedded, [len(part.queries), len(part.positives), len(part.negatives)]

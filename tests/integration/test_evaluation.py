@@ -47,7 +47,7 @@ def test_evaluate_on_adi_equals_sentence_transformers_in_mteb() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # half a minute on idle cores
+@pytest.mark.timeout(900)  # minutes where other work shares the cores
 @needs("cranfield")
 def test_evaluate_on_cranfield_gives_the_known_figure() -> None:
     encoder = Encoder.load(MINILM, device="cpu", max_tokens=192)

@@ -6,7 +6,7 @@ import torch
 from cluster.storage import LocalStorage, Storage, open_storage
 from pipelines.training.checkpoint import FOLDER, load_checkpoint, save_checkpoint
 from pipelines.training.config import TrainingConfig
-from pipelines.training.worker import learning_rate
+from pipelines.training.worker import learning_rate, uses_bfloat16
 
 
 def small() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -63,3 +63,12 @@ def test_learning_rate_rises_then_falls_to_nothing():
     assert 0 < rates[-1] < 0.2
     config = TrainingConfig(learning_rate=1.0, warmup_ratio=0)
     assert learning_rate(config, 0, 1) == 1.0
+
+
+def test_precision_auto_asks_the_hardware(monkeypatch: pytest.MonkeyPatch):
+    cpu, auto = torch.device("cpu"), TrainingConfig(precision="auto")
+    for able in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
+        assert uses_bfloat16(auto, cpu) is able
+    assert uses_bfloat16(TrainingConfig(precision="bfloat16"), cpu)
+    assert not uses_bfloat16(TrainingConfig(), cpu)
