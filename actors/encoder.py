@@ -66,8 +66,14 @@ class PromptTemplates:
         return self.query.format(text=text, task=task)
 
     def format_passage(self, text: str, title: str | None = None) -> str:
-        """Returns the passage as the encoder reads it; a missing title reads ``none``."""
-        return self.passage.format(text=text, title=title or _NO_TITLE)
+        """Returns the passage as the encoder reads it.
+
+        A missing title reads ``none`` where the template names it (``title: {title}``), as in
+        EmbeddingGemma, and is left out elsewhere.
+        """
+        missing = _NO_TITLE if "title:" in self.passage else ""
+        # Only on the left: sentence-transformers' prompt is this of an empty text.
+        return self.passage.format(text=text, title=title or missing).lstrip()
 
     def prefixes(self, task: str | None) -> dict[str, str]:
         """Returns sentence-transformers' prompts, for those templates that are a fixed prefix.

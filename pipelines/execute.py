@@ -12,9 +12,11 @@ from cluster.session import connect
 from cluster.steps import Run
 from cluster.storage import LocalStorage, Storage, join, open_storage
 from pipelines.console import JsonLines, RunConsole
+from pipelines.encoders import EncoderConfig
 from pipelines.graph import build_run
 from pipelines.recipe import Recipe
 from pipelines.report.write import print_evaluation, write_report
+from pipelines.student import model_folder
 
 RECIPE = "recipe.yaml"
 
@@ -95,27 +97,25 @@ def read_recipe(storage: Storage) -> Recipe | None:
     return Recipe.model_validate(tree)
 
 
-def find_models(model: str) -> dict[str, str]:
+def find_models(model: str) -> dict[str, str | EncoderConfig]:
     """Returns names and places of the models that `tokay eval MODEL` means.
 
     Args:
         model: A run folder (retriever, student_before, student_after), or anything an encoder is
             loaded from.
     """
-    if model.startswith(("http://", "https://")):
+    if not (model.startswith("s3://") or Path(model).is_dir()):
         return {model: model}
     storage = open_storage(model)
     recipe = read_recipe(storage)
     if recipe is None:
         return {model: model}
-    found = {"retriever": recipe.retriever.model}
+    found: dict[str, str | EncoderConfig] = {"retriever": recipe.retriever}
     for name, step in (("student_before", "student"), ("student_after", "export")):
         artifact = Artifact.open(open_storage(join(storage.uri, step)))
         if artifact is None:
             raise UserError(
                 f"run {model} has no finished step {step!r} yet: run `tokay run` on it first"
             )
-        from pipelines.student import model_folder
-
         found[name] = model_folder(artifact)
     return found

@@ -95,7 +95,6 @@ def build_run(recipe: Recipe, uri: str) -> Run:
             config={"llm": _dump(recipe.llm), "queries": _dump(recipe.queries)},
             inputs=("seeds",),
             work=lambda context: write_queries(recipe.queries, options, llm, context),
-            max_reject_share=recipe.queries.max_reject_share,
         ),
         Step(
             name="embeddings",

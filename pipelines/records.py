@@ -17,6 +17,7 @@ QUERY = pa.schema(
         ("seed_id", pa.string()),
         ("task", pa.string()),
         ("query", pa.string()),
+        ("dropped_by", pa.string()),  # why training may not use it; null: it may
     ]
 )
 
@@ -25,16 +26,18 @@ EMBEDDED_PASSAGE = PASSAGE.append(pa.field("embedding", pa.list_(pa.float32())))
 CANDIDATES = pa.schema(
     [
         *QUERY,
-        ("candidate_ids", pa.list_(pa.string())),  # nearest first; the seed always among them
+        # Nearest first, the seed always among them; empty for a query that was dropped before.
+        ("candidate_ids", pa.list_(pa.string())),
         ("similarities", pa.list_(pa.float32())),
-        ("seed_rank", pa.int32()),  # rank in the retriever's list from 1; 0: it was put in
+        ("seed_rank", pa.int32()),  # in the retriever's list from 1; 0: it was put in
     ]
 )
 
 SCORES = pa.schema(
     [
         *CANDIDATES,
-        ("query_likelihoods", pa.list_(pa.float32())),  # of the first `num_scored` candidates
+        # Of the first `num_scored` candidates; empty for a query that was dropped before.
+        ("query_likelihoods", pa.list_(pa.float32())),
         ("relevances", pa.list_(pa.float32())),
     ]
 )
@@ -55,7 +58,6 @@ FRET = pa.schema(
         ("query_likelihoods", pa.list_(pa.float32())),
         ("relevances", pa.list_(pa.float32())),
         ("fused", pa.list_(pa.float32())),
-        ("dropped_by", pa.string()),  # null: training may use it
     ]
 )
 

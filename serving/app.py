@@ -87,6 +87,9 @@ def build(options: ServeOptions) -> "Application":
         ray_actor_options={
             "num_cpus": options.cpus_per_replica,
             "num_gpus": options.gpus_per_replica,
+            # OpenMP's threads spin while they wait for each other. Where the proxy, the clients or
+            # another process want the same cores, that made a query 30 times as slow.
+            "runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "passive"}},
         },
     )(serve.ingress()(TokayServer))
     return cast("Application", deployment.bind(options))

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.errors import UserError
+from pipelines.encoders import EncoderConfig, load_encoder
 from pipelines.evaluation.bootstrap import Estimate
 from pipelines.evaluation.dataset import RetrievalDataset, read_beir
 from pipelines.evaluation.evaluate import RetrievalResult, difference, evaluate
@@ -25,7 +26,7 @@ STUDENT_AFTER = "student_after"
 
 
 def run_eval(
-    models: Mapping[str, str],
+    models: Mapping[str, str | EncoderConfig],
     *,
     beir: Sequence[Path] = (),
     mteb: Sequence[str] = (),
@@ -107,7 +108,9 @@ def compare(results: Sequence[RetrievalResult]) -> list[dict[str, Any]]:
     return rows
 
 
-def _load(location: str, max_tokens: int) -> TextEncoder:
+def _load(location: str | EncoderConfig, max_tokens: int) -> TextEncoder:
+    if isinstance(location, EncoderConfig):
+        return load_encoder(location)
     if location.startswith(("http://", "https://")):
         from pipelines.evaluation.endpoint import EndpointEncoder
 

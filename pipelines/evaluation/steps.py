@@ -1,4 +1,4 @@
-"""The step `evaluation`: the run's test sets, for the retriever and the student before and after."""
+"""The step `evaluation`: the run's test sets, by the retriever and the student before and after."""
 
 from __future__ import annotations
 

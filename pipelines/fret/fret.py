@@ -1,7 +1,7 @@
 """The step `fret`: scored candidates become training examples, and queries unfit for it are marked.
 
-Every scored query keeps its row, with the rule that dropped it if one did: an LLM was paid for it,
-and another threshold may want it.
+Every query keeps its row, with the rule that dropped it if one did: an LLM was paid for it, and
+another threshold may want it.
 """
 
 from collections import Counter
@@ -30,9 +30,11 @@ def make_fret(
     highest_kept = 0.0
     for table in context.input("scores").tables():
         for scored in table.to_pylist():
-            row = _labelled(scored, config, texts)
+            row = _NO_LABELS | scored
             overlap = judged_by.highest(row["query"])
-            row["dropped_by"] = _dropped_by(row, overlap, seen, config)
+            if row["query_likelihoods"]:
+                row |= _labels(scored, config, texts)
+                row["dropped_by"] = _dropped_by(row, overlap, seen, config)
             if row["dropped_by"] is None:
                 seen.add(row["query"].casefold())
                 highest_kept = max(highest_kept, overlap)
@@ -41,11 +43,13 @@ def make_fret(
     table = pa.Table.from_pylist(rows, schema=FRET)
     write_shards(context.storage, table, ROWS_PER_SHARD)
     kept = [row for row in rows if row["dropped_by"] is None]
+    scored_rows = [row for row in rows if row["query_likelihoods"]]
     return {
         "num_queries": len(rows),
         "num_kept": len(kept),
         "dropped_by": dict(Counter(row["dropped_by"] for row in rows if row["dropped_by"])),
-        "num_positive_is_not_seed": sum(not row["positive_is_seed"] for row in rows),
+        "num_scored": len(scored_rows),
+        "num_positive_is_not_seed": sum(not row["positive_is_seed"] for row in scored_rows),
         "num_kept_positive_is_not_seed": sum(not row["positive_is_seed"] for row in kept),
         "num_without_negative": sum(row["negative_id"] is None for row in kept),
         "num_evaluation_queries": len(judged_by),
@@ -53,7 +57,10 @@ def make_fret(
     }
 
 
-def _labelled(scored: dict[str, Any], config: FretConfig, texts: PassageTexts) -> dict[str, Any]:
+_NO_LABELS: dict[str, Any] = dict.fromkeys(FRET.names) | {"fused": []}
+
+
+def _labels(scored: dict[str, Any], config: FretConfig, texts: PassageTexts) -> dict[str, Any]:
     num_scored = len(scored["query_likelihoods"])
     ids = scored["candidate_ids"][:num_scored]
     labels = choose_labels(
@@ -69,7 +76,6 @@ def _labelled(scored: dict[str, Any], config: FretConfig, texts: PassageTexts) -
     positive = texts[positive_id]
     negative = (None, None) if negative_id is None else texts[negative_id]
     return {
-        **scored,
         "positive_id": positive_id,
         "positive_title": positive[0],
         "positive": positive[1],
@@ -88,7 +94,4 @@ def _dropped_by(
         return "repeats an evaluation query"
     if row["query"].casefold() in seen:
         return "repeats another query"
-    rank = row["seed_rank"]
-    if config.max_seed_rank is not None and not 0 < rank <= config.max_seed_rank:
-        return "round trip failed"
     return None

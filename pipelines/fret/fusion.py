@@ -27,12 +27,6 @@ class FretConfig(BaseModel):
         description="negatives must be less similar to the query than this share of the"
         " positive's similarity (NV-Retriever's 0.95); Gecko has no such rule",
     )
-    max_seed_rank: int | None = Field(
-        default=None,
-        ge=1,
-        description="round trip: drop queries whose seed the retriever ranks lower; for small"
-        " LLMs, whose queries wander. Gecko has no such rule",
-    )
     max_overlap: float = Field(
         default=0.8,
         gt=0,

@@ -21,6 +21,15 @@ class CandidatesConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_candidates: int = Field(default=20, ge=2, description="Gecko's N, by its name p20")
+    max_seed_rank: int | None = Field(
+        default=None,
+        ge=1,
+        description="round trip: drop queries whose seed the retriever ranks lower, before they"
+        " are scored; for small LLMs, whose queries wander. Gecko has no such rule",
+    )
+
+
+_NO_CANDIDATES: dict[str, Any] = {"candidate_ids": [], "similarities": [], "seed_rank": None}
 
 
 class IndexActor:
@@ -56,7 +65,7 @@ class FindCandidates:
     """Queries in, queries with their nearest passages out, the seed always among them."""
 
     retriever: EncoderConfig
-    num_candidates: int
+    config: CandidatesConfig
     embeddings: Artifact
     indexes: list[Any]  # handles of IndexActor
     resources: StageResources
@@ -70,15 +79,27 @@ class FindCandidates:
         ids = self.embeddings.read(["id"])["id"].to_numpy()
 
         async def find(queries: pa.Table) -> StageOutput:
-            rows = queries.to_pylist()
-            if not rows:
-                return StageOutput(rows=CANDIDATES.empty_table())
+            rows = [row | _NO_CANDIDATES for row in queries.to_pylist()]
+            asked = [row for row in rows if row["dropped_by"] is None]
+            if asked:
+                await search(asked)
+            ranks = [row["seed_rank"] for row in asked]
+            return StageOutput(
+                rows=pa.Table.from_pylist(rows, schema=CANDIDATES),
+                metrics={
+                    "num_asked": len(asked),
+                    "num_seeds_first": ranks.count(1),
+                    "num_seeds_missed": ranks.count(0),
+                },
+            )
+
+        async def search(rows: list[dict[str, Any]]) -> None:
             vectors = np.concatenate(
                 [encoder.encode_queries([row["query"]], task=row["task"]) for row in rows]
                 if "{task}" in encoder.templates.query
                 else [encoder.encode_queries([row["query"] for row in rows], task="")]
             )
-            k = min(self.num_candidates, len(ids))
+            k = min(self.config.num_candidates, len(ids))
             seeds = sorted({row["seed_id"] for row in rows})
             found = await asyncio.gather(
                 *(index.search.remote(vectors, k) for index in self.indexes)
@@ -86,29 +107,17 @@ class FindCandidates:
             parts = await asyncio.gather(*(index.vectors.remote(seeds) for index in self.indexes))
             seed_vectors = {id_: vector for part in parts for id_, vector in part.items()}
             similarities, places = merge_top_k(found, k)
-            columns: dict[str, list[Any]] = {
-                "candidate_ids": [],
-                "similarities": [],
-                "seed_rank": [],
-            }
             for number, row in enumerate(rows):
-                near = list(zip(ids[places[number]], similarities[number].tolist(), strict=True))
-                listed = [id_ for id_, _ in near]
-                rank = listed.index(row["seed_id"]) + 1 if row["seed_id"] in listed else 0
-                if rank == 0:
-                    similarity = float(vectors[number] @ seed_vectors[row["seed_id"]])
-                    near[-1] = (row["seed_id"], similarity)
-                columns["candidate_ids"].append([id_ for id_, _ in near])
-                columns["similarities"].append([similarity for _, similarity in near])
-                columns["seed_rank"].append(rank)
-            table = pa.table({**queries.to_pydict(), **columns}, schema=CANDIDATES)
-            return StageOutput(
-                rows=table,
-                metrics={
-                    "num_seeds_first": columns["seed_rank"].count(1),
-                    "num_seeds_missed": columns["seed_rank"].count(0),
-                },
-            )
+                near = ids[places[number]].tolist()
+                row["seed_rank"] = near.index(row["seed_id"]) + 1 if row["seed_id"] in near else 0
+                row["candidate_ids"] = near
+                row["similarities"] = similarities[number].tolist()
+                if row["seed_rank"] == 0:
+                    near[-1] = row["seed_id"]
+                    row["similarities"][-1] = float(vectors[number] @ seed_vectors[near[-1]])
+                limit = self.config.max_seed_rank
+                if limit is not None and not 0 < row["seed_rank"] <= limit:
+                    row["dropped_by"] = "round trip failed"
 
         return find
 
@@ -143,7 +152,7 @@ def find_candidates(
         first_row += sum(shard.num_rows or 0 for shard in part)
     stage = FindCandidates(
         retriever=retriever,
-        num_candidates=config.num_candidates,
+        config=config,
         embeddings=embeddings,
         indexes=indexes,
         resources=resources,

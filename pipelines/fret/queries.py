@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from actors.language_model import EngineOptions, LanguageModel, Sampling
 from cluster.artifacts import Json
+from cluster.errors import TooManyRejects
 from cluster.stages import StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import StepContext
 from pipelines.fret.prompts import QUERY_PROMPTS, STOP, choose_prompt, parse_query
@@ -26,7 +27,9 @@ class QueriesConfig(BaseModel):
     max_query_tokens: int = Field(default=40, ge=8)
     max_passage_tokens: int = Field(default=160, ge=16)
     seed: int = 0
-    max_reject_share: float = Field(default=0.5, ge=0, le=1)
+    max_unusable_share: float = Field(
+        default=0.5, ge=0, le=1, description="the step fails when more completions are no query"
+    )
 
     @field_validator("tasks")
     @classmethod
@@ -39,7 +42,10 @@ class QueriesConfig(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class WriteQueries:
-    """Seed passages in, queries out; a completion that is no query is refused with its reason."""
+    """Seed passages in, queries out; a completion that is no query keeps its row, and the reason.
+
+    So the ids of everything after it do not depend on what an LLM happens to write.
+    """
 
     config: QueriesConfig
     engine: EngineOptions
@@ -55,7 +61,7 @@ class WriteQueries:
         )
 
         async def write(seeds: pa.Table) -> StageOutput:
-            rows, rejects, prompts, tasks, ids = [], [], [], [], []
+            rows, prompts, tasks, ids = [], [], [], []
             passages = seeds.to_pylist()
             for passage in passages:
                 id_ = query_id(passage["id"])
@@ -69,18 +75,23 @@ class WriteQueries:
             answers = await llm.generate(prompts, sampling=sampling, seeds=draws)
             for passage, id_, task, answer in zip(passages, ids, tasks, answers, strict=True):
                 query, reason = parse_query(answer.text, cut=answer.cut)
-                reason = answer.error or reason
-                if reason:
-                    rejects.append((id_, reason, query))
-                else:
-                    rows.append({"id": id_, "seed_id": passage["id"], "task": task, "query": query})
+                rows.append(
+                    {
+                        "id": id_,
+                        "seed_id": passage["id"],
+                        "task": task,
+                        "query": query,
+                        "dropped_by": answer.error or reason,
+                    }
+                )
             metrics = {
+                "num_unusable": sum(row["dropped_by"] is not None for row in rows),
                 "num_prompt_tokens": sum(answer.num_prompt_tokens for answer in answers),
                 "num_cached_tokens": sum(answer.num_cached_tokens for answer in answers),
                 "num_written_tokens": sum(answer.num_tokens for answer in answers),
             }
             table = pa.Table.from_pylist(rows, schema=QUERY)
-            return StageOutput(rows=table, rejects=rejects, metrics=metrics)
+            return StageOutput(rows=table, metrics=metrics)
 
         return write
 
@@ -93,6 +104,18 @@ def query_id(seed_id: str) -> str:
 def write_queries(
     config: QueriesConfig, engine: EngineOptions, resources: StageResources, context: StepContext
 ) -> dict[str, Json]:
-    """Streams the seeds past the vLLM actors."""
+    """Streams the seeds past the vLLM actors.
+
+    Raises:
+        TooManyRejects: The LLM writes more nonsense than the recipe allows.
+    """
     stage = WriteQueries(config=config, engine=engine, resources=resources)
-    return run_stage(stage, context.input("seeds"), context)
+    metrics = run_stage(stage, context.input("seeds"), context)
+    num_seeds = context.input("seeds").num_rows
+    if metrics["num_unusable"] > config.max_unusable_share * num_seeds:
+        raise TooManyRejects(
+            f"{metrics['num_unusable']} of {num_seeds} completions are no query, and accepted is a"
+            f" share of {config.max_unusable_share}: use another llm.model, a lower"
+            " queries.temperature, or raise queries.max_unusable_share"
+        )
+    return metrics

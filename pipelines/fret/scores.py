@@ -48,6 +48,7 @@ class ScoreCandidates:
             pairs = sorted(
                 (passage_id, number, place)
                 for number, row in enumerate(rows)
+                if row["dropped_by"] is None
                 for place, passage_id in enumerate(row["candidate_ids"][: config.num_scored])
             )
             cut = {}
@@ -60,23 +61,21 @@ class ScoreCandidates:
             by_row: list[dict[int, PairScore]] = [{} for _ in rows]
             for (_, number, place), answer in zip(pairs, answers, strict=True):
                 by_row[number][place] = answer
-            scored, rejects = [], []
             for row, places in zip(rows, by_row, strict=True):
                 error = next((a.error for a in places.values() if a.error), None)
+                row["dropped_by"] = row["dropped_by"] or error
                 if error:
-                    rejects.append((row["id"], error, row["query"]))
-                    continue
+                    places = {}
                 order = sorted(places)
                 row["query_likelihoods"] = [places[place].ql for place in order]
                 row["relevances"] = [places[place].rc for place in order]
-                scored.append(row)
             metrics = {
                 "num_pairs": len(pairs),
                 "num_prompt_tokens": sum(answer.num_prompt_tokens for answer in answers),
                 "num_cached_tokens": sum(answer.num_cached_tokens for answer in answers),
             }
-            table = pa.Table.from_pylist(scored, schema=SCORES)
-            return StageOutput(rows=table, rejects=rejects, metrics=metrics)
+            table = pa.Table.from_pylist(rows, schema=SCORES)
+            return StageOutput(rows=table, metrics=metrics)
 
         return score
 
@@ -84,6 +83,8 @@ class ScoreCandidates:
 def _first_candidates(row: dict[str, Any], num_scored: int) -> dict[str, Any]:
     """Moves the seed into the scored candidates if the retriever ranks it lower."""
     ids, similarities = row["candidate_ids"], row["similarities"]
+    if not ids:
+        return row
     place = ids.index(row["seed_id"])
     if place >= num_scored:
         for values in (ids, similarities):

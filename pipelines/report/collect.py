@@ -15,7 +15,6 @@ from pipelines.report.test_sets import MODELS, collect_test_sets
 FILTERS = {
     "repeats an evaluation query": "not repeating an evaluation query",
     "repeats another query": "not repeating another query",
-    "round trip failed": "passing the round trip",
 }
 
 
@@ -33,7 +32,7 @@ def collect(run: RunFolder) -> dict[str, Json]:
         "rejects": _rejects(run),
         "dropped_by": fret.get("dropped_by", {}),
         "positive_is_not_seed_share": _share(
-            fret.get("num_positive_is_not_seed"), fret.get("num_queries")
+            fret.get("num_positive_is_not_seed"), fret.get("num_scored")
         ),
         "positive_is_not_seed_share_kept": _share(
             fret.get("num_kept_positive_is_not_seed"), fret.get("num_kept")
@@ -56,18 +55,16 @@ def collect_funnel(run: RunFolder) -> list[dict[str, Json]]:
         ("documents", _metrics(run, "passages").get("num_documents")),
         ("passages", _num_rows(run, "passages")),
         ("seed passages", _num_rows(run, "seeds")),
-        ("queries written", _num_rows(run, "queries")),
-        ("queries scored", _num_rows(run, "scores")),
     ]
+    if "queries" in run.artifacts:
+        unusable = _metrics(run, "queries").get("num_unusable", 0)
+        rows.append(("queries written", run.artifacts["queries"].num_rows - unusable))
+    rows.append(("queries scored", fret.get("num_scored")))
     if fret:
-        left = fret["num_queries"]
-        filters = list(FILTERS)
-        if run.artifacts["fret"].manifest.config.get("max_seed_rank") is None:
-            filters.remove("round trip failed")
-        filters += [reason for reason in fret["dropped_by"] if reason not in filters]
-        for reason in filters:
+        left = fret["num_scored"]
+        for reason, name in FILTERS.items():
             left -= fret["dropped_by"].get(reason, 0)
-            rows.append((FILTERS.get(reason, f"not dropped by: {reason}"), left))
+            rows.append((name, left))
         rows.append(("with a hard negative", fret["num_kept"] - fret["num_without_negative"]))
     rows.append(("training examples", _metrics(run, "mixture").get("num_examples")))
     return [{"name": name, "count": count} for name, count in rows if count is not None]
@@ -104,7 +101,8 @@ def _seed_ranks(fret: Artifact | None) -> list[dict[str, int]]:
             (kept, table.filter(pc.is_null(table["dropped_by"]))),
         ):
             for entry in part["seed_rank"].value_counts().to_pylist():
-                counter[entry["values"]] += entry["counts"]
+                if entry["values"] is not None:
+                    counter[entry["values"]] += entry["counts"]
     ranks = sorted(scored, key=lambda rank: (rank == 0, rank))
     return [{"rank": rank, "scored": scored[rank], "kept": kept[rank]} for rank in ranks]
 

@@ -17,7 +17,7 @@ def choose_examples(fret: Artifact | None, passages: Artifact | None) -> list[di
     """
     if fret is None or not fret.num_rows:
         return []
-    rows = fret.shard(fret.shards[0]).to_pylist()
+    rows = [row for row in fret.shard(fret.shards[0]).to_pylist() if row["query_likelihoods"]]
     kept = [row for row in rows if row["dropped_by"] is None]
     chosen = _spread([row for row in kept if not row["positive_is_seed"]])
     chosen += _spread([row for row in kept if row["positive_is_seed"]])

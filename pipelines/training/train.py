@@ -115,10 +115,13 @@ def _followed(storage: Storage, total: int, progress: Progress | None) -> Iterat
         yield
         return
     done = threading.Event()
+    told = 0
 
     def tell() -> None:
+        nonlocal told
         rows = read_metrics(storage)
-        if rows:
+        if len(rows) != told:
+            told = len(rows)
             mean = sum(row["loss"] for row in rows[-20:]) / len(rows[-20:])
             progress.update(len(rows), total, f"loss {mean:.3f}")
 

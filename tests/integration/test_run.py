@@ -56,7 +56,7 @@ def command(corpus: Path, run: Path) -> list[str]:
         "training.batch_size=4",
         "training.epochs=4",
         "training.checkpoint_every_batches=2",
-        "fret.max_seed_rank=20",
+        "candidates.max_seed_rank=20",
         f"evaluation=[{{name: tiny, path: {corpus}, task: search result}}]",
     ]
     sets = [word for setting in settings for word in ("--set", setting)]
@@ -100,10 +100,12 @@ def test_run_killed_twice_gives_every_row_once_and_a_better_file(
     queries = artifact("queries")
     fret = artifact("fret").read()
     assert len(seeds) == NUM_SEEDS
-    assert queries.num_rows + queries.num_rejects == NUM_SEEDS
-    assert fret["id"].to_pylist() == queries.read()["id"].to_pylist()
+    assert queries.read()["seed_id"].to_pylist() == seeds
+    assert fret["seed_id"].to_pylist() == seeds
     assert len(set(fret["id"].to_pylist())) == fret.num_rows
-    for row in fret.to_pylist():
+    scored = [row for row in fret.to_pylist() if row["query_likelihoods"]]
+    assert scored and all(row["dropped_by"] for row in fret.to_pylist() if row not in scored)
+    for row in scored:
         assert row["seed_id"] in row["candidate_ids"][: len(row["query_likelihoods"])]
         assert row["negative_id"] not in (row["positive_id"], row["seed_id"])
     reasons = artifact("passages").rejects()["reason"].to_pylist()

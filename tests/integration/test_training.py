@@ -20,7 +20,7 @@ from pipelines.training.config import TrainingConfig
 from pipelines.training.train import train
 from pipelines.training.worker import read_metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 BATCH_SIZE, NUM_BATCHES = 16, 12
 CONFIG = TrainingConfig(

@@ -97,6 +97,13 @@ def test_templates_surround_queries_and_passages(student: Encoder):
     np.testing.assert_allclose(passages, student.encode(written), atol=1e-6)
 
 
+def test_missing_title_is_left_out_where_the_template_does_not_name_it():
+    templates = PromptTemplates(passage="{title}\n{text}")
+    assert templates.format_passage("lift") == "lift"
+    assert templates.format_passage("lift", "Wings") == "Wings\nlift"
+    assert templates.prefixes(None)["document"] == ""
+
+
 @pytest.mark.parametrize("template", ["no field", "{text} {text}", "{title} {text}", "{text} {x}"])
 def test_template_with_other_fields_is_refused(template: str):
     with pytest.raises(ValueError, match="query template"):
