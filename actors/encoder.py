@@ -138,7 +138,8 @@ class Encoder:
         Args:
             model: Folder, hub id, or ``embedded:NAME``.
             max_tokens: Cut texts here; a model that takes less lowers it.
-            dtype: ``float32``, ``bfloat16`` or ``float16``.
+            dtype: ``float32``, ``bfloat16``, ``float16``; or ``auto``, which is bfloat16 where the
+                hardware multiplies it natively and float32 elsewhere.
             device: ``cpu``, ``cuda``, ``cuda:1``; the GPU where there is one if None.
             trust_remote_code: Run Python code that comes with the model.
 
@@ -147,8 +148,11 @@ class Encoder:
         """
         from transformers import AutoModel, AutoTokenizer
 
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype {dtype!r}: accepted are float32, bfloat16, float16")
+        if dtype not in ("float32", "bfloat16", "float16", "auto"):
+            raise UserError(f"dtype {dtype!r}: accepted are float32, bfloat16, float16 and auto")
+        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if dtype == "auto":
+            dtype = "bfloat16" if native_bfloat16(torch.device(chosen)) else "float32"
         folder = _local_folder(resolve_model(model))
         try:
             with _no_progress_bars():
@@ -175,7 +179,6 @@ class Encoder:
             sentence.get("max_seq_length"),
             own.get("max_tokens"),
         ]
-        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(
             transformer.to(chosen).eval(),
             tokenizer,
@@ -344,6 +347,14 @@ class Encoder:
             at = mask.sum(1) - 1 if self.pooling == "lasttoken" else torch.zeros_like(mask[:, 0])
             pooled = hidden[torch.arange(len(rows), device=hidden.device), at]
         return functional.normalize(pooled, dim=-1)
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Says whether the device multiplies bfloat16 itself; others emulate it, slowly."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def cut_layers(encoder: Encoder, layers: Sequence[int]) -> Encoder:

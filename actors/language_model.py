@@ -345,10 +345,9 @@ class LanguageModel:
 
         output: RequestOutput | None = None
         try:
-            async for output in self._engine.generate(
-                tokens_input(tokens), params, str(next(self._ids))
-            ):
-                pass
+            request = self._engine.generate(tokens_input(tokens), params, str(next(self._ids)))
+            async for part in request:
+                output = part
         except EngineDeadError as error:
             raise TokayError("the vLLM engine died; its own log says why") from error
         if output is None:

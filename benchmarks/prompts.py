@@ -29,8 +29,10 @@ from pipelines.corpus.passages import Passage, passages_of
 from pipelines.corpus.sources import Corpus, CorpusConfig
 from pipelines.fret.fusion import fuse
 from pipelines.fret.prompts import (
+    PAIR_PROMPT,
     QUERY_PROMPTS,
     STOP,
+    PairPrompt,
     QueryPrompt,
     parse_query,
 )
@@ -91,7 +93,7 @@ def _names(query: str, title: str) -> bool:
 
 
 async def score(
-    bench: Bench, shots: "object", queries: Sequence[tuple[str, int, list[int]]]
+    bench: Bench, prompt: PairPrompt, queries: Sequence[tuple[str, int, list[int]]]
 ) -> list[str]:
     """Judge each query's nearest passages, the seed among them; returns the table's cells."""
     jobs = []
@@ -99,7 +101,7 @@ async def score(
         candidates = near[:8] if seed in near[:8] else [*near[:7], seed]
         jobs += [(row, number) for row in candidates]
     jobs.sort()
-    pairs = [shots.render(queries[number][0], *bench.passage(row)) for row, number in jobs]
+    pairs = [prompt.render(queries[number][0], *bench.passage(row)) for row, number in jobs]
     started = time.perf_counter()
     scores = await bench.llm.score(pairs)
     seconds = time.perf_counter() - started
@@ -151,7 +153,9 @@ async def main() -> None:
     parser.add_argument("corpus")
     parser.add_argument("--model", default="embedded:SmolLM2-135M-Instruct")
     parser.add_argument("--seeds", type=int, default=120)
-    parser.add_argument("--scored", type=int, default=40, help="queries whose candidates are judged")
+    parser.add_argument(
+        "--scored", type=int, default=40, help="queries whose candidates are judged"
+    )
     parser.add_argument("--task", action="append", choices=sorted(QUERY_PROMPTS))
     parser.add_argument("--temperature", type=float, default=0.5)
     parser.add_argument("--max-passage-tokens", type=int, default=128)
@@ -181,7 +185,7 @@ async def main() -> None:
             written = await write(bench, QUERY_PROMPTS[task], options.temperature)
             tables[0].add_row(*written.cells)
             if queries := written.queries[: options.scored]:
-                tables[1].add_row(task, *await score(bench, SCORING_PROMPT, queries))
+                tables[1].add_row(task, *await score(bench, PAIR_PROMPT, queries))
         for table in tables:
             Console().print(table)
     finally:

@@ -264,7 +264,8 @@ class S3Storage:
             )
             for page in pages:
                 for entry in page.get("Contents", []):
-                    yield entry["Key"][start:], entry["Size"]
+                    if not entry["Key"].endswith("/"):  # "folders" that other programs made
+                        yield entry["Key"][start:], entry["Size"]
 
 
 _S3_RIGHTS = "give this identity s3:GetObject, PutObject, ListBucket and DeleteObject on it"

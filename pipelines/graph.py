@@ -177,7 +177,11 @@ def build_run(recipe: Recipe, uri: str) -> Run:
 
 def _saved(artifact: Artifact, recipe: Recipe) -> EncoderConfig:
     """Describes an encoder that a step saved: its folder carries its own templates."""
-    return EncoderConfig(model=model_folder(artifact), max_tokens=recipe.student.max_tokens)
+    return EncoderConfig(
+        model=model_folder(artifact),
+        max_tokens=recipe.student.max_tokens,
+        dtype=recipe.student.dtype,
+    )
 
 
 def _dump(config: BaseModel, *leave_out: str) -> dict[str, Json]:

@@ -34,7 +34,7 @@ def make_student(config: StudentConfig, context: StepContext) -> dict[str, Json]
     """Saves the starting point, so that `before` and `after` are files of the same kind."""
     from actors.encoder import cut_layers
 
-    encoder = load_encoder(config)
+    encoder = load_encoder(config.model_copy(update={"dtype": "float32"}))  # to be trained
     if config.layers is not None:
         try:
             encoder = cut_layers(encoder, config.layers)

@@ -36,7 +36,9 @@ class ServeOptions(BaseModel):
     replicas: int = Field(1, ge=1)
     cpus_per_replica: float = Field(1, ge=0, description="Ray gives the encoder so many threads")
     gpus_per_replica: float = Field(0, ge=0)
-    batch_tokens: int = Field(2048, ge=1, description="Tokens in one pass; 16384 suits a GPU")
+    batch_tokens: int = Field(
+        2048, ge=1, description="Tokens taken from the queue at once; 16384 suits a GPU"
+    )
     max_queued_tokens: int = Field(
         262_144, ge=1, description="Tokens that may wait in a replica; beyond it, 429"
     )

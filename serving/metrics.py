@@ -39,7 +39,7 @@ class Metrics:
         ).labels(replica)
         self._batch_texts = Histogram(
             "tokay_batch_texts",
-            "Texts in one pass of the model",
+            "Texts taken from the queue at once",
             ["replica"],
             buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
             registry=self._registry,
@@ -57,7 +57,7 @@ class Metrics:
         self._latency.labels(self._replica, path).observe(seconds)
 
     def count_batch(self, texts: int, tokens: int) -> None:
-        """Counts one pass of the model."""
+        """Counts one batch."""
         self._texts.inc(texts)
         self._tokens.inc(tokens)
         self._batch_texts.observe(texts)

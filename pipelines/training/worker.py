@@ -126,11 +126,9 @@ def uses_bfloat16(config: TrainingConfig, device: torch.device) -> bool:
     """Says whether matrix products are bfloat16 on this device; ``auto`` asks the hardware."""
     if config.precision != "auto":
         return config.precision == "bfloat16"
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # Elsewhere a CPU emulates it, slower than float32.
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    from actors.encoder import native_bfloat16
+
+    return native_bfloat16(device)
 
 
 def _make_optimizer(encoder: Encoder, config: TrainingConfig) -> torch.optim.AdamW:

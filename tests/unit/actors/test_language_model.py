@@ -81,7 +81,7 @@ def plain() -> Callable[[ScoringPrompt], tuple[float, float]]:
 
     def scores(item: ScoringPrompt) -> tuple[float, float]:
         parts = [ids(item.context), ids(item.query), ids(item.question)]
-        tokens = torch.tensor([sum(parts, [])])
+        tokens = torch.tensor([[*parts[0], *parts[1], *parts[2]]])
         with torch.inference_mode():
             log_probs = model(tokens).logits[0].log_softmax(-1)
         begin = len(parts[0])

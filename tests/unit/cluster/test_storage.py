@@ -38,6 +38,13 @@ def test_storage_does_not_list_a_sibling_that_shares_a_prefix(uri: str) -> None:
     assert storage.list("shards") == ["shards/0"]
 
 
+def test_s3_folder_objects_are_no_files(bucket: str) -> None:
+    storage = open_storage(f"{bucket}/run")
+    storage.write_bytes("a/b", b"1")
+    storage.client.put_object(Bucket=storage.bucket, Key="run/a/", Body=b"")  # type: ignore
+    assert storage.list() == ["a/b"]
+
+
 def test_missing_file_raises_file_not_found(uri: str) -> None:
     with pytest.raises(FileNotFoundError):
         open_storage(uri).read_bytes("nothing")
