@@ -1,0 +1,79 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import UserError
+from pipelines.recipe import load_recipe, recipe_names
+
+
+@pytest.mark.parametrize("name", ["laptop", "gpu", "cluster"])
+def test_recipes_that_come_with_tokay_are_valid(name: str) -> None:
+    assert load_recipe(name).name == name
+    assert name in recipe_names()
+
+
+def test_cluster_recipe_asks_for_node_types_that_the_cluster_file_has() -> None:
+    import yaml
+
+    cluster = yaml.safe_load((Path(__file__).parents[3] / "ray_cluster.yaml").read_text())
+    offered = {
+        resource
+        for node in cluster["available_node_types"].values()
+        for resource in node.get("resources", {})
+    }
+    recipe = load_recipe("cluster")
+    asked = {
+        recipe.resources.llm.node_resource,
+        recipe.resources.encoder.node_resource,
+        recipe.resources.index.node_resource,
+        recipe.training.node_resource,
+    }
+    assert None not in asked and asked <= offered
+
+
+def test_set_overrides_nested_keys_and_list_places() -> None:
+    recipe = load_recipe(
+        "laptop", ["seeds.num_seeds=7", "queries.tasks.0=search result", "training.seed=3"]
+    )
+    assert recipe.seeds.num_seeds == 7
+    assert recipe.queries.tasks == ("search result",)
+    assert recipe.training.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("seds.num_seeds=7", "unknown key seds; did you mean 'seeds'?"),
+        ("seeds.num_sedes=7", "unknown key seeds.num_sedes; did you mean 'num_seeds'?"),
+        ("seeds.num_seeds=many", "seeds.num_seeds: 'many' given"),
+        ("queries.tasks=[poetry]", "accepted are question answering"),
+        ("fret.fusion=best", "'best' given"),
+        ("seeds.num_seeds", "write path.to.key=value"),
+        ("queries.tasks.9=x", "'9' is no place in a list of 1"),
+    ],
+)
+def test_mistake_in_a_recipe_names_the_key_and_the_mend(setting: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_recipe("laptop", [setting])
+
+
+def test_missing_recipe_names_those_that_exist() -> None:
+    with pytest.raises(UserError, match="one of cluster, gpu, laptop"):
+        load_recipe("lptop")
+
+
+def test_command_answers_a_mistake_with_one_line_and_exit_code_two(tmp_path: Path) -> None:
+    command = ["run", "laptop", "--set", "corpus.path=/no/such/corpus", "--storage", str(tmp_path)]
+    answer = subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", *command],
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 2
+    assert answer.stderr.strip().splitlines() == [
+        "tokay: corpus /no/such/corpus does not exist or is empty: correct corpus.path"
+    ]
+    assert "Traceback" not in answer.stdout
