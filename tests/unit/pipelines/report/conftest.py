@@ -89,6 +89,7 @@ def _steps(beir: Path, decoration: str) -> list[Step]:
             "seed_id": f"p{number}",
             "task": f"question answering{decoration}",
             "query": ("how do I sort a list" if number == 3 else f"query {number}") + decoration,
+            "dropped_by": f"query too short{decoration}" if number == 4 else None,
         }
 
     def rows(table: list[dict[str, Any]], schema: pa.Schema, per_shard: int = 3) -> Any:
@@ -115,20 +116,19 @@ def _steps(beir: Path, decoration: str) -> list[Step]:
         return {"num_documents": 4, "num_passages": 5}
 
     def write_queries(context: StepContext) -> dict[str, Json]:
-        write_rejects(context.storage, [("p4", "no question", "the")])
-        rows([query(number) for number in range(4)], QUERY)(context)
-        return {"num_prompt_tokens": 1200.0}
+        rows([query(number) for number in range(5)], QUERY)(context)
+        return {"num_prompt_tokens": 1200.0, "num_unusable": 1}
 
     scores = [
         _scored(query(0), 1, ["p0", "p1", "p2"], [-1, -2, -3], [-0.1, -0.2, -0.3]),
         _scored(query(1), 2, ["p2", "p1"], [-1, -2], [-0.1, -0.2]),
-        _scored(query(2), 0, ["p0", "p1", "p2"], [-3, -2, -1], [-0.3, -0.2, -0.1]),
+        _scored(query(2) | {"dropped_by": "round trip failed"}, 0, ["p0", "p1", "p2"], [], []),
         _scored(query(3), 1, ["p3", "p0", "p1"], [-1, -2, -3], [-0.3, -0.2, -0.1]),
+        _scored(query(4), None, [], [], []),
     ]
 
     def fret(context: StepContext) -> dict[str, Json]:
-        config = FretConfig(max_seed_rank=2)
-        return make_fret(config, [f"How do I sort a list?{decoration}"], context)
+        return make_fret(FretConfig(), [f"How do I sort a list?{decoration}"], context)
 
     def model(context: StepContext) -> dict[str, Json]:
         context.storage.write_bytes("model/model.safetensors", b"weights")
@@ -158,8 +158,7 @@ def _steps(beir: Path, decoration: str) -> list[Step]:
         return run_evaluation((test_set,), encoders, context)
 
     def step(name: str, inputs: str, work: Callable[[StepContext], dict[str, Json]]) -> Step:
-        config = {"max_seed_rank": 2} if name == "fret" else {}
-        return Step(name=name, config=config, inputs=tuple(inputs.split()), work=work)
+        return Step(name=name, config={}, inputs=tuple(inputs.split()), work=work)
 
     return [
         step("passages", "", make_passages),
@@ -176,7 +175,7 @@ def _steps(beir: Path, decoration: str) -> list[Step]:
 
 
 def _scored(
-    query: dict[str, Any], seed_rank: int, ids: list[str], ql: list[float], rc: list[float]
+    query: dict[str, Any], seed_rank: int | None, ids: list[str], ql: list[float], rc: list[float]
 ) -> dict[str, Any]:
     return {
         **query,
