@@ -21,7 +21,7 @@ import pytest
 from cluster import jobs
 from cluster.errors import UserError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 NOWHERE = "http://127.0.0.1:1"

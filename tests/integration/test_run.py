@@ -14,7 +14,7 @@ import pytest
 
 from cluster.artifacts import Artifact, open_artifact
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 NUM_SEEDS = 12
 
 

@@ -22,7 +22,7 @@ from cluster.artifacts import Manifest, list_files, write_shards
 from cluster.session import free_port
 from cluster.storage import Storage, open_storage
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 PASSAGES = [

@@ -17,7 +17,7 @@ from cluster.errors import TokayError, UserError
 from cluster.stages import StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import Run, Step, StepContext
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 NUM_ROWS, ROWS_PER_SHARD = 60, 3
 RESOURCES = StageResources(num_cpus=1, shards_in_flight=2)
 
