@@ -65,6 +65,8 @@ def serve(
     check_port(host, port)
     from cluster.session import connect
 
+    # Ray lowers its workers' priority by 15, which suits jobs; a server answers people.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     resources = connect()
     options = ServeOptions(
         model=served.model,
