@@ -54,6 +54,9 @@ def ray_session() -> Iterator[None]:
 
     from cluster.session import connect
 
-    connect()
+    # Workers import the stages that a test module defines.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent / "integration"))
+        connect()
     yield
     ray.shutdown()

@@ -117,15 +117,16 @@ def test_users_mistake_in_an_actor_stays_the_users_mistake(
 
 def test_killed_driver_goes_on_with_the_shards_that_are_missing(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
+        "import sys; from pathlib import Path\n"
         "from cluster.session import connect; from test_stages import *\n"
         "connect(Path(sys.argv[1]) / 'logs')\n"
         "stage = Square(notes=sys.argv[1] + '/notes', seconds_a_shard=0.4)\n"
         "make_run(Path(sys.argv[1]), stage).execute(Silent())\n"
     )
-    command = [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    here = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     shards = tmp_path / "run" / "squares" / "shards"
-    first = subprocess.Popen(command, start_new_session=True)
+    first = subprocess.Popen(command, start_new_session=True, env=here)
     limit = time.monotonic() + 120
     while len(list(shards.glob("*.parquet"))) < 5 and time.monotonic() < limit:
         time.sleep(0.05)
@@ -135,7 +136,7 @@ def test_killed_driver_goes_on_with_the_shards_that_are_missing(tmp_path: Path) 
     assert 5 <= len(before) < NUM_ROWS // ROWS_PER_SHARD
     assert not (tmp_path / "run" / "squares" / "manifest.json").exists()
 
-    subprocess.run(command, check=True, timeout=200)
+    subprocess.run(command, check=True, timeout=200, env=here)
     after = {file.name: file.stat().st_mtime_ns for file in shards.glob("*.parquet")}
     assert {name: after[name] for name in before} == before  # found again, not made again
     done = make_run(tmp_path, Square(notes="")).artifact(
