@@ -6,6 +6,7 @@ object store stays empty; and a shard computed twice (a lost node, a killed run)
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
+from cluster import errors
 from cluster.artifacts import Artifact, FileEntry, Json, shard_path, write_rejects
 from cluster.errors import TokayError
 from cluster.steps import StepContext
@@ -157,19 +159,18 @@ def _sum_metrics(storage: Storage, shards: tuple[FileEntry, ...]) -> dict[str, J
 
 
 def _cause(error: BaseException) -> TokayError:
-    """Finds our own error below Ray's wrapping, or makes one line of the innermost."""
-    innermost: BaseException = error
-    seen = {id(error)}
-    while True:
-        following = getattr(innermost, "cause", None) or innermost.__cause__
-        if not isinstance(following, BaseException) or id(following) in seen:
-            break
-        innermost = following
-        seen.add(id(innermost))
-        if isinstance(innermost, TokayError):
-            kinds: list[type[TokayError]] = [
-                k for k in type(innermost).__mro__ if k.__module__ == "cluster.errors"
-            ]
-            return kinds[0](str(innermost).strip().splitlines()[-1])
-    lines = str(innermost).strip().splitlines() or [type(innermost).__name__]
-    return TokayError(f"an actor failed: {lines[-1]}")
+    """Finds our own error in what Ray reports, or makes one line of Ray's last.
+
+    Ray keeps the exception of a failed task as a text within a text, and of an actor that could not
+    start nothing but the text.
+    """
+    reports = [str(error), str(getattr(error, "cause", ""))]
+    own = [match for report in reports for match in _OWN_ERROR.findall(report)]
+    if own:
+        name, message = own[-1]
+        kind: type[TokayError] = getattr(errors, name, TokayError)
+        return kind(message.strip())
+    return TokayError(f"an actor failed: {str(error).strip().splitlines()[-1]}")
+
+
+_OWN_ERROR = re.compile(r"^\s*cluster\.errors\.(\w+): (.*)$", re.MULTILINE)
