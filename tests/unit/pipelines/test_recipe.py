@@ -36,10 +36,10 @@ def test_cluster_recipe_asks_for_node_types_that_the_cluster_file_has() -> None:
 
 def test_set_overrides_nested_keys_and_list_places() -> None:
     recipe = load_recipe(
-        "laptop", ["seeds.num_seeds=7", "queries.tasks.0=search result", "training.seed=3"]
+        "laptop", ["seeds.num_seeds=7", "queries.tasks.0=fact checking", "training.seed=3"]
     )
     assert recipe.seeds.num_seeds == 7
-    assert recipe.queries.tasks == ("search result",)
+    assert recipe.queries.tasks == ("fact checking", "search result")
     assert recipe.training.seed == 3
 
 
@@ -52,7 +52,7 @@ def test_set_overrides_nested_keys_and_list_places() -> None:
         ("queries.tasks=[poetry]", "accepted are question answering"),
         ("fret.fusion=best", "'best' given"),
         ("seeds.num_seeds", "write path.to.key=value"),
-        ("queries.tasks.9=x", "'9' is no place in a list of 1"),
+        ("queries.tasks.9=x", "'9' is no place in a list of 2"),
     ],
 )
 def test_mistake_in_a_recipe_names_the_key_and_the_mend(setting: str, message: str) -> None:
