@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from actors.language_model import ScoringPrompt
 
-MIN_QUERY_WORDS = 2
+MIN_QUERY_WORDS = 3
 MAX_QUERY_WORDS = 40
 STOP = ("\n",)
 
