@@ -8,24 +8,19 @@ imports, and the order is the same every time.
 
 import importlib
 import inspect
+import json
 import logging
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageMetadata, distributions
 from operator import attrgetter
 from types import ModuleType
 
-from pipelines.corpus.passages import (
-    Document,
-    Passage,
-    clean,
-    near_duplicates,
-    num_words,
-    passages_of,
-    reject_reason,
-)
+from pipelines.corpus.passages import Document, clean, num_words
 
 log = logging.getLogger(__name__)
 
@@ -110,9 +105,23 @@ _DEFINED = re.compile(r"^((?:(?:class )?[\w.]+(?:\(.*\))?\n)+)\n(?=   \S)", re.M
 def python_documentation() -> Iterator[Document]:
     """Yield the documentation of this environment, in an order that does not change.
 
+    It is read in a fresh interpreter: Ray replaces `print` and others their warnings' functions,
+    and the corpus must not depend on what the caller has imported.
+
     `Document.name` is `python:topic/<topic>`, the dotted name of a module, class, function or
     method (the first public one, when it has several), or `dist:<distribution>`.
     """
+    # -P: a module in the caller's folder must not stand in for one of the standard library.
+    command = [sys.executable, "-P", "-m", __name__]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as reader:
+        assert reader.stdout is not None
+        for line in reader.stdout:
+            yield Document(**json.loads(line))
+    if reader.returncode:
+        raise subprocess.CalledProcessError(reader.returncode, command)
+
+
+def _documents() -> Iterator[Document]:
     yield from _language_reference()
     seen: set[int] = set()
     for shelf in _SHELVES:
@@ -124,21 +133,6 @@ def python_documentation() -> Iterator[Document]:
                     text = _first_words(paragraphs, shelf.max_words)
                     yield Document(name=name, title=title, text=text)
     yield from _distributions()
-
-
-def python_passages(*, max_words: int = 160, min_words: int = 20) -> list[Passage]:
-    """Return the fit passages of `python_documentation`, near-duplicates left out.
-
-    `Passage.source` is the locator that the demo's questions name as their answers.
-    """
-    passages = [
-        passage
-        for document in python_documentation()
-        for passage in passages_of(document, max_words=max_words, min_words=min_words)
-        if reject_reason(passage.text) is None
-    ]
-    drop = near_duplicates([passage.text for passage in passages])
-    return [passage for row, passage in enumerate(passages) if row not in drop]
 
 
 def _language_reference() -> Iterator[Document]:
@@ -343,3 +337,8 @@ def _without_markup(text: str) -> str:
     for pattern, replacement in _MARKUP:
         text = re.sub(pattern, replacement, text)
     return text
+
+
+if __name__ == "__main__":
+    for found in _documents():
+        print(json.dumps(asdict(found)))

@@ -7,6 +7,6 @@ judging what a keyword search and two encoders found for each question, so that 
 not listed can be counted as wrong. A third of the questions is for development, the rest for the
 published figures; the split is drawn by a hash of the id within each area of the documentation.
 
-An answer is the `source` of a passage, `<document>#<part>`: see `python_passages`. Parts of the
-language reference that changed between releases of Python 3.11 are not used as answers.
+An answer is the `source` of a passage, `<document>#<part>`: see `python_documentation`. Parts of
+the language reference that changed between releases of Python 3.11 are not used as answers.
 """
