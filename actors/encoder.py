@@ -119,6 +119,11 @@ class Encoder:
         self.max_tokens = max_tokens
         self.templates = templates
 
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the transformer."""
+        return sum(weights.numel() for weights in self.model.parameters())
+
     @classmethod
     def load(
         cls,

@@ -30,6 +30,7 @@ Settings = Annotated[
 StorageUri = Annotated[
     str | None, typer.Option("--storage", help="Run folder: a path, file:// or s3://.")
 ]
+Rebuild = Annotated[bool, typer.Option(help="Make steps of another configuration anew.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 Address = Annotated[
     str, typer.Option(help="The cluster's dashboard.", envvar="RAY_API_SERVER_ADDRESS")
@@ -54,9 +55,7 @@ def run_command(
     storage: StorageUri = None,
     settings: Settings = None,
     until: Annotated[str | None, typer.Option(help="The last step to run.")] = None,
-    rebuild: Annotated[
-        bool, typer.Option(help="Make steps of another configuration anew.")
-    ] = False,
+    rebuild: Rebuild = False,
     fresh: Annotated[bool, typer.Option(help="Delete the run folder's steps first.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -80,12 +79,13 @@ def run_command(
 def demo(
     storage: Annotated[str, typer.Option(help="Run folder.")] = "runs/demo",
     settings: Settings = None,
+    rebuild: Rebuild = False,
     fresh: Annotated[bool, typer.Option(help="Start anew.")] = False,
 ) -> None:
     """Learn to search the documentation of this Python environment, end to end."""
     from pipelines.demo.command import run_demo
 
-    run_demo(storage, settings or [], fresh, console)
+    run_demo(storage, settings or [], rebuild, fresh, console)
 
 
 @app.command()

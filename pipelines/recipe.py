@@ -1,4 +1,7 @@
-"""A recipe: everything a run is made from, read from YAML, checked key by key."""
+"""A recipe: everything a run is made from, read from YAML, checked key by key.
+
+A recipe may name another one as its `base`, by name or file, and then holds only what differs.
+"""
 
 import difflib
 from importlib.resources import files
@@ -104,9 +107,28 @@ def load_recipe(source: str | Path, settings: list[str] | None = None) -> Recipe
     Raises:
         UserError: No such recipe, not YAML, an unknown key or a value that is not accepted.
     """
+    tree = _read(source)
+    for setting in settings or []:
+        _set(tree, setting)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"recipe {source}: {_explain(error)}") from error
+
+
+def recipe_names() -> list[str]:
+    """Returns the names of the recipes that come with Tokay."""
+    folder = Path(str(files("pipelines") / "recipes"))
+    return sorted(file.stem for file in folder.glob("*.yaml"))
+
+
+def _read(source: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Reads a recipe's keys over those of its `base`."""
     path = Path(source)
     if not path.is_file() and "/" not in str(source) and not path.suffix:
         path = Path(str(files("pipelines") / "recipes" / f"{source}.yaml"))
+    if path in above:
+        raise UserError(f"recipe {path} is its own base, by {' and '.join(map(str, above))}")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -118,18 +140,20 @@ def load_recipe(source: str | Path, settings: list[str] | None = None) -> Recipe
         raise UserError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path} is not a mapping of keys: see {', '.join(recipe_names())}")
-    for setting in settings or []:
-        _set(tree, setting)
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"recipe {path}: {_explain(error)}") from error
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    beside = path.parent / str(base)
+    return _over(tree, _read(beside if beside.is_file() else str(base), (*above, path)))
 
 
-def recipe_names() -> list[str]:
-    """Returns the names of the recipes that come with Tokay."""
-    folder = Path(str(files("pipelines") / "recipes"))
-    return sorted(file.stem for file in folder.glob("*.yaml"))
+def _over(tree: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in tree.items():
+        below = base.get(key)
+        both = isinstance(value, dict) and isinstance(below, dict)
+        merged[key] = _over(value, below) if both else value
+    return merged
 
 
 def _set(tree: dict[str, Any], setting: str) -> None:

@@ -43,7 +43,7 @@ def make_student(config: StudentConfig, context: StepContext) -> dict[str, Json]
     card = f"# Student before training\n\nCut from {config.model}, layers {config.layers}.\n"
     _save(encoder, card, context.storage)
     return {
-        "num_parameters": sum(weights.numel() for weights in encoder.model.parameters()),
+        "num_parameters": encoder.num_parameters,
         "dimensions": encoder.dimensions,
     }
 

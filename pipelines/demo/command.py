@@ -18,11 +18,13 @@ QUERY = "how can I find out which line of my program takes the most time"
 START_LIMIT_S = 120.0
 
 
-def run_demo(storage: str, settings: list[str], fresh: bool, console: Console) -> None:
+def run_demo(
+    storage: str, settings: list[str], rebuild: bool, fresh: bool, console: Console
+) -> None:
     """Runs the demo's recipe, shows what it learnt, and asks the endpoint."""
     begin = time.monotonic()
     recipe = load_recipe(str(files("pipelines") / "demo" / "demo.yaml"), settings)
-    execute(recipe, storage, console, fresh=fresh)
+    execute(recipe, storage, console, rebuild=rebuild, fresh=fresh)
     disconnect()  # the endpoint gets both cores
     _ask_endpoint(storage, console)
     console.print(f"[dim]{time.monotonic() - begin:.0f} s in all[/]")

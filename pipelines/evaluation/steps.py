@@ -134,6 +134,7 @@ def run_evaluation(
         "differences": differences,
         "queries": queries,
         "qrels": qrels,
+        "num_parameters": {name: encoder.num_parameters for name, encoder in encoders.items()},
     }
     context.storage.write_bytes(RESULTS, json.dumps(document).encode())
     short = [{k: v for k, v in r.items() if k not in _LONG} for r in results]

@@ -42,13 +42,12 @@ def _scores(test_set: dict[str, Any]) -> Table:
         table.add_column(Text(heading), justify="right")
     for model, title in MODEL_NAMES.items():
         row = test_set[model]
-        parameters = row["num_parameters"]
         table.add_row(
             title,
             _estimate(row["ndcg_at_10"], row["ndcg_at_10_interval"]),
             _estimate(row["recall_at_10"], row["recall_at_10_interval"]),
             f"{row['texts_per_s']:,.0f}",
-            f"{parameters / 1e6:.1f} M" if parameters else "",
+            f"{row['num_parameters'] / 1e6:.1f} M",
             style="bold" if model == "student_after" else "",
         )
     return table

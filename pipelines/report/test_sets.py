@@ -31,7 +31,7 @@ def collect_test_sets(run: RunFolder) -> dict[str, dict[str, Json]]:
         results = {row["model"]: row for row in document["results"] if row["dataset"] == name}
         after = results["student_after"]
         test_sets[name] = {
-            **{model: _scores(results[model], run) for model in MODELS},
+            **{model: _scores(results[model], document) for model in MODELS},
             "difference": {
                 "ndcg_at_10": gains[name]["difference"],
                 "interval": gains[name]["interval"],
@@ -64,11 +64,10 @@ def choose_queries(before: dict[str, float], after: dict[str, float]) -> list[st
     return sorted(chosen, key=lambda query: -gains[query])
 
 
-def _scores(result: dict[str, Any], run: RunFolder) -> dict[str, Json]:
-    student = run.artifacts.get("student") if result["model"] != "retriever" else None
+def _scores(result: dict[str, Any], document: dict[str, Any]) -> dict[str, Json]:
     return {
         **{key: result[key] for key in SCORES},
-        "num_parameters": student and student.manifest.metrics.get("num_parameters"),
+        "num_parameters": document["num_parameters"][result["model"]],
     }
 
 

@@ -43,6 +43,22 @@ def test_set_overrides_nested_keys_and_list_places() -> None:
     assert recipe.training.seed == 3
 
 
+def test_base_gives_the_keys_that_a_recipe_does_not_name(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("base: laptop\nname: mine\nseeds: {num_seeds: 5}\n")
+    (tmp_path / "short.yaml").write_text("base: mine.yaml\ntraining: {epochs: 1}\n")
+    recipe, laptop = load_recipe(tmp_path / "short.yaml"), load_recipe("laptop")
+    assert (recipe.name, recipe.seeds.num_seeds, recipe.training.epochs) == ("mine", 5, 1)
+    assert recipe.seeds.rows_per_shard == laptop.seeds.rows_per_shard
+    assert recipe.training.learning_rate == laptop.training.learning_rate
+
+
+def test_base_that_leads_back_to_the_recipe_is_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml")
+    (tmp_path / "b.yaml").write_text("base: a.yaml")
+    with pytest.raises(UserError, match=r"a\.yaml is its own base"):
+        load_recipe(tmp_path / "a.yaml")
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
