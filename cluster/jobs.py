@@ -57,8 +57,9 @@ class JobState:
 
 
 def submit(
-    recipe: Path,
+    recipe: str,
     *,
+    name: str,
     address: str,
     storage: str,
     settings: Sequence[str] = (),
@@ -68,7 +69,8 @@ def submit(
     """Runs a recipe on a cluster, as `tokay run` would there.
 
     Args:
-        recipe: The recipe's file on this machine.
+        recipe: The recipe's YAML, whole: files that it is based on do not travel.
+        name: What the recipe is called in the list of jobs.
         address: The dashboard, `http://HEAD:8265`.
         storage: Where the run goes: an S3 URI, or a folder if the whole cluster is this machine.
         settings: Overrides, each `path.to.key=value`. They are shown in the dashboard: no secrets.
@@ -79,13 +81,9 @@ def submit(
         The job's id.
 
     Raises:
-        UserError: No recipe there, a storage that the cluster cannot reach, no cluster at the
-            address, an id that is malformed or taken.
+        UserError: A storage that the cluster cannot reach, no cluster at the address, an id that is
+            malformed or taken.
     """
-    try:
-        text = recipe.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {str(recipe)!r} cannot be read: {error}") from error
     storage = _reachable_storage(storage, address)
     command = ["python", "-m", "pipelines.cli", "run", "recipe.yaml", "--storage", storage]
     for setting in settings:
@@ -93,8 +91,8 @@ def submit(
     return submit_command(
         command,
         address=address,
-        files={"recipe.yaml": text},
-        labels={"recipe": recipe.name, "storage": storage},
+        files={"recipe.yaml": recipe},
+        labels={"recipe": name, "storage": storage},
         submission_id=submission_id,
         ship_code=ship_code,
     )

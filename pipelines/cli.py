@@ -145,7 +145,7 @@ def eval_command(
 
 @app.command()
 def submit(
-    recipe: Annotated[Path, typer.Argument(help="A recipe's YAML file.")],
+    recipe: RecipeFile,
     storage: Annotated[str, typer.Option(help="Where the cluster writes the run: s3://...")],
     address: Address = LOCAL_DASHBOARD,
     settings: Settings = None,
@@ -154,12 +154,15 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe on a cluster through the Ray Jobs API; prints the job's id."""
+    import yaml
+
     from cluster import jobs
-    from pipelines.recipe import load_recipe
+    from pipelines.recipe import load_recipe, read_keys
 
     load_recipe(recipe, settings)  # a mistake is told here, not by a job an hour later
     job = jobs.submit(
-        recipe,
+        yaml.safe_dump(read_keys(recipe), sort_keys=False),
+        name=Path(recipe).name,
         address=address,
         storage=storage,
         settings=settings or [],

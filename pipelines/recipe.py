@@ -107,7 +107,7 @@ def load_recipe(source: str | Path, settings: list[str] | None = None) -> Recipe
     Raises:
         UserError: No such recipe, not YAML, an unknown key or a value that is not accepted.
     """
-    tree = _read(source)
+    tree = read_keys(source)
     for setting in settings or []:
         _set(tree, setting)
     try:
@@ -122,8 +122,8 @@ def recipe_names() -> list[str]:
     return sorted(file.stem for file in folder.glob("*.yaml"))
 
 
-def _read(source: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Reads a recipe's keys over those of its `base`."""
+def read_keys(source: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Reads a recipe's keys over those of its `base`, unchecked."""
     path = Path(source)
     if not path.is_file() and "/" not in str(source) and not path.suffix:
         path = Path(str(files("pipelines") / "recipes" / f"{source}.yaml"))
@@ -144,15 +144,16 @@ def _read(source: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base is None:
         return tree
     beside = path.parent / str(base)
-    return _over(tree, _read(beside if beside.is_file() else str(base), (*above, path)))
+    return _over(tree, read_keys(beside if beside.is_file() else str(base), (*above, path)))
 
 
 def _over(tree: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in tree.items():
         below = base.get(key)
-        both = isinstance(value, dict) and isinstance(below, dict)
-        merged[key] = _over(value, below) if both else value
+        if isinstance(value, dict) and isinstance(below, dict):
+            value = _over(value, below)
+        merged[key] = value
     return merged
 
 

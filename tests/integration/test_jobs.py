@@ -4,15 +4,10 @@ import functools
 import http.server
 import itertools
 import os
-import shutil
-import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -27,64 +22,15 @@ ROOT = Path(__file__).parents[2]
 NOWHERE = "http://127.0.0.1:1"
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for held in sockets:
-        held.bind(("127.0.0.1", 0))
-    ports = [held.getsockname()[1] for held in sockets]
-    for held in sockets:
-        held.close()
-    return ports
+@pytest.fixture
+def address(job_server: str) -> str:
+    return job_server
 
 
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    gcs, dashboard, agent, client = free_ports(4)
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Short: socket paths end at 107 bytes.
-    # No ray stop at the end: it would stop every Ray on this machine.
-    command = ["-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
-    command += [f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    command += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
-    command += ["--num-cpus=1", "--object-store-memory=80000000", f"--temp-dir={folder}"]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    with Path(folder, "start.log").open("wb") as log:
-        head = subprocess.Popen(
-            [sys.executable, *command],
-            # Else the token that an earlier Ray left in the home folder is asked for.
-            env={**environment, "PATH": path, "RAY_AUTH_MODE": "disabled"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    url = f"http://127.0.0.1:{dashboard}"
-    try:
-        wait_for_agent(url, head, Path(folder, "start.log"))
-        yield url
-    finally:
-        # Killed, for its graceful end takes 10 seconds; workers end, and stop writing, soon after.
-        os.killpg(head.pid, signal.SIGKILL)
-        head.wait()
-        for _ in range(40):
-            shutil.rmtree(folder, ignore_errors=True)
-            time.sleep(0.25)
-            if not Path(folder).exists():
-                break
-
-
-def wait_for_agent(url: str, head: "subprocess.Popen[bytes]", log: Path) -> None:
-    """The dashboard answers some seconds before it can take a job."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        try:
-            nodes = httpx.get(f"{url}/nodes?view=hostNameList", timeout=2).json()
-            if nodes["data"]["hostNameList"]:
-                return
-        except (httpx.HTTPError, ValueError, KeyError):
-            pass
-        assert head.poll() is None, log.read_text()
-        time.sleep(0.3)
-    raise AssertionError(log.read_text())
+def submit(address: str, *, storage: str, settings: Sequence[str] = ()) -> str:
+    return jobs.submit(
+        "no_such_key: 1\n", name="small.yaml", address=address, storage=storage, settings=settings
+    )
 
 
 def wait(address: str, job_id: str, *, seconds: float = 60) -> jobs.JobState:
@@ -173,10 +119,8 @@ def test_shipped_code_is_imported_from_the_job_not_from_the_node(address: str) -
 def test_recipe_becomes_the_command_line_with_its_settings_and_no_environment(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = tmp_path / "small.yaml"
-    recipe.write_text("no_such_key: 1\n")
     monkeypatch.chdir(tmp_path)
-    job_id = jobs.submit(recipe, address=address, storage="my runs", settings=["a.b=c d"])
+    job_id = submit(address, storage="my runs", settings=["a.b=c d"])
     jobs.stop(address, job_id)
     state = wait(address, job_id)
     assert (state.recipe, state.storage) == ("small.yaml", str(tmp_path / "my runs"))
@@ -197,16 +141,14 @@ def test_unknown_job_is_one_line_for_the_user(address: str) -> None:
 
 
 def test_cluster_elsewhere_refuses_a_folder_but_takes_s3(
-    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = tmp_path / "small.yaml"
-    recipe.write_text("{}")
     # As through an SSH tunnel: the address is loopback, and the nodes have another name than we.
     monkeypatch.setattr(socket, "gethostname", lambda: "laptop")
     for storage in ("runs", "/data/runs", "file:///data/runs"):
         with pytest.raises(UserError, match=r"runs elsewhere.*s3://"):
-            jobs.submit(recipe, address=address, storage=storage)
-    job_id = jobs.submit(recipe, address=address, storage="s3://bucket/run/")
+            submit(address, storage=storage)
+    job_id = submit(address, storage="s3://bucket/run/")
     jobs.stop(address, job_id)
     assert wait(address, job_id).storage == "s3://bucket/run"
 
@@ -238,14 +180,7 @@ def test_malformed_submission_id_is_refused_before_anything_is_sent(given: str) 
         jobs.submit_command(["true"], address=NOWHERE, files={}, submission_id=given)
 
 
-def test_credentials_in_a_storage_uri_are_refused_and_not_repeated(tmp_path: Path) -> None:
-    recipe = tmp_path / "small.yaml"
-    recipe.write_text("{}")
+def test_credentials_in_a_storage_uri_are_refused_and_not_repeated() -> None:
     with pytest.raises(UserError, match="credentials") as error:
-        jobs.submit(recipe, address=NOWHERE, storage="s3://KEY:SECRET@bucket/run")
+        submit(NOWHERE, storage="s3://KEY:SECRET@bucket/run")
     assert "SECRET" not in str(error.value)
-
-
-def test_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent\.yaml"):
-        jobs.submit(tmp_path / "absent.yaml", address=NOWHERE, storage="s3://bucket/run")

@@ -1,4 +1,4 @@
-"""The whole loop through every real engine, killed twice on the way, on a small corpus."""
+"""The whole loop through every real engine, killed twice and finished as a job of a cluster."""
 
 import inspect
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster import jobs
 from cluster.artifacts import Artifact, open_artifact
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -45,7 +46,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(corpus: Path, run: Path) -> list[str]:
+def command(verb: str, corpus: Path, run: Path) -> list[str]:
     settings = [
         f"corpus.path={corpus}/documents.jsonl",
         f"seeds.num_seeds={NUM_SEEDS}",
@@ -60,7 +61,7 @@ def command(corpus: Path, run: Path) -> list[str]:
         f"evaluation=[{{name: tiny, path: {corpus}, task: search result}}]",
     ]
     sets = [word for setting in settings for word in ("--set", setting)]
-    return [sys.executable, "-m", "pipelines.cli", "run", "laptop", "--storage", str(run), *sets]
+    return [sys.executable, "-m", "pipelines.cli", verb, "laptop", "--storage", str(run), *sets]
 
 
 def kill_when(folder: Path, pattern: str, arguments: list[str], limit_s: float = 240) -> None:
@@ -75,10 +76,25 @@ def kill_when(folder: Path, pattern: str, arguments: list[str], limit_s: float =
     process.wait()
 
 
+def run_as_job(submit: list[str], job_server: str) -> str:
+    """Submits the run through the job server, waits for it, and returns what it printed."""
+    answer = subprocess.run(
+        [*submit, "--address", job_server, "--json"], check=True, capture_output=True, text=True
+    )
+    job = json.loads(answer.stdout)["id"]
+    follow = [sys.executable, "-m", "pipelines.cli", "logs", job, "--follow"]
+    logs = subprocess.run(
+        [*follow, "--address", job_server], check=True, capture_output=True, text=True, timeout=300
+    )
+    (state,) = jobs.status(job_server, job)
+    assert (state.status, state.exit_code) == ("SUCCEEDED", 0), logs.stdout
+    return logs.stdout
+
+
 def test_run_killed_twice_gives_every_row_once_and_a_better_file(
-    corpus: Path, tmp_path: Path
+    corpus: Path, job_server: str, tmp_path: Path
 ) -> None:
-    run, arguments = tmp_path / "run", command(corpus, tmp_path / "run")
+    run, arguments = tmp_path / "run", command("run", corpus, tmp_path / "run")
     kill_when(run, "queries/shards/*.parquet", arguments)
     assert not (run / "queries" / "manifest.json").exists()
     written = {f: f.stat().st_mtime_ns for f in run.glob("queries/shards/*.parquet")}
@@ -87,8 +103,8 @@ def test_run_killed_twice_gives_every_row_once_and_a_better_file(
     assert {f: f.stat().st_mtime_ns for f in written} == written
     assert (run / "fret" / "manifest.json") in finished
 
-    last = subprocess.run(arguments, check=True, capture_output=True, text=True, timeout=300)
-    assert "done before" in last.stdout and "report:" in last.stdout
+    printed = run_as_job(command("submit", corpus, run), job_server)
+    assert "done before" in printed and "report:" in printed
     assert {f: f.stat().st_mtime_ns for f in finished} == finished  # no finished step is repeated
 
     def artifact(name: str) -> Artifact:
