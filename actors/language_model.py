@@ -91,14 +91,14 @@ class ScoringPrompt:
         context: Few-shot examples and the passage, ending right before the query.
         query: The text whose likelihood is measured, with its leading blank.
         question: What follows the query, ending right before the label.
-        labels: The relevant and the irrelevant label, with leading blanks. Of a label of several
-            tokens the first counts.
+        labels: What may follow, with leading blanks, and the relevance in 0..1 that each stands
+            for. Of a label of several tokens the first counts.
     """
 
     context: str
     query: str
     question: str
-    labels: tuple[str, str]
+    labels: tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,9 @@ class PairScore:
 
     Attributes:
         ql: Mean log P(q_t | q_<t, context) over the query's tokens (Gecko, section 3).
-        rc: log P(relevant | context, query, question), normalised over the two labels.
+        rc: log of the labels' mean relevance by their probabilities, P(label | context, query,
+            question) normalised over the labels; of two labels with relevance 1 and 0 this is
+            Gecko's log P(relevant).
     """
 
     ql: float | None = None
@@ -126,6 +128,9 @@ class LanguageModel:
         self._tokenizer = tokenizer
         self._max_model_tokens = max_model_tokens
         self._ids = itertools.count()
+        from vllm.platforms import current_platform
+
+        self._on_cpu = bool(current_platform.is_cpu())
 
     @classmethod
     def load(cls, options: EngineOptions) -> LanguageModel:
@@ -234,7 +239,9 @@ class LanguageModel:
                     top_p=sampling.top_p,
                     max_tokens=sampling.max_tokens,
                     stop=list(sampling.stop),
-                    seed=seed,
+                    # A request's seed together with top_p kills vLLM's CPU engine; the engine's
+                    # own seed then rules, and what is written depends on the batch.
+                    seed=None if self._on_cpu and sampling.top_p < 1 else seed,
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 ),
             )
@@ -295,26 +302,23 @@ class LanguageModel:
     async def _score(self, pair: ScoringPrompt, context: list[int]) -> PairScore:
         query = self._tokenize(pair.query, special=False)
         question = self._tokenize(pair.question, special=False)
-        relevant, irrelevant = (self._tokenize(label, special=False)[0] for label in pair.labels)
-        if relevant == irrelevant:
+        labels = {self._tokenize(label, special=False)[0]: weight for label, weight in pair.labels}
+        if len(labels) < len(pair.labels):
             raise ValueError(f"labels {pair.labels} begin with the same token; choose others")
         tokens = context + query + question
         if not query:
             return PairScore(error="empty query")
         if error := self._misfit(len(tokens), 1):
             return PairScore(error=error, num_prompt_tokens=len(tokens))
-        output = await self._request(tokens, _scoring_params(relevant, irrelevant, cached=True))
+        output = await self._request(tokens, _scoring_params(list(labels), cached=True))
         if (output.num_cached_tokens or 0) >= len(context):
             # Log-probabilities are computed for uncached tokens only, and this query is partly
             # in the cache (the same pair again, or one that begins alike).
-            output = await self._request(
-                tokens, _scoring_params(relevant, irrelevant, cached=False)
-            )
+            output = await self._request(tokens, _scoring_params(list(labels), cached=False))
         prompt, answer = output.prompt_logprobs, output.outputs[0].logprobs[0]
         positions = prompt.start_indices[len(context) : len(context) + len(query)]
         ql = sum(prompt.logprobs[position] for position in positions) / len(query)
-        labels = answer[relevant].logprob, answer[irrelevant].logprob
-        rc = -math.log1p(math.exp(min(labels[1] - labels[0], 700.0)))
+        rc = _mean_relevance([(answer[token].logprob, w) for token, w in labels.items()])
         if not (math.isfinite(ql) and math.isfinite(rc)):
             return PairScore(
                 error=f"the model's log-probabilities are not finite (QL {ql}, RC {rc})",
@@ -355,7 +359,22 @@ class LanguageModel:
         return output
 
 
-def _scoring_params(relevant: int, irrelevant: int, *, cached: bool) -> SamplingParams:
+def _mean_relevance(labels: Sequence[tuple[float, float]]) -> float:
+    """Returns log sum(w P) - log sum(P) over (log P, w), exact however small a P is."""
+    highest = max(log_p for log_p, _ in labels)
+    weighted = [log_p + math.log(weight) for log_p, weight in labels if weight > 0]
+    if not weighted or not math.isfinite(highest):
+        return -math.inf
+    top = max(weighted)
+    return (
+        top
+        + math.log(sum(math.exp(value - top) for value in weighted))
+        - highest
+        - math.log(sum(math.exp(log_p - highest) for log_p, _ in labels))
+    )
+
+
+def _scoring_params(labels: list[int], *, cached: bool) -> SamplingParams:
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     return SamplingParams(
@@ -363,7 +382,7 @@ def _scoring_params(relevant: int, irrelevant: int, *, cached: bool) -> Sampling
         max_tokens=1,
         prompt_logprobs=0,
         skip_reading_prefix_cache=not cached,  # vLLM's default is to recompute the whole prompt
-        logprob_token_ids=[relevant, irrelevant],
+        logprob_token_ids=labels,
         flat_logprobs=True,
         detokenize=False,  # the ids at cached positions are uninitialised memory
         output_kind=RequestOutputKind.FINAL_ONLY,

@@ -1,17 +1,19 @@
-"""Exact nearest passages by inner product, the same on one machine and over shards.
+"""Nearest passages by inner product, the same on one machine and over shards.
 
 Mining, evaluation and serving all ask for "the k best rows". FAISS finds them; this module fixes
-what FAISS leaves open: the order of ties, and how results of several shards become one.
+what FAISS leaves open: the order of ties, how results of several shards become one, and which index
+suits how many vectors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
 Neighbours = tuple[np.ndarray, np.ndarray]
+IndexKind = Literal["auto", "flat", "ivf", "hnsw", "pq"]
 
 # FAISS adds up float32 in an order that depends on the batch; scores this near may be a tie.
 _TIE = 1e-5
@@ -114,6 +116,126 @@ class PassageIndex:
                 f"vectors of shape {vectors.shape}: accepted is [rows, {self.dimensions}]"
             )
         return np.ascontiguousarray(vectors, dtype=np.float32)
+
+
+class ApproximateIndex:
+    """Vectors in the order they were added, searched without looking at all of them.
+
+    Vectors are held once, in half precision (`pq`: a byte for four numbers); scores are accurate
+    to about 1e-3 (`pq`: 1e-1), and equal scores come in no fixed order.
+
+    Attributes:
+        kind: `ivf` (inverted lists), `hnsw` (a graph: fast queries, slow to build) or `pq`
+            (inverted lists of product-quantised residuals).
+    """
+
+    def __init__(self, dimensions: int, kind: str, num_vectors: int, gpu: bool = False) -> None:
+        """Makes an empty index.
+
+        Args:
+            dimensions: Length of a vector.
+            kind: `ivf`, `hnsw` or `pq`.
+            num_vectors: How many vectors will be added, about.
+            gpu: Search on the first GPU that this process sees (`ivf` and `pq`; needs
+                ``faiss-gpu``).
+        """
+        import faiss
+
+        self.kind = kind
+        self.dimensions = dimensions
+        self._index: Any
+        self._num_lists = max(1, min(1 << 16, round(2 * num_vectors**0.5)))
+        per_code = max(size for size in (1, 2, 3, 4) if dimensions % size == 0)
+        factories = {
+            "ivf": f"IVF{self._num_lists},SQfp16",
+            "hnsw": "HNSW32,SQfp16",
+            "pq": f"IVF{self._num_lists},PQ{dimensions // per_code}",
+        }
+        if kind not in factories:
+            raise ValueError(f"index kind {kind!r}: accepted are {', '.join(factories)}")
+        # Any: the type is known by the factory's text alone.
+        index: Any = faiss.index_factory(dimensions, factories[kind], faiss.METRIC_INNER_PRODUCT)
+        self._index = index
+        if kind == "hnsw":
+            index.hnsw.efConstruction = 80
+            index.hnsw.efSearch = 128
+            return
+        index.nprobe = max(16, self._num_lists // 20)
+        index.cp.niter = 6
+        index.cp.max_points_per_centroid = _POINTS_PER_LIST
+        index.make_direct_map(True)
+        if gpu:
+            if not hasattr(faiss, "StandardGpuResources"):
+                raise ValueError("gpu=True needs faiss-gpu, and faiss-cpu is installed")
+            self._index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+
+    def __len__(self) -> int:
+        return int(self._index.ntotal)
+
+    @property
+    def num_training_vectors(self) -> int:
+        """How many vectors `train` makes use of."""
+        wanted: int = max(10_000, _POINTS_PER_LIST * self._num_lists)
+        return wanted
+
+    def train(self, sample: np.ndarray) -> None:
+        """Learns lists and codes from a sample, float32 ``[rows, dimensions]``; before `add`."""
+        self._index.train(np.ascontiguousarray(sample, dtype=np.float32))
+
+    def add(self, vectors: np.ndarray) -> None:
+        """Appends float32 ``[rows, dimensions]``; their row numbers go on from the last."""
+        self._index.add(np.ascontiguousarray(vectors, dtype=np.float32))
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the vectors of int64 ``[rows]`` as they are held, ``[rows, dimensions]``."""
+        found: np.ndarray = self._index.reconstruct_batch(np.asarray(rows, dtype=np.int64))
+        return found
+
+    def search(self, queries: np.ndarray, k: int) -> Neighbours:
+        """Finds most of each query's k best rows, best first; see `PassageIndex.search`.
+
+        Where fewer than k are found, the row is -1 and the score the lowest there is.
+        """
+        found: Neighbours = self._index.search(
+            np.ascontiguousarray(queries, dtype=np.float32), min(k, len(self))
+        )
+        return found
+
+
+_POINTS_PER_LIST = 30
+
+
+def choose_kind(kind: IndexKind, num_vectors: int) -> str:
+    """Returns the kind that `auto` means for so many vectors on one actor."""
+    if kind != "auto":
+        return kind
+    if num_vectors <= 100_000:
+        return "flat"
+    return "ivf" if num_vectors <= 20_000_000 else "pq"
+
+
+def exact_top_k(queries: np.ndarray, parts: Iterable[np.ndarray], k: int) -> Neighbours:
+    """Finds the k best rows of vectors that come in parts, of which one is held at a time.
+
+    Args:
+        queries: float32 ``[queries, dimensions]``.
+        parts: float32 ``[rows, dimensions]`` each; rows are numbered over all of them.
+        k: How many.
+    """
+    import faiss
+
+    best: Neighbours | None = None
+    first_row = 0
+    for part in parts:
+        scores, rows = faiss.knn(
+            queries, part, min(k, len(part)), metric=faiss.METRIC_INNER_PRODUCT
+        )
+        found = [(scores, rows + first_row)]
+        best = merge_top_k(found if best is None else [best, *found], k)
+        first_row += len(part)
+    if best is None:
+        raise ValueError("exact_top_k was given no vectors")
+    return best
 
 
 def merge_top_k(results: Sequence[Neighbours], k: int) -> Neighbours:

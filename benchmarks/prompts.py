@@ -28,14 +28,7 @@ from actors.passage_index import PassageIndex
 from pipelines.corpus.passages import Passage, passages_of
 from pipelines.corpus.sources import Corpus, CorpusConfig
 from pipelines.fret.fusion import fuse
-from pipelines.fret.prompts import (
-    PAIR_PROMPT,
-    QUERY_PROMPTS,
-    STOP,
-    PairPrompt,
-    QueryPrompt,
-    parse_query,
-)
+from pipelines.fret.prompts import STOP, WRITTEN, PairPrompts, QueryPrompts, load_prompts, unfit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,18 +55,18 @@ class Written:
     cells: list[str]
 
 
-async def write(bench: Bench, prompt: QueryPrompt, temperature: float) -> Written:
+async def write(bench: Bench, ask: QueryPrompts, task: str, temperature: float) -> Written:
     sampling = Sampling(temperature=temperature, max_tokens=40, stop=STOP)
-    prompts = [prompt.render(*bench.passage(row)) for row in bench.seeds]
+    prompts = [ask.render(task, *bench.passage(row)) for row in bench.seeds]
     started = time.perf_counter()
     answers = await bench.llm.generate(prompts, sampling=sampling, seeds=list(bench.seeds))
     seconds = time.perf_counter() - started
     usable = []
     for row, answer in zip(bench.seeds, answers, strict=True):
-        query, reason = parse_query(answer.text, cut=answer.cut)
-        if not (answer.error or reason):
+        _, query, reason = ask.parse(task, answer.text, cut=answer.cut)
+        if not (answer.error or reason or unfit(query, bench.passages[row].text)):
             usable.append((query, row))
-    vectors = bench.retriever.encode_queries([query for query, _ in usable], task=prompt.task)
+    vectors = bench.retriever.encode_queries([query for query, _ in usable], task=task)
     _, nearest = bench.index.search(vectors, 10)
     queries = [(query, row, list(near)) for (query, row), near in zip(usable, nearest, strict=True)]
     total = len(bench.seeds)
@@ -83,7 +76,7 @@ async def write(bench: Bench, prompt: QueryPrompt, temperature: float) -> Writte
     named = np.mean([_names(query, bench.passages[row].title) for query, row, _ in queries])
     new_tokens = sum(answer.num_tokens for answer in answers)
     figures = [1 - len(usable) / total, first, ten]
-    cells = [prompt.task, *(f"{figure:.0%}" for figure in figures), f"{words:.1f}", f"{named:.0%}"]
+    cells = [task, *(f"{figure:.0%}" for figure in figures), f"{words:.1f}", f"{named:.0%}"]
     return Written(queries=queries, cells=[*cells, f"{new_tokens / seconds:.0f}"])
 
 
@@ -93,7 +86,7 @@ def _names(query: str, title: str) -> bool:
 
 
 async def score(
-    bench: Bench, prompt: PairPrompt, queries: Sequence[tuple[str, int, list[int]]]
+    bench: Bench, prompt: PairPrompts, queries: Sequence[tuple[str, int, list[int]]]
 ) -> list[str]:
     """Judge each query's nearest passages, the seed among them; returns the table's cells."""
     jobs = []
@@ -156,7 +149,8 @@ async def main() -> None:
     parser.add_argument(
         "--scored", type=int, default=40, help="queries whose candidates are judged"
     )
-    parser.add_argument("--task", action="append", choices=sorted(QUERY_PROMPTS))
+    parser.add_argument("--task", action="append", choices=[*load_prompts().tasks, WRITTEN])
+    parser.add_argument("--relevance", default="yes-no", choices=list(load_prompts().scores))
     parser.add_argument("--temperature", type=float, default=0.5)
     parser.add_argument("--max-passage-tokens", type=int, default=128)
     parser.add_argument("--compile", action="store_true")
@@ -181,11 +175,14 @@ async def main() -> None:
             Table("task", "unusable", "seed first", "in ten", "words", "named", "tokens/s"),
             Table("task", "retriever", "QL", "RC", "QL+RC", "cached", "pairs/s"),
         )
-        for task in options.task or sorted(QUERY_PROMPTS):
-            written = await write(bench, QUERY_PROMPTS[task], options.temperature)
+        prompts = load_prompts()
+        ask = QueryPrompts(prompts=prompts, tasks=tuple(prompts.tasks))
+        judge = PairPrompts(prompts=prompts, relevance=options.relevance)
+        for task in options.task or [*prompts.tasks, WRITTEN]:
+            written = await write(bench, ask, task, options.temperature)
             tables[0].add_row(*written.cells)
             if queries := written.queries[: options.scored]:
-                tables[1].add_row(task, *await score(bench, PAIR_PROMPT, queries))
+                tables[1].add_row(task, *await score(bench, judge, queries))
         for table in tables:
             Console().print(table)
     finally:

@@ -61,7 +61,10 @@ StageFunction = Callable[[pa.Table], Awaitable[StageOutput]]
 
 
 class Stage(Protocol):
-    """A frozen, picklable description of one transformation; one input row gives one output row."""
+    """A frozen, picklable description of one transformation.
+
+    An input row gives one output row, or `rows_per_row` of them where a stage has that property.
+    """
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -134,9 +137,10 @@ class _ShardWorker:
         shard = next(entry for entry in self.source.shards if entry.path == path)
         table = self.source.shard(shard, list(self.stage.columns))
         output = await self.transform(table)
-        if output.rows.num_rows + len(output.rejects) != table.num_rows:
+        expected = table.num_rows * getattr(self.stage, "rows_per_row", 1)
+        if output.rows.num_rows + len(output.rejects) != expected:
             raise TokayError(
-                f"{type(self.stage).__name__} lost rows of {path}: {table.num_rows} in,"
+                f"{type(self.stage).__name__} lost rows of {path}: {expected} expected,"
                 f" {output.rows.num_rows} out, {len(output.rejects)} refused"
             )
         write_rejects(self.target, output.rejects, _number(shard))

@@ -13,6 +13,7 @@ from pipelines.evaluation.steps import TestSet, evaluation_queries, run_evaluati
 from pipelines.fret.fret import make_fret
 from pipelines.fret.language_models import engine_options
 from pipelines.fret.neighbours import find_candidates
+from pipelines.fret.prompts import PairPrompts, QueryPrompts, load_prompts
 from pipelines.fret.queries import write_queries
 from pipelines.fret.scores import score_candidates
 from pipelines.mixture import make_mixture
@@ -47,6 +48,14 @@ def build_run(recipe: Recipe, uri: str) -> Run:
     judged_by = evaluation_queries(recipe.evaluation)
     resources = recipe.resources
     options = engine_options(recipe.llm, resources.engine)
+    prompts = load_prompts(recipe.prompts)
+    query_prompts = QueryPrompts(
+        prompts=prompts,
+        tasks=recipe.queries.tasks,
+        language=recipe.queries.language,
+        instruct=recipe.queries.chat,
+    )
+    pair_prompts = PairPrompts(prompts=prompts, relevance=recipe.scores.relevance)
     llm, encoder = resources.llm.stage(), resources.encoder.stage()
 
     def train(context: StepContext) -> dict[str, Json]:
@@ -92,9 +101,15 @@ def build_run(recipe: Recipe, uri: str) -> Run:
         ),
         Step(
             name="queries",
-            config={"llm": _dump(recipe.llm), "queries": _dump(recipe.queries)},
+            config={
+                "llm": _dump(recipe.llm),
+                "queries": _dump(recipe.queries),
+                "prompts": _dump(prompts, "scores"),
+            },
             inputs=("seeds",),
-            work=lambda context: write_queries(recipe.queries, options, llm, context),
+            work=lambda context: write_queries(
+                recipe.queries, query_prompts, options, llm, context
+            ),
         ),
         Step(
             name="embeddings",
@@ -112,9 +127,15 @@ def build_run(recipe: Recipe, uri: str) -> Run:
         ),
         Step(
             name="scores",
-            config={"llm": _dump(recipe.llm), "scores": _dump(recipe.scores)},
+            config={
+                "llm": _dump(recipe.llm),
+                "scores": _dump(recipe.scores),
+                "prompts": _dump(prompts, "tasks", "written"),
+            },
             inputs=("candidates", "passages"),
-            work=lambda context: score_candidates(recipe.scores, options, llm, context),
+            work=lambda context: score_candidates(
+                recipe.scores, pair_prompts, options, llm, context
+            ),
             max_reject_share=0.1,
         ),
         Step(

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from cluster.errors import UserError
 from cluster.stages import StageResources
@@ -20,6 +27,7 @@ from pipelines.evaluation.steps import TestSet
 from pipelines.fret.fusion import FretConfig
 from pipelines.fret.language_models import EngineConfig, LlmConfig
 from pipelines.fret.neighbours import CandidatesConfig
+from pipelines.fret.prompts import WRITTEN, load_prompts
 from pipelines.fret.queries import QueriesConfig
 from pipelines.fret.scores import ScoresConfig
 from pipelines.mixture import MixtureConfig
@@ -74,6 +82,9 @@ class Recipe(BaseModel):
     corpus: CorpusConfig
     seeds: SeedsConfig = SeedsConfig()
     llm: LlmConfig
+    prompts: str | None = Field(
+        default=None, description="a file like pipelines/fret/prompts.yaml; null: that one"
+    )
     queries: QueriesConfig = QueriesConfig()
     retriever: EncoderConfig
     candidates: CandidatesConfig = CandidatesConfig()
@@ -87,6 +98,22 @@ class Recipe(BaseModel):
     )
     resources: Resources = Resources()
     estimate: Estimate = Estimate()
+
+    @model_validator(mode="after")
+    def _known_prompts(self) -> "Recipe":
+        prompts = load_prompts(self.prompts)
+        unknown = [task for task in self.queries.tasks if task not in prompts.tasks]
+        if unknown and self.queries.tasks != (WRITTEN,):
+            raise ValueError(
+                f"queries.tasks: {unknown} have no prompt; accepted are"
+                f" {', '.join(prompts.tasks)}, or {WRITTEN} alone"
+            )
+        if self.scores.relevance not in prompts.scores:
+            raise ValueError(
+                f"scores.relevance: {self.scores.relevance!r} has no prompt; accepted are"
+                f" {', '.join(prompts.scores)}"
+            )
+        return self
 
     @field_validator("evaluation")
     @classmethod
@@ -198,6 +225,8 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"unknown key {key}; {hint}")
         elif mistake["type"] == "missing":
             lines.append(f"key {key} is missing")
+        elif not key:  # a mistake of several keys, which names them
+            lines.append(mistake["msg"].removeprefix("Value error, "))
         else:
             lines.append(f"{key}: {mistake['input']!r} given; {mistake['msg']}")
     return "; ".join(lines)

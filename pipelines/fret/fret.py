@@ -11,12 +11,14 @@ import pyarrow as pa
 
 from cluster.artifacts import Json, write_shards
 from cluster.steps import StepContext
+from pipelines.corpus.passages import near_duplicates
 from pipelines.encoders import PassageTexts
 from pipelines.fret.fusion import FretConfig, choose_labels
 from pipelines.fret.overlap import OverlapIndex
 from pipelines.records import FRET
 
 ROWS_PER_SHARD = 4096
+MAX_LISTED = 100
 
 
 def make_fret(
@@ -24,25 +26,35 @@ def make_fret(
 ) -> dict[str, Json]:
     """Chooses each query's positive and hard negative, and applies the filters."""
     texts = PassageTexts(context.input("passages"))
-    judged_by = OverlapIndex(evaluation_queries)
+    judged_by = OverlapIndex(evaluation_queries, config.max_shared_words)
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
-    highest_kept = 0.0
+    overlaps: dict[str, float] = {}
+    contaminated: list[dict[str, str]] = []
     for table in context.input("scores").tables():
         for scored in table.to_pylist():
             row = _NO_LABELS | scored
-            overlap = judged_by.highest(row["query"])
             if row["query_likelihoods"]:
                 row |= _labels(scored, config, texts)
-                row["dropped_by"] = _dropped_by(row, overlap, seen, config)
-            if row["dropped_by"] is None:
-                seen.add(row["query"].casefold())
-                highest_kept = max(highest_kept, overlap)
+                overlap, repeated = judged_by.highest(row["query"])
+                if overlap <= config.max_overlap and overlap < 1:
+                    repeated = judged_by.shared_run(row["query"]) or ""
+                if repeated:
+                    row["dropped_by"] = "repeats an evaluation query"
+                    contaminated.append({"query": row["query"], "evaluation_query": repeated})
+                elif row["query"].casefold() in seen:
+                    row["dropped_by"] = "repeats another query"
+                else:
+                    seen.add(row["query"].casefold())
+                    overlaps[row["id"]] = overlap
             rows.append(row)
         context.progress.update(len(rows), context.input("scores").num_rows)
+    kept = [row for row in rows if row["dropped_by"] is None]
+    for place in near_duplicates([row["query"] for row in kept], config.max_query_similarity):
+        kept[place]["dropped_by"] = "nearly repeats another query"
+    kept = [row for row in kept if row["dropped_by"] is None]
     table = pa.Table.from_pylist(rows, schema=FRET)
     write_shards(context.storage, table, ROWS_PER_SHARD)
-    kept = [row for row in rows if row["dropped_by"] is None]
     scored_rows = [row for row in rows if row["query_likelihoods"]]
     return {
         "num_queries": len(rows),
@@ -53,7 +65,9 @@ def make_fret(
         "num_kept_positive_is_not_seed": sum(not row["positive_is_seed"] for row in kept),
         "num_without_negative": sum(row["negative_id"] is None for row in kept),
         "num_evaluation_queries": len(judged_by),
-        "highest_overlap_kept": round(highest_kept, 4),
+        "highest_overlap_kept": round(max((overlaps[row["id"]] for row in kept), default=0.0), 4),
+        "num_contaminated": len(contaminated),
+        "contaminated": contaminated[:MAX_LISTED],
     }
 
 
@@ -85,13 +99,3 @@ def _labels(scored: dict[str, Any], config: FretConfig, texts: PassageTexts) -> 
         "positive_is_seed": positive_id == scored["seed_id"],
         "fused": labels.fused,
     }
-
-
-def _dropped_by(
-    row: dict[str, Any], overlap: float, seen: set[str], config: FretConfig
-) -> str | None:
-    if overlap > config.max_overlap or overlap == 1.0:
-        return "repeats an evaluation query"
-    if row["query"].casefold() in seen:
-        return "repeats another query"
-    return None

@@ -34,6 +34,19 @@ class FretConfig(BaseModel):
         description="decontamination: drop queries whose words overlap more (Jaccard) with an"
         " evaluation query",
     )
+    max_shared_words: int = Field(
+        default=8,
+        ge=3,
+        description="decontamination: drop queries that share a run of so many words with an"
+        " evaluation query",
+    )
+    max_query_similarity: float = Field(
+        default=0.8,
+        gt=0,
+        le=1,
+        description="drop queries whose word trigrams repeat an earlier query's to this share"
+        " (Jaccard)",
+    )
     seed: int = 0
 
 

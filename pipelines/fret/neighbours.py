@@ -1,6 +1,8 @@
 """The step `candidates`: each query's nearest passages, through encoder and FAISS actors."""
 
 import asyncio
+import resource
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +10,15 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
+from actors.passage_index import IndexKind
 from cluster.artifacts import Artifact, FileEntry, Json
 from cluster.stages import StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import StepContext
 from pipelines.encoders import EncoderConfig, column_vectors, load_encoder
 from pipelines.records import CANDIDATES, QUERY
+
+# Recall is audited on the first queries of the first searches.
+MAX_AUDITS, AUDITED_OF_EACH = 16, 32
 
 
 class CandidatesConfig(BaseModel):
@@ -21,6 +27,11 @@ class CandidatesConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_candidates: int = Field(default=20, ge=2, description="Gecko's N, by its name p20")
+    index: IndexKind = Field(
+        default="auto",
+        description="flat is exact; ivf, hnsw and pq are not, and their recall is audited; auto: by"
+        " the number of passages an actor has, flat to 100,000, ivf to 20 million, then pq",
+    )
     max_seed_rank: int | None = Field(
         default=None,
         ge=1,
@@ -35,29 +46,94 @@ _NO_CANDIDATES: dict[str, Any] = {"candidate_ids": [], "similarities": [], "seed
 class IndexActor:
     """One FAISS index over some of the embedding shards; runs as a Ray actor."""
 
-    def __init__(self, embeddings: Artifact, shards: list[FileEntry], first_row: int, gpu: bool):
-        """Reads the shards and builds the index; `first_row` is their first row in the whole."""
-        from actors.passage_index import PassageIndex
+    def __init__(
+        self,
+        embeddings: Artifact,
+        shards: list[FileEntry],
+        first_row: int,
+        kind: IndexKind,
+        gpu: bool,
+    ) -> None:
+        """Reads the shards, one at a time, and builds the index.
 
-        self._first_row = first_row
-        tables = [embeddings.shard(shard, ["id", "embedding"]) for shard in shards]
-        ids = [id_ for table in tables for id_ in table["id"].to_pylist()]
-        self._rows = {id_: row for row, id_ in enumerate(ids)}
-        vectors = [column_vectors(table["embedding"]) for table in tables]
-        self._index = PassageIndex(vectors[0].shape[1], gpu=gpu)
-        for part in vectors:
+        Args:
+            embeddings: The artifact.
+            shards: Which of its shards.
+            first_row: Their first row in the whole.
+            kind: Of the index; `auto` goes by the number of vectors.
+            gpu: Whether this actor has a GPU.
+        """
+        from actors.passage_index import ApproximateIndex, PassageIndex, choose_kind
+
+        self._embeddings, self._shards, self._first_row = embeddings, shards, first_row
+        num_vectors = sum(shard.num_rows or 0 for shard in shards)
+        dimensions = next(self._parts()).shape[1]
+        self.kind = choose_kind(kind, num_vectors)
+        self._audited: list[tuple[np.ndarray, np.ndarray]] = []
+        self._index: PassageIndex | ApproximateIndex
+        if self.kind == "flat":
+            self._index = PassageIndex(dimensions, gpu=gpu)
+        else:
+            self._index = ApproximateIndex(dimensions, self.kind, num_vectors, gpu=gpu)
+            self._index.train(self._sample(self._index.num_training_vectors, num_vectors))
+        for part in self._parts():
             self._index.add(part)
+        self._ids = _read_ids(embeddings, shards)
+        self._by_id = np.argsort(self._ids)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns similarities float32 and rows of the whole, both ``[queries, k]``."""
+        """Returns similarities float32 and rows of the whole (-1: none), both ``[queries, k]``."""
         similarities, rows = self._index.search(queries, k)
-        return similarities, rows + self._first_row
+        if self.kind != "flat" and len(self._audited) < MAX_AUDITS:
+            self._audited.append((queries[:AUDITED_OF_EACH], rows[:AUDITED_OF_EACH]))
+        return similarities, np.where(rows < 0, -1, rows + self._first_row)
 
     def vectors(self, ids: list[str]) -> dict[str, np.ndarray]:
         """Returns the embeddings of those passages that this index holds."""
-        found = [id_ for id_ in ids if id_ in self._rows]
-        rows = np.array([self._rows[id_] for id_ in found], dtype=np.int64)
-        return dict(zip(found, self._index.vectors(rows), strict=True)) if found else {}
+        wanted = np.array(ids, dtype=self._ids.dtype)
+        places = np.searchsorted(self._ids, wanted, sorter=self._by_id)
+        rows = self._by_id[np.minimum(places, len(self._ids) - 1)]
+        held = np.flatnonzero(self._ids[rows] == wanted)
+        vectors = self._index.vectors(rows[held])
+        return {ids[place]: vector for place, vector in zip(held, vectors, strict=True)}
+
+    def audit(self) -> dict[str, Json]:
+        """Compares some of the searches with exact ones over the same shards.
+
+        Returns the kind of index, the mean recall, how many queries it is of (0: an exact index, or
+        nothing was asked), and this process's highest memory in bytes.
+        """
+        from actors.passage_index import exact_top_k
+
+        recalls: list[float] = []
+        if self._audited:
+            queries = np.concatenate([query for query, _ in self._audited])
+            k = self._audited[0][1].shape[1]
+            _, exact = exact_top_k(queries, self._parts(), k)
+            found = np.concatenate([rows for _, rows in self._audited])
+            recalls = [len(np.intersect1d(*pair)) / k for pair in zip(found, exact, strict=True)]
+        return {
+            "kind": self.kind,
+            "recall": float(np.mean(recalls)) if recalls else 1.0,
+            "num_audited": len(recalls),
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+
+    def _sample(self, num_wanted: int, num_vectors: int) -> np.ndarray:
+        """Draws about so many vectors from all shards."""
+        draw, parts = np.random.default_rng(0), self._parts()
+        share = min(1.0, num_wanted / num_vectors)
+        return np.concatenate([part[draw.random(len(part)) < share] for part in parts])
+
+    def _parts(self) -> Iterator[np.ndarray]:
+        for shard in self._shards:
+            yield column_vectors(self._embeddings.shard(shard, ["embedding"])["embedding"])
+
+
+def _read_ids(embeddings: Artifact, shards: Sequence[FileEntry]) -> np.ndarray:
+    """Returns passage ids in the order of rows, as bytes: 16 a passage instead of 100."""
+    parts = [embeddings.shard(shard, ["id"])["id"].to_pylist() for shard in shards]
+    return np.concatenate([np.array(part, dtype=np.bytes_) for part in parts])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +152,7 @@ class FindCandidates:
         from actors.passage_index import merge_top_k
 
         encoder = load_encoder(self.retriever)
-        ids = self.embeddings.read(["id"])["id"].to_numpy()
+        ids = _read_ids(self.embeddings, self.embeddings.shards)
 
         async def find(queries: pa.Table) -> StageOutput:
             rows = [row | _NO_CANDIDATES for row in queries.to_pylist()]
@@ -108,10 +184,11 @@ class FindCandidates:
             seed_vectors = {id_: vector for part in parts for id_, vector in part.items()}
             similarities, places = merge_top_k(found, k)
             for number, row in enumerate(rows):
-                near = ids[places[number]].tolist()
+                held = places[number] >= 0
+                near = ids[places[number][held]].astype(str).tolist()
                 row["seed_rank"] = near.index(row["seed_id"]) + 1 if row["seed_id"] in near else 0
                 row["candidate_ids"] = near
-                row["similarities"] = similarities[number].tolist()
+                row["similarities"] = similarities[number][held].tolist()
                 if row["seed_rank"] == 0:
                     near[-1] = row["seed_id"]
                     row["similarities"][-1] = float(vectors[number] @ seed_vectors[near[-1]])
@@ -148,7 +225,8 @@ def find_candidates(
     )
     for start in range(0, len(shards), size):
         part = shards[start : start + size]
-        indexes.append(actor.remote(embeddings, part, first_row, index_resources.num_gpus > 0))
+        gpu = index_resources.num_gpus > 0
+        indexes.append(actor.remote(embeddings, part, first_row, config.index, gpu))
         first_row += sum(shard.num_rows or 0 for shard in part)
     stage = FindCandidates(
         retriever=retriever,
@@ -158,7 +236,14 @@ def find_candidates(
         resources=resources,
     )
     try:
-        return run_stage(stage, context.input("queries"), context)
+        metrics = run_stage(stage, context.input("queries"), context)
+        audits = ray.get([index.audit.remote() for index in indexes])
+        return metrics | {
+            "index": sorted({audit["kind"] for audit in audits}),
+            "index_recall": round(float(np.mean([audit["recall"] for audit in audits])), 4),
+            "index_num_audited": sum(audit["num_audited"] for audit in audits),
+            "index_peak_bytes": max(audit["peak_bytes"] for audit in audits),
+        }
     finally:
         for index in indexes:
             ray.kill(index)

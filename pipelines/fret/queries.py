@@ -2,16 +2,17 @@
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from actors.language_model import EngineOptions, LanguageModel, Sampling
 from cluster.artifacts import Json
 from cluster.errors import TooManyRejects
 from cluster.stages import StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import StepContext
-from pipelines.fret.prompts import QUERY_PROMPTS, STOP, choose_prompt, parse_query
+from pipelines.fret.prompts import STOP, QueryPrompts, unfit
 from pipelines.records import PASSAGE, QUERY
 
 
@@ -21,23 +22,27 @@ class QueriesConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tasks: tuple[str, ...] = Field(
-        default=("question answering",), description="each query is of one, drawn by its id"
+        default=("question answering",),
+        min_length=1,
+        description="each query is of one, drawn uniformly by its id; ['written']: the LLM names"
+        " the task itself, as in the paper, which takes a larger model",
+    )
+    queries_per_seed: int = Field(default=1, ge=1)
+    language: str | None = Field(
+        default=None, description="asked for in the prompt, as 'German'; null: not spoken of"
+    )
+    chat: bool = Field(
+        default=False,
+        description="put the prompt, with its instruction, into the model's chat template",
     )
     temperature: float = Field(default=0.5, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     max_query_tokens: int = Field(default=40, ge=8)
     max_passage_tokens: int = Field(default=160, ge=16)
     seed: int = 0
     max_unusable_share: float = Field(
         default=0.5, ge=0, le=1, description="the step fails when more completions are no query"
     )
-
-    @field_validator("tasks")
-    @classmethod
-    def _known(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
-        unknown = [task for task in tasks if task not in QUERY_PROMPTS]
-        if unknown or not tasks:
-            raise ValueError(f"{unknown} have no prompt; accepted are {', '.join(QUERY_PROMPTS)}")
-        return tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,42 +53,46 @@ class WriteQueries:
     """
 
     config: QueriesConfig
+    prompts: QueryPrompts
     engine: EngineOptions
     resources: StageResources
     columns: tuple[str, ...] = tuple(PASSAGE.names)
 
+    @property
+    def rows_per_row(self) -> int:
+        """Queries a seed."""
+        return self.config.queries_per_seed
+
     def load(self) -> StageFunction:
         """Starts the engine."""
-        config = self.config
+        config, ask = self.config, self.prompts
         llm = LanguageModel.load(self.engine)
         sampling = Sampling(
-            temperature=config.temperature, max_tokens=config.max_query_tokens, stop=STOP
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_tokens=config.max_query_tokens,
+            stop=STOP,
         )
 
         async def write(seeds: pa.Table) -> StageOutput:
-            rows, prompts, tasks, ids = [], [], [], []
-            passages = seeds.to_pylist()
-            for passage in passages:
-                id_ = query_id(passage["id"])
-                prompt = choose_prompt(config.tasks, id_)
+            rows: list[dict[str, Any]] = []
+            prompts, texts = [], []
+            for passage in seeds.to_pylist():
                 text = llm.truncate(passage["text"], config.max_passage_tokens)
-                prompts.append(prompt.render(passage["title"], text))
-                tasks.append(prompt.task)
-                ids.append(id_)
+                for number in range(config.queries_per_seed):
+                    id_ = query_id(passage["id"], number)
+                    task = ask.task(id_)
+                    prompt = ask.render(task, passage["title"], text)
+                    prompts.append(llm.chat(prompt) if config.chat else prompt)
+                    texts.append(f"{passage['title']} {passage['text']}")
+                    rows.append({"id": id_, "seed_id": passage["id"], "task": task})
             # A query's randomness is its own, so a killed run writes the same queries again.
-            draws = [int(id_[:8], 16) ^ config.seed for id_ in ids]
+            draws = [int(row["id"][:8], 16) ^ config.seed for row in rows]
             answers = await llm.generate(prompts, sampling=sampling, seeds=draws)
-            for passage, id_, task, answer in zip(passages, ids, tasks, answers, strict=True):
-                query, reason = parse_query(answer.text, cut=answer.cut)
-                rows.append(
-                    {
-                        "id": id_,
-                        "seed_id": passage["id"],
-                        "task": task,
-                        "query": query,
-                        "dropped_by": answer.error or reason,
-                    }
-                )
+            for row, text, answer in zip(rows, texts, answers, strict=True):
+                task, query, reason = ask.parse(row["task"], answer.text, cut=answer.cut)
+                reason = answer.error or reason or unfit(query, text)
+                row |= {"task": task, "query": query, "dropped_by": reason}
             metrics = {
                 "num_unusable": sum(row["dropped_by"] is not None for row in rows),
                 "num_prompt_tokens": sum(answer.num_prompt_tokens for answer in answers),
@@ -96,26 +105,30 @@ class WriteQueries:
         return write
 
 
-def query_id(seed_id: str) -> str:
-    """Returns 16 hex digits that name the query of a seed passage."""
-    return hashlib.sha256(f"query of {seed_id}".encode()).hexdigest()[:16]
+def query_id(seed_id: str, number: int = 0) -> str:
+    """Returns 16 hex digits that name a seed passage's query of that number."""
+    return hashlib.sha256(f"query {number} of {seed_id}".encode()).hexdigest()[:16]
 
 
 def write_queries(
-    config: QueriesConfig, engine: EngineOptions, resources: StageResources, context: StepContext
+    config: QueriesConfig,
+    prompts: QueryPrompts,
+    engine: EngineOptions,
+    resources: StageResources,
+    context: StepContext,
 ) -> dict[str, Json]:
     """Streams the seeds past the vLLM actors.
 
     Raises:
         TooManyRejects: The LLM writes more nonsense than the recipe allows.
     """
-    stage = WriteQueries(config=config, engine=engine, resources=resources)
+    stage = WriteQueries(config=config, prompts=prompts, engine=engine, resources=resources)
     metrics = run_stage(stage, context.input("seeds"), context)
-    num_seeds = context.input("seeds").num_rows
-    if metrics["num_unusable"] > config.max_unusable_share * num_seeds:
+    num_queries = context.input("seeds").num_rows * config.queries_per_seed
+    if metrics["num_unusable"] > config.max_unusable_share * num_queries:
         raise TooManyRejects(
-            f"{metrics['num_unusable']} of {num_seeds} completions are no query, and accepted is a"
-            f" share of {config.max_unusable_share}: use another llm.model, a lower"
+            f"{metrics['num_unusable']} of {num_queries} completions are no query, and accepted is"
+            f" a share of {config.max_unusable_share}: use another llm.model, a lower"
             " queries.temperature, or raise queries.max_unusable_share"
         )
     return metrics

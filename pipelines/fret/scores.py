@@ -11,7 +11,7 @@ from cluster.artifacts import Artifact, Json
 from cluster.stages import StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import StepContext
 from pipelines.encoders import PassageTexts
-from pipelines.fret.prompts import scoring_prompt
+from pipelines.fret.prompts import PairPrompts
 from pipelines.records import CANDIDATES, SCORES
 
 
@@ -24,6 +24,9 @@ class ScoresConfig(BaseModel):
         default=20, ge=2, description="nearest candidates that are scored, the seed among them"
     )
     max_passage_tokens: int = Field(default=160, ge=16)
+    relevance: str = Field(
+        default="yes-no", description="how the LLM is asked: yes-no (the paper) or graded (0 to 4)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,7 @@ class ScoreCandidates:
     """Queries with candidates in, the same with the LLM's scores out."""
 
     config: ScoresConfig
+    prompts: PairPrompts
     engine: EngineOptions
     passages: Artifact
     resources: StageResources
@@ -56,7 +60,7 @@ class ScoreCandidates:
                 title, text = texts[passage_id]
                 cut[passage_id] = (title, llm.truncate(text, config.max_passage_tokens))
             answers = await llm.score(
-                [scoring_prompt(rows[n]["query"], *cut[passage]) for passage, n, _ in pairs]
+                [self.prompts.render(rows[n]["query"], *cut[passage]) for passage, n, _ in pairs]
             )
             by_row: list[dict[int, PairScore]] = [{} for _ in rows]
             for (_, number, place), answer in zip(pairs, answers, strict=True):
@@ -93,10 +97,18 @@ def _first_candidates(row: dict[str, Any], num_scored: int) -> dict[str, Any]:
 
 
 def score_candidates(
-    config: ScoresConfig, engine: EngineOptions, resources: StageResources, context: StepContext
+    config: ScoresConfig,
+    prompts: PairPrompts,
+    engine: EngineOptions,
+    resources: StageResources,
+    context: StepContext,
 ) -> dict[str, Json]:
     """Streams the queries with their candidates past the vLLM actors."""
     stage = ScoreCandidates(
-        config=config, engine=engine, passages=context.input("passages"), resources=resources
+        config=config,
+        prompts=prompts,
+        engine=engine,
+        passages=context.input("passages"),
+        resources=resources,
     )
     return run_stage(stage, context.input("candidates"), context)

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from actors.embedded import embedded_model
-from actors.language_model import EngineOptions, LanguageModel, PairScore, Sampling, ScoringPrompt
+from actors.language_model import (
+    EngineOptions,
+    LanguageModel,
+    PairScore,
+    Sampling,
+    ScoringPrompt,
+    _mean_relevance,
+)
 
 MODEL = "embedded:SmolLM2-135M-Instruct"
 SHOTS = "Passage: Glass is made of molten sand.\nQuestion: what is glass made of\nAnswered: yes\n\n"
@@ -23,7 +30,7 @@ PASSAGES = (
     " where the air is damp.",
 )
 QUERIES = ("how do bees describe a place", "how does a boat climb a hill", "why is moss never dry")
-LABELS = (" yes", " no")
+LABELS = ((" yes", 1.0), (" no", 0.0))
 SAMPLING = Sampling(temperature=0.7, max_tokens=16, stop=("\n",))
 
 
@@ -87,7 +94,7 @@ def plain() -> Callable[[ScoringPrompt], tuple[float, float]]:
         begin = len(parts[0])
         query = parts[1]
         ql = sum(log_probs[begin + i - 1, token].item() for i, token in enumerate(query))
-        yes, no = (log_probs[-1, ids(label)[0]].item() for label in item.labels)
+        yes, no = (log_probs[-1, ids(label)[0]].item() for label, _ in item.labels)
         return ql / len(query), yes - math.log(math.exp(yes) + math.exp(no))
 
     return scores
@@ -157,8 +164,19 @@ def test_truncate_keeps_the_first_tokens(engine: Any) -> None:
     assert engine.llm.truncate(text, 50) == text
 
 
+def test_mean_relevance_of_graded_labels_is_their_expectation() -> None:
+    probabilities, weights = (0.5, 0.1, 0.2), (0.0, 0.25, 1.0)
+    expected = math.log((0.1 * 0.25 + 0.2) / 0.8)
+    labels = [(math.log(p), w) for p, w in zip(probabilities, weights, strict=True)]
+    assert _mean_relevance(labels) == pytest.approx(expected)
+    assert _mean_relevance([(-1e4, 1.0), (0.0, 0.0)]) == pytest.approx(-1e4)
+    assert _mean_relevance([(0.0, 0.0), (-1.0, 0.0)]) == -math.inf
+
+
 @pytest.mark.slow
 def test_labels_that_begin_alike_are_refused(engine: Any) -> None:
-    item = ScoringPrompt(context="a", query=" b", question=" c", labels=(" yes", " yes indeed"))
+    item = ScoringPrompt(
+        context="a", query=" b", question=" c", labels=((" yes", 1), (" yes indeed", 0))
+    )
     with pytest.raises(ValueError, match="same token"):
         engine(engine.llm.score([item]))

@@ -1,7 +1,13 @@
 import numpy as np
 import pytest
 
-from actors.passage_index import PassageIndex, merge_top_k
+from actors.passage_index import (
+    ApproximateIndex,
+    PassageIndex,
+    choose_kind,
+    exact_top_k,
+    merge_top_k,
+)
 
 
 def unit(rng: np.random.Generator, rows: int, dimensions: int = 16) -> np.ndarray:
@@ -81,3 +87,58 @@ def test_wrong_arguments_are_refused():
         index.search(np.zeros((1, 16), np.float32), 0)
     with pytest.raises(ValueError, match="no results"):
         merge_top_k([], 3)
+
+
+def clustered(rng: np.random.Generator, rows: int) -> np.ndarray:
+    centres = unit(rng, 20, 32)
+    vectors = centres[rng.integers(0, 20, rows)] + 0.3 * unit(rng, rows, 32)
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "recall", "accuracy"), [("ivf", 0.9, 2e-3), ("hnsw", 0.9, 2e-3), ("pq", 0.4, 0.2)]
+)
+def test_approximate_index_finds_most_and_keeps_the_vectors(kind, recall, accuracy):
+    rng = np.random.default_rng(5)
+    passages = clustered(rng, 4000)
+    queries = passages[:200]
+    index = ApproximateIndex(32, kind, len(passages))
+    index.train(passages[: index.num_training_vectors])
+    for start in range(0, len(passages), 1000):
+        index.add(passages[start : start + 1000])
+    assert len(index) == len(passages)
+    scores, rows = index.search(queries, 10)
+    exact_scores, exact = exact_top_k(queries, np.split(passages, 4), 10)
+    found = np.mean([len(np.intersect1d(*pair)) / 10 for pair in zip(rows, exact, strict=True)])
+    assert found > recall
+    np.testing.assert_allclose(scores[:, 0], exact_scores[:, 0], atol=accuracy)
+    np.testing.assert_allclose(
+        index.vectors(np.array([7, 3999])), passages[[7, 3999]], atol=accuracy
+    )
+
+
+def test_exact_top_k_over_parts_equals_one_index():
+    rng = np.random.default_rng(6)
+    passages, queries = unit(rng, 300), unit(rng, 20)
+    found = exact_top_k(queries, (passages[:100], passages[100:150], passages[150:]), 7)
+    expected = index_of(passages).search(queries, 7)
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_vectors", "expected"),
+    [
+        ("auto", 100_000, "flat"),
+        ("auto", 100_001, "ivf"),
+        ("auto", 30_000_000, "pq"),
+        ("hnsw", 5, "hnsw"),
+    ],
+)
+def test_kind_of_index_goes_by_size(kind, num_vectors, expected):
+    assert choose_kind(kind, num_vectors) == expected
+
+
+def test_unknown_kind_of_index_is_named():
+    with pytest.raises(ValueError, match="'tree': accepted are ivf, hnsw, pq"):
+        ApproximateIndex(16, "tree", 10)

@@ -74,5 +74,12 @@ def test_random_negative_is_the_same_in_every_run_and_none_is_none() -> None:
     ],
 )
 def test_overlap_is_jaccard_over_words(text: str, overlap: float) -> None:
-    index = OverlapIndex(["how do i copy a FILE", "weather in Rome"])
-    assert index.highest(text) == pytest.approx(overlap)
+    index = OverlapIndex(["how do i copy a FILE", "weather in Rome"], run_length=8)
+    assert index.highest(text)[0] == pytest.approx(overlap)
+
+
+def test_shared_run_of_words_is_found_whatever_surrounds_it() -> None:
+    index = OverlapIndex(["How do I copy, quickly, a large file?"], run_length=4)
+    assert index.shared_run("please copy quickly a LARGE one") is not None
+    assert index.shared_run("copy a large file quickly") is None
+    assert index.shared_run("copy") is None

@@ -1,0 +1,182 @@
+"""The step `queries`, streamed and written to Parquet, beside bare `LLM.generate`.
+
+    python benchmarks/generate.py FOLDER [--seeds 384] [--repeats 3]
+
+FOLDER is a corpus as recipes take it. Ours is the step as a run has it: Ray Data, an actor, shards
+read from and committed to disk; from the moment the engine is up to the last shard's commit. The
+rival gets the same prompts and seeds as one list, in one process, and writes nothing. Both engines
+have the laptop recipe's settings and both cores, and take turns. Prints one JSON line.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from actors.embedded import resolve_model
+from cluster.artifacts import Artifact
+from cluster.session import connect, disconnect
+from cluster.stages import Stage, StageFunction, StageResources, run_stage
+from cluster.steps import StepContext
+from cluster.storage import open_storage
+from pipelines.console import JsonLines
+from pipelines.fret.language_models import engine_options
+from pipelines.fret.prompts import STOP, QueryPrompts, load_prompts
+from pipelines.fret.queries import WriteQueries, query_id
+from pipelines.graph import build_run
+from pipelines.recipe import Recipe, load_recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stamped:
+    """A stage that notes when its engine is up."""
+
+    stage: Stage
+    stamp: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.stage.columns
+
+    @property
+    def resources(self) -> StageResources:
+        return self.stage.resources
+
+    def load(self) -> StageFunction:
+        transform = self.stage.load()
+        Path(self.stamp).write_text(str(time.time()))
+        return transform
+
+
+class Quiet:
+    """Nobody watches."""
+
+    def update(self, done: float, total: float | None = None, note: str = "") -> None:
+        pass
+
+
+def write_step(recipe: Recipe, seeds: Artifact, folder: Path) -> tuple[float, int]:
+    """Runs the step in `folder`; returns its seconds without engine start, and tokens written."""
+    resources = recipe.resources
+    stamp = folder / "engine-is-up"
+    stage = Stamped(
+        stage=WriteQueries(
+            config=recipe.queries,
+            prompts=QueryPrompts(prompts=load_prompts(), tasks=recipe.queries.tasks),
+            engine=engine_options(recipe.llm, resources.engine),
+            resources=resources.llm.stage(),
+        ),
+        stamp=str(stamp),
+    )
+    storage = open_storage(str(folder))
+    context = StepContext(storage=storage, inputs={}, run=storage, progress=Quiet())
+    metrics = run_stage(stage, seeds, context)
+    end = max(file.stat().st_mtime for file in folder.glob("shards/*.parquet"))
+    return end - float(stamp.read_text()), int(metrics["num_written_tokens"])
+
+
+def bare(connection: Connection, recipe: Recipe, passages: list[dict[str, Any]]) -> None:
+    """Writes all queries with `LLM.generate` each time it is asked."""
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0-1"
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
+    from vllm import LLM, SamplingParams
+
+    engine = recipe.resources.engine
+    llm = LLM(
+        model=resolve_model(recipe.llm.model),
+        dtype="bfloat16",
+        max_model_len=recipe.llm.max_model_tokens,
+        enforce_eager=engine.enforce_eager,
+        kv_cache_memory_bytes=int((engine.kv_cache_gib or 0) * 2**30),
+        max_num_seqs=engine.max_num_seqs or 96,
+        block_size=engine.block_size,
+        enable_chunked_prefill=False,  # else a seeded request kills the CPU engine
+        max_num_batched_tokens=recipe.llm.max_model_tokens,
+    )
+    tokenizer = llm.get_tokenizer()
+    ask = QueryPrompts(prompts=load_prompts(), tasks=recipe.queries.tasks)
+    prompts, params = [], []
+    for passage in passages:
+        id_ = query_id(passage["id"])
+        tokens = tokenizer(passage["text"], add_special_tokens=False)["input_ids"]
+        text = tokenizer.decode(tokens[: recipe.queries.max_passage_tokens])
+        prompts.append(ask.render(ask.task(id_), passage["title"], text))
+        params.append(
+            SamplingParams(
+                temperature=recipe.queries.temperature,
+                max_tokens=recipe.queries.max_query_tokens,
+                stop=list(STOP),
+                seed=int(id_[:8], 16) ^ recipe.queries.seed,
+            )
+        )
+    connection.send(None)
+    while connection.recv() is not None:
+        llm.reset_prefix_cache()  # ours begins with an empty one
+        begin = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - begin
+        connection.send((seconds, sum(len(output.outputs[0].token_ids) for output in outputs)))
+
+
+def main() -> None:
+    """Runs both in turns."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder")
+    parser.add_argument("--seeds", type=int, default=384)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    recipe = load_recipe(
+        "laptop", [f"corpus.path={arguments.folder}", f"seeds.num_seeds={arguments.seeds}"]
+    )
+    results: dict[str, list[tuple[float, int]]] = {"ours": [], "rival": []}
+    with tempfile.TemporaryDirectory(prefix="generate-") as folder:
+        run = build_run(recipe, f"{folder}/run")
+        sys.stdout, stdout = sys.stderr, sys.stdout
+        seeds = run.execute(JsonLines(), until="seeds")["seeds"]
+        ours, theirs = multiprocessing.Pipe()
+        rival = multiprocessing.get_context("spawn").Process(
+            target=bare, args=(theirs, recipe, seeds.read().to_pylist())
+        )
+        rival.start()
+        ours.recv()
+        for number in range(arguments.repeats):
+            connect(Path(folder, "logs"))
+            target = Path(folder, str(number))
+            target.mkdir()
+            results["ours"].append(write_step(recipe, seeds, target))
+            disconnect()
+            ours.send(number)
+            results["rival"].append(ours.recv())
+        ours.send(None)
+        rival.join(20)
+        rival.kill()
+        sys.stdout = stdout
+    rates = {
+        name: statistics.median(tokens / seconds for seconds, tokens in rows)
+        for name, rows in results.items()
+    }
+    print(
+        json.dumps(
+            {
+                "benchmark": "generate",
+                "prompts": arguments.seeds,
+                "ours_tokens_per_s": round(rates["ours"], 1),
+                "rival_tokens_per_s": round(rates["rival"], 1),
+                "ratio": round(rates["ours"] / rates["rival"], 3),
+                "seconds_and_tokens": results,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
