@@ -116,6 +116,26 @@ def report(
     _print_json(document) if as_json else console.print(document["html"])
 
 
+@app.command()
+def inspect(
+    run: Annotated[str, typer.Argument(help="A run folder.")],
+    by: Annotated[
+        str, typer.Option(help="What comes first: shift, doubt, hardest or stored.")
+    ] = "shift",
+    task: Annotated[str | None, typer.Option(help="Only queries of this task.")] = None,
+    dropped: Annotated[
+        str | None, typer.Option(help="Queries dropped for this reason; 'any': for every one.")
+    ] = None,
+    num: Annotated[int, typer.Option("--num", "-n", min=1, help="How many.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Read a run's training examples: queries, candidates, scores and what became of them."""
+    from pipelines.report.inspection import inspect_run, print_examples
+
+    found = inspect_run(run, task=task, dropped_by=dropped, order=by, num_examples=num)
+    _print_json(found) if as_json else print_examples(found, console)
+
+
 @app.command("eval")
 def eval_command(
     model: Annotated[str, typer.Argument(help="A run, an export folder, a hub id or an endpoint.")],

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 
 from cluster.artifacts import Artifact, Json
 from pipelines.report.examples import choose_examples
+from pipelines.report.labels import collect_labels
 from pipelines.report.run_folder import RunFolder
 from pipelines.report.test_sets import MODELS, collect_test_sets
 
@@ -15,6 +16,7 @@ from pipelines.report.test_sets import MODELS, collect_test_sets
 FILTERS = {
     "repeats an evaluation query": "not repeating an evaluation query",
     "repeats another query": "not repeating another query",
+    "nearly repeats another query": "not nearly repeating another query",
 }
 
 
@@ -38,6 +40,7 @@ def collect(run: RunFolder) -> dict[str, Json]:
             fret.get("num_kept_positive_is_not_seed"), fret.get("num_kept")
         ),
         "highest_overlap_kept": fret.get("highest_overlap_kept"),
+        "labels": collect_labels(run.artifacts.get("fret")),
         "seed_ranks": _seed_ranks(run.artifacts.get("fret")),
         "examples": choose_examples(run.artifacts.get("fret"), run.artifacts.get("passages")),
         "training": _training(run),

@@ -23,9 +23,16 @@ def choose_examples(fret: Artifact | None, passages: Artifact | None) -> list[di
     chosen += _spread([row for row in kept if row["positive_is_seed"]])
     dropped = {row["dropped_by"]: row for row in reversed(rows) if row["dropped_by"]}
     chosen += [dropped[reason] for reason in sorted(dropped)]
-    ids = {id_ for row in chosen for id_ in (row["seed_id"], *row["candidate_ids"])}
+    return describe_examples(chosen, passages)
+
+
+def describe_examples(
+    rows: list[dict[str, Any]], passages: Artifact | None
+) -> list[dict[str, Json]]:
+    """Returns rows of the FRet artifact with their passages' texts and each candidate's ranks."""
+    ids = {id_ for row in rows for id_ in (row["seed_id"], *row["candidate_ids"])}
     texts = find_passages(passages, ids)
-    return [_example(row, texts) for row in chosen]
+    return [_example(row, texts) for row in rows]
 
 
 def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -70,7 +77,7 @@ def _example(row: dict[str, Any], texts: dict[str, dict[str, str]]) -> dict[str,
         "positive_is_seed": row["positive_is_seed"],
         "seed_rank": row["seed_rank"],
         "seed": passage(row["seed_id"]),
-        "positive": passage(row["positive_id"]),
+        "positive": row["positive_id"] and passage(row["positive_id"]),
         "negative": row["negative_id"] and passage(row["negative_id"]),
         "candidates": sorted(candidates, key=lambda candidate: -candidate["fused"]),
     }

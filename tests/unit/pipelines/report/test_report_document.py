@@ -49,6 +49,7 @@ def test_report_counts_what_each_step_left(report: dict[str, Json]) -> None:
         "queries scored": 3,
         "not repeating an evaluation query": 2,
         "not repeating another query": 2,
+        "not nearly repeating another query": 2,
         "with a hard negative": 1,
         "training examples": 2,
     }

@@ -1,0 +1,86 @@
+"""What the factory made, in figures: tasks, queries, how QL and RC agree, and what they changed."""
+
+import math
+import re
+from collections import Counter, defaultdict
+from typing import Any
+
+import numpy as np
+
+from cluster.artifacts import Artifact, Json
+from pipelines.fret.fusion import ranks
+
+_WORD = re.compile(r"\w+")
+_COLUMNS = [
+    "task",
+    "query",
+    "dropped_by",
+    "positive_is_seed",
+    "query_likelihoods",
+    "relevances",
+    "candidate_ids",
+    "positive_id",
+]
+MAX_TASKS = 20
+
+
+def collect_labels(fret: Artifact | None) -> dict[str, Json] | None:
+    """Streams the step's shards and returns its figures; None where there is no scored query.
+
+    `ql_rc_correlation` is Spearman's, the mean over queries. `rank_shifts` counts scored queries by
+    the retriever's rank (from 1) of the passage that became the positive. `task_entropy_bits` is of
+    the kept queries' tasks.
+    """
+    tasks: dict[str, Counter[str]] = defaultdict(Counter)
+    correlations: list[float] = []
+    shifts: Counter[int] = Counter()
+    words: Counter[str] = Counter()
+    lengths: list[int] = []
+    for table in fret.tables(_COLUMNS) if fret else []:
+        for row in table.to_pylist():
+            counts = tasks[row["task"]]
+            counts["num_queries"] += 1
+            if row["query_likelihoods"]:
+                counts["num_scored"] += 1
+                counts["num_positive_is_not_seed"] += not row["positive_is_seed"]
+                shifts[row["candidate_ids"].index(row["positive_id"]) + 1] += 1
+                correlations.append(rank_correlation(row["query_likelihoods"], row["relevances"]))
+            if row["dropped_by"] is None:
+                counts["num_kept"] += 1
+                found = _WORD.findall(row["query"].casefold())
+                lengths.append(len(found))
+                words.update(found)
+    if not correlations:
+        return None
+    kept = [counts["num_kept"] for counts in tasks.values() if counts["num_kept"]]
+    common = sorted(tasks.items(), key=lambda entry: -entry[1]["num_queries"])
+    return {
+        "tasks": [{"task": task, **_task_row(counts)} for task, counts in common[:MAX_TASKS]],
+        "num_tasks": len(tasks),
+        "task_entropy_bits": -sum(n / sum(kept) * math.log2(n / sum(kept)) for n in kept),
+        "ql_rc_correlation": float(np.mean(correlations)),
+        "rank_shifts": [{"rank": rank, "count": shifts[rank]} for rank in sorted(shifts)],
+        "mean_query_words": float(np.mean(lengths)) if lengths else None,
+        "type_token_ratio": len(words) / sum(lengths) if lengths else None,
+    }
+
+
+def rank_correlation(left: list[float], right: list[float]) -> float:
+    """Returns Spearman's rank correlation of two lists of scores; 1 for lists of one."""
+    n = len(left)
+    if n < 2:
+        return 1.0
+    apart = ranks(left) - ranks(right)
+    return float(1 - 6 * np.square(apart).sum() / (n * (n * n - 1)))
+
+
+def _task_row(counts: Counter[str]) -> dict[str, Any]:
+    scored = counts["num_scored"]
+    return {
+        "num_queries": counts["num_queries"],
+        "num_scored": scored,
+        "num_kept": counts["num_kept"],
+        "positive_is_not_seed_share": counts["num_positive_is_not_seed"] / scored
+        if scored
+        else None,
+    }
