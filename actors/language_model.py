@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from actors.embedded import resolve_model
-from cluster.errors import TokayError, UserError
+from cluster.errors import EngineDied, TokayError, UserError
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
@@ -224,7 +224,7 @@ class LanguageModel:
             back with ``error`` set.
 
         Raises:
-            TokayError: If the engine is dead.
+            EngineDied: If the engine is dead.
         """
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -270,7 +270,7 @@ class LanguageModel:
             ``error`` set.
 
         Raises:
-            TokayError: If the engine is dead.
+            EngineDied: If the engine is dead.
         """
         contexts: dict[str, list[int]] = {}
         requests: list[Coroutine[Any, Any, PairScore | None]] = []
@@ -353,7 +353,7 @@ class LanguageModel:
             async for part in request:
                 output = part
         except EngineDeadError as error:
-            raise TokayError("the vLLM engine died; its own log says why") from error
+            raise EngineDied("the vLLM engine died; its own log says why") from error
         if output is None:
             raise TokayError("the vLLM engine ended a request without an answer")
         return output

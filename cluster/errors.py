@@ -23,3 +23,7 @@ class ArtifactError(TokayError):
 
 class TooManyRejects(TokayError):
     """A step gave up because more rows were bad than the recipe allows."""
+
+
+class EngineDied(TokayError):
+    """The engine that a stage works with is gone; the stage must be loaded anew."""

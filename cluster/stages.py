@@ -5,6 +5,7 @@ one output shard of the same number. So a shard is the unit of work, of resume a
 object store stays empty; and a shard computed twice (a lost node, a killed run) is the same file.
 """
 
+import asyncio
 import json
 import re
 from collections import Counter
@@ -21,6 +22,7 @@ from cluster.steps import StepContext
 from cluster.storage import Storage, read_table, write_table
 
 METRICS = b"tokay.metrics"
+MAX_DEATHS = 3  # of an actor's engine; then something is wrong with the work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,13 +132,15 @@ class _ShardWorker:
     def __init__(self, stage: Stage, source: Artifact, target: Storage) -> None:
         self.stage, self.source, self.target = stage, source, target
         self.transform = stage.load()
+        self.num_deaths = 0
+        self.reloading = asyncio.Lock()
 
     async def __call__(self, batch: dict[str, Any]) -> Any:
         """Commits the output of the one shard in `batch`; its rejects first, itself last."""
         path = str(batch["path"][0])
         shard = next(entry for entry in self.source.shards if entry.path == path)
         table = self.source.shard(shard, list(self.stage.columns))
-        output = await self.transform(table)
+        output = await self._transformed(table)
         expected = table.num_rows * getattr(self.stage, "rows_per_row", 1)
         if output.rows.num_rows + len(output.rejects) != expected:
             raise TokayError(
@@ -148,6 +152,20 @@ class _ShardWorker:
         rows = output.rows.replace_schema_metadata(metrics)
         write_table(self.target, shard_path(_number(shard)), rows)
         yield {"num_rows": [table.num_rows]}
+
+    async def _transformed(self, table: pa.Table) -> StageOutput:
+        """Transforms a shard; loads the stage anew when its engine has died, a few times."""
+        while True:
+            transform = self.transform
+            try:
+                return await transform(table)
+            except errors.EngineDied:
+                async with self.reloading:
+                    if self.transform is transform:  # of the shards in flight the first sees to it
+                        self.num_deaths += 1
+                        if self.num_deaths > MAX_DEATHS:
+                            raise
+                        self.transform = self.stage.load()
 
 
 def _number(shard: FileEntry) -> int:

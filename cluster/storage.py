@@ -179,6 +179,9 @@ def _local_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+_S3_ATTEMPTS = 8
+
+
 class S3Storage:
     """A prefix in an S3 bucket. Credentials and endpoint come from boto3's own chain."""
 
@@ -196,13 +199,27 @@ class S3Storage:
         import boto3
         from botocore.config import Config
 
-        retries = cast(Any, {"max_attempts": 8, "mode": "adaptive"})
+        retries = cast(Any, {"max_attempts": _S3_ATTEMPTS, "mode": "adaptive"})
         return boto3.client("s3", config=Config(retries=retries))
 
     def read_bytes(self, path: str) -> bytes:
         """Returns the whole file; raises FileNotFoundError."""
-        with _s3_errors(self._uri(path)):
-            return self.client.get_object(Bucket=self.bucket, Key=self._key(path))["Body"].read()
+        from botocore.exceptions import (
+            IncompleteReadError,
+            ReadTimeoutError,
+            ResponseStreamingError,
+        )
+
+        for attempt in range(1, _S3_ATTEMPTS + 1):
+            with _s3_errors(self._uri(path)):
+                try:
+                    found = self.client.get_object(Bucket=self.bucket, Key=self._key(path))
+                    return found["Body"].read()
+                # botocore repeats a request that was refused, not one whose answer breaks off.
+                except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+                    if attempt == _S3_ATTEMPTS:
+                        raise
+        raise AssertionError("unreachable")
 
     def write_bytes(self, path: str, content: bytes) -> None:
         """Writes the whole file; S3 shows an object only when it is complete."""

@@ -1,5 +1,6 @@
 """The whole loop through every real engine, killed twice and finished as a job of a cluster."""
 
+import contextlib
 import inspect
 import json
 import os
@@ -7,9 +8,11 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster import jobs
@@ -50,7 +53,7 @@ def command(verb: str, corpus: Path, run: Path) -> list[str]:
     settings = [
         f"corpus.path={corpus}/documents.jsonl",
         f"seeds.num_seeds={NUM_SEEDS}",
-        "seeds.rows_per_shard=4",
+        "seeds.rows_per_shard=2",
         "scores.num_scored=3",
         "queries.max_passage_tokens=64",
         "scores.max_passage_tokens=48",
@@ -76,6 +79,24 @@ def kill_when(folder: Path, pattern: str, arguments: list[str], limit_s: float =
     process.wait()
 
 
+def kill_engine_when(folder: Path, pattern: str) -> threading.Thread:
+    """Kills the vLLM engine, and nothing else, once a file of the pattern is there."""
+
+    def work() -> None:
+        limit = time.monotonic() + 240
+        while not list(folder.glob(pattern)) and time.monotonic() < limit:
+            time.sleep(0.02)
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "EngineCore" in "".join([process.name(), *process.cmdline()]):
+                    process.kill()
+                    (folder / "engine-killed").touch()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
 def run_as_job(submit: list[str], job_server: str) -> str:
     """Submits the run through the job server, waits for it, and returns what it printed."""
     answer = subprocess.run(
@@ -98,7 +119,10 @@ def test_run_killed_twice_gives_every_row_once_and_a_better_file(
     kill_when(run, "queries/shards/*.parquet", arguments)
     assert not (run / "queries" / "manifest.json").exists()
     written = {f: f.stat().st_mtime_ns for f in run.glob("queries/shards/*.parquet")}
+    engine = kill_engine_when(run, "scores/shards/*.parquet")
     kill_when(run, "training/metrics.jsonl", arguments)
+    engine.join()
+    assert (run / "engine-killed").exists()
     finished = {f: f.stat().st_mtime_ns for f in run.glob("*/manifest.json")}
     assert {f: f.stat().st_mtime_ns for f in written} == written
     assert (run / "fret" / "manifest.json") in finished

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from cluster.artifacts import Artifact, write_shards
-from cluster.errors import TokayError, UserError
+from cluster.errors import EngineDied, TokayError, UserError
 from cluster.stages import StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import Run, Step, StepContext
 
@@ -52,6 +52,12 @@ class Square:
             first = table["id"][0].as_py()
             with Path(self.notes).open("a") as notes:
                 notes.write(f"{first}\n")
+            if first == "r015" and self.fail_with in ("kill", "die") and self._first_time():
+                if self.fail_with == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise EngineDied("the engine died")
+            if self.fail_with == "die always":
+                raise EngineDied("the engine died")
             rows = table.to_pylist()
             if self.fail_with == "lose":
                 rows = rows[1:]
@@ -66,6 +72,13 @@ class Square:
             )
 
         return square
+
+    def _first_time(self) -> bool:
+        mark = Path(f"{self.notes}.failed")
+        if mark.exists():
+            return False
+        mark.touch()
+        return True
 
 
 def make_run(folder: Path, stage: Square) -> Run:
@@ -105,6 +118,23 @@ def test_stage_that_loses_a_row_fails(ray_session: None, tmp_path: Path) -> None
     with pytest.raises(TokayError, match="lost rows of shards"):
         run.execute(Silent())
     assert run.artifact(run.steps[1]) is None
+
+
+@pytest.mark.parametrize("fail_with", ["kill", "die"])
+def test_stage_outlives_a_killed_actor_and_a_dead_engine(
+    fail_with: str, ray_session: None, tmp_path: Path
+) -> None:
+    stage = Square(notes=str(tmp_path / "notes"), fail_with=fail_with)
+    squares = make_run(tmp_path, stage).execute(Silent())["squares"]
+    assert (tmp_path / "notes.failed").exists()
+    assert squares.read()["id"].to_pylist() == [f"r{n:03}" for n in range(NUM_ROWS) if n % 10]
+    assert squares.num_rejects == 6
+
+
+def test_engine_that_dies_again_and_again_fails_the_step(ray_session: None, tmp_path: Path) -> None:
+    stage = Square(notes=str(tmp_path / "notes"), fail_with="die always")
+    with pytest.raises(EngineDied, match="the engine died"):
+        make_run(tmp_path, stage).execute(Silent())
 
 
 def test_users_mistake_in_an_actor_stays_the_users_mistake(
