@@ -21,6 +21,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from actors.embedded import resolve_model
 from cluster.artifacts import Artifact
 from cluster.session import connect, disconnect
@@ -119,7 +121,8 @@ def bare(connection: Connection, recipe: Recipe, passages: list[dict[str, Any]])
             )
         )
     connection.send(None)
-    while connection.recv() is not None:
+    while True:
+        connection.recv()
         llm.reset_prefix_cache()  # ours begins with an empty one
         begin = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -156,9 +159,8 @@ def main() -> None:
             disconnect()
             ours.send(number)
             results["rival"].append(ours.recv())
-        ours.send(None)
-        rival.join(20)
-        rival.kill()
+        for process in [*psutil.Process(rival.pid).children(recursive=True), rival]:
+            process.kill()  # vLLM's own processes outlive the one that started them
         sys.stdout = stdout
     rates = {
         name: statistics.median(tokens / seconds for seconds, tokens in rows)

@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+import psutil
 
 from actors.language_model import EngineOptions, LanguageModel, ScoringPrompt
 from pipelines.fret.fusion import ranks
@@ -63,20 +64,20 @@ def find_pairs(folder: str, num_pairs: int) -> list[tuple[int, ScoringPrompt]]:
 
 
 def tokay(connection: Connection) -> None:
-    """Scores lists of pairs with Tokay's engine until it is sent None."""
+    """Scores lists of pairs with Tokay's engine."""
     loop = asyncio.new_event_loop()
     llm = LanguageModel.load(ENGINE)
     connection.send(None)
-    while (pairs := connection.recv()) is not None:
+    while True:
+        pairs = connection.recv()
         begin = time.perf_counter()
         scores = loop.run_until_complete(llm.score(pairs))
         seconds = time.perf_counter() - begin
         connection.send(([(score.ql, score.rc) for score in scores], seconds))
-    llm.close()
 
 
 def naive(connection: Connection) -> None:
-    """Scores lists of pairs as vLLM's own examples would, until it is sent None."""
+    """Scores lists of pairs as vLLM's own examples would,."""
     import os
 
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0-1"
@@ -111,7 +112,8 @@ def naive(connection: Connection) -> None:
         return likelihood, -math.log1p(math.exp(no - yes))
 
     connection.send(None)
-    while (pairs := connection.recv()) is not None:
+    while True:
+        pairs = connection.recv()
         begin = time.perf_counter()
         prompts, params = [], []
         for pair in pairs:
@@ -170,10 +172,9 @@ def main() -> None:
         answers, spent = ask("naive", [fresh[place][1] for place in by_query])
         seconds["naive"].append(spent)
     plain = [answers[by_query.index(place)] for place in range(len(by_query))]
-    for ours, process in engines.values():
-        ours.send(None)
-        process.join(20)
-        process.kill()
+    for _, process in engines.values():
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            each.kill()  # vLLM's own processes outlive the one that started them
 
     by_number: dict[int, list[int]] = defaultdict(list)
     for place, (query, _) in enumerate(by_passage):

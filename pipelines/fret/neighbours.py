@@ -170,11 +170,8 @@ class FindCandidates:
             )
 
         async def search(rows: list[dict[str, Any]]) -> None:
-            vectors = np.concatenate(
-                [encoder.encode_queries([row["query"]], task=row["task"]) for row in rows]
-                if "{task}" in encoder.templates.query
-                else [encoder.encode_queries([row["query"] for row in rows], task="")]
-            )
+            ask = encoder.templates.format_query
+            vectors = encoder.encode([ask(row["query"], task=row["task"]) for row in rows])
             k = min(self.config.num_candidates, len(ids))
             seeds = sorted({row["seed_id"] for row in rows})
             found = await asyncio.gather(

@@ -1,11 +1,14 @@
 import json
+import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from cluster.artifacts import Artifact, write_rejects, write_shards
-from cluster.errors import ArtifactError, TooManyRejects, UserError
+from cluster.errors import ArtifactError, StorageError, TooManyRejects, UserError
 from cluster.steps import Run, Step, StepContext
 from cluster.storage import open_storage
 
@@ -151,3 +154,32 @@ def test_run_works_on_s3(bucket: str) -> None:
     assert events_of(Run(f"{bucket}/r", steps())) == ["found one", "found two"]
     manifest = json.loads(open_storage(f"{bucket}/r").read_bytes("two/manifest.json"))
     assert manifest["inputs"].keys() == {"one"}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 200 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", folder]).returncode:
+        pytest.skip("needs the right to mount")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_full_disk_is_one_line_and_with_room_the_run_goes_on(small_disk: Path) -> None:
+    table = pa.table({"bytes": [os.urandom(10_000) for _ in range(40)]})
+
+    def work(context: StepContext) -> dict[str, object]:
+        write_shards(context.storage, table, 4)
+        return {}
+
+    run = Run(str(small_disk / "run"), [Step(name="big", config={}, inputs=(), work=work)])
+    with pytest.raises(StorageError, match=r"No space left.*that the disk is not full") as error:
+        run.execute(Listener())
+    assert "\n" not in str(error.value)
+    assert run.artifact(run.steps[0]) is None
+    subprocess.run(["mount", "-o", "remount,size=10m", small_disk], check=True)
+    artifact = run.execute(Listener())["big"]
+    artifact.verify()
+    assert artifact.read().equals(table)
