@@ -50,7 +50,7 @@ def test_evaluate_on_adi_equals_sentence_transformers_in_mteb() -> None:
 @pytest.mark.timeout(900)  # minutes where other work shares the cores
 @needs("cranfield")
 def test_evaluate_on_cranfield_gives_the_known_figure() -> None:
-    encoder = Encoder.load(MINILM, device="cpu", max_tokens=192)
+    encoder = Encoder.load(MINILM, device="cpu", max_tokens=192, dtype="auto")
     result = evaluate(encoder, read_beir(DATA / "cranfield"))
     assert result.ndcg_at_10.mean == pytest.approx(0.501, abs=0.001)
     assert result.ndcg_at_10.low > 0.45

@@ -197,7 +197,7 @@ def test_student_that_does_not_load_is_the_users_error(
     (tmp_path / "student/config.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be loaded"):
         train(
-            CONFIG.model_copy(update={"max_failures": 0}),
+            CONFIG.model_copy(update={"num_workers": 1}),
             examples=examples,
             student=str(tmp_path / "student"),
             output=str(tmp_path / "output"),

@@ -154,7 +154,7 @@ def test_s3_that_refuses_and_breaks_off_loses_nothing(
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
     storage = open_storage(f"{bucket}/run")
-    contents = {f"shards/{n:05d}.parquet": bytes([n]) * 5000 for n in range(12)}
+    contents = {f"shards/{n:05d}.parquet": bytes([n]) * 5000 for n in range(5)}
     try:
         for path, content in contents.items():
             storage.write_bytes(path, content)
