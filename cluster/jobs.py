@@ -63,6 +63,7 @@ def submit(
     address: str,
     storage: str,
     settings: Sequence[str] = (),
+    files: Mapping[str, str] | None = None,
     submission_id: str | None = None,
     ship_code: bool = False,
 ) -> str:
@@ -74,6 +75,7 @@ def submit(
         address: The dashboard, `http://HEAD:8265`.
         storage: Where the run goes: an S3 URI, or a folder if the whole cluster is this machine.
         settings: Overrides, each `path.to.key=value`. They are shown in the dashboard: no secrets.
+        files: What else stands in the folder where the recipe runs, name to content.
         submission_id: A name for the job; Ray makes one up otherwise.
         ship_code: Run this checkout's packages instead of those installed on the nodes.
 
@@ -91,7 +93,7 @@ def submit(
     return submit_command(
         command,
         address=address,
-        files={"recipe.yaml": recipe},
+        files={"recipe.yaml": recipe, **(files or {})},
         labels={"recipe": name, "storage": storage},
         submission_id=submission_id,
         ship_code=ship_code,

@@ -179,13 +179,18 @@ def submit(
     from cluster import jobs
     from pipelines.recipe import load_recipe, read_keys
 
-    load_recipe(recipe, settings)  # a mistake is told here, not by a job an hour later
+    loaded = load_recipe(recipe, settings)  # a mistake is told here, not by a job an hour later
+    files, settings = {}, settings or []
+    if loaded.prompts:
+        files["prompts.yaml"] = Path(loaded.prompts).read_text(encoding="utf-8")
+        settings = [*settings, "prompts=prompts.yaml"]
     job = jobs.submit(
         yaml.safe_dump(read_keys(recipe), sort_keys=False),
         name=Path(recipe).name,
         address=address,
         storage=storage,
-        settings=settings or [],
+        settings=settings,
+        files=files,
         submission_id=submission_id,
         ship_code=ship_code,
     )

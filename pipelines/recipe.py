@@ -167,11 +167,18 @@ def read_keys(source: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any
         raise UserError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path} is not a mapping of keys: see {', '.join(recipe_names())}")
+    if tree.get("prompts"):
+        tree["prompts"] = _beside(path, tree["prompts"])
     base = tree.pop("base", None)
     if base is None:
         return tree
-    beside = path.parent / str(base)
-    return _over(tree, read_keys(beside if beside.is_file() else str(base), (*above, path)))
+    return _over(tree, read_keys(_beside(path, base), (*above, path)))
+
+
+def _beside(path: Path, name: str) -> str:
+    """Returns a file that a recipe names: beside the recipe, or as it stands."""
+    beside = path.parent / str(name)
+    return str(beside) if beside.is_file() else str(name)
 
 
 def _over(tree: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,17 @@ def test_base_gives_the_keys_that_a_recipe_does_not_name(tmp_path: Path) -> None
     assert recipe.training.learning_rate == laptop.training.learning_rate
 
 
+def test_prompts_are_found_beside_the_recipe_that_names_them(tmp_path: Path) -> None:
+    from pipelines.fret import prompts
+
+    text = (Path(prompts.__file__).parent / "prompts.yaml").read_text()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "words.yaml").write_text(text)
+    (tmp_path / "mine" / "mine.yaml").write_text("base: laptop\nprompts: words.yaml\n")
+    (tmp_path / "short.yaml").write_text("base: mine/mine.yaml\n")
+    assert load_recipe(tmp_path / "short.yaml").prompts == str(tmp_path / "mine" / "words.yaml")
+
+
 def test_base_that_leads_back_to_the_recipe_is_a_mistake(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("base: b.yaml")
     (tmp_path / "b.yaml").write_text("base: a.yaml")
