@@ -107,7 +107,8 @@ class WriteQueries:
 
 def query_id(seed_id: str, number: int = 0) -> str:
     """Returns 16 hex digits that name a seed passage's query of that number."""
-    return hashlib.sha256(f"query {number} of {seed_id}".encode()).hexdigest()[:16]
+    name = f"query of {seed_id}" + (f", {number}" if number else "")
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def write_queries(
