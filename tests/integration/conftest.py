@@ -1,6 +1,8 @@
 """A Ray cluster of one node, started as a user's would be."""
 
+import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -16,13 +18,15 @@ import pytest
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for held in sockets:
-        held.bind(("127.0.0.1", 0))
-    ports = [held.getsockname()[1] for held in sockets]
-    for held in sockets:
-        held.close()
-    return ports
+    """Returns ports outside the range that the system and Ray hand out by themselves."""
+    free = []
+    for port in random.sample(range(20_000, 32_000), 1000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            free.append(port)
+        if len(free) == count:
+            return free
+    raise AssertionError("no free ports")
 
 
 @pytest.fixture(scope="module")
