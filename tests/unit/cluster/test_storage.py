@@ -146,6 +146,7 @@ class FaultyProxy(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
+@pytest.mark.slow
 def test_s3_that_refuses_and_breaks_off_loses_nothing(
     bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
