@@ -13,7 +13,7 @@ import itertools
 import math
 import os
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from actors.embedded import resolve_model
@@ -105,6 +105,8 @@ class ScoringPrompt:
 class PairScore:
     """The teacher's two scores of one pair, natural logarithms; None when ``error`` is set.
 
+    The tokens that are not cached, added up over all pairs, are those that the engine computed.
+
     Attributes:
         ql: Mean log P(q_t | q_<t, context) over the query's tokens (Gecko, section 3).
         rc: log of the labels' mean relevance by their probabilities, P(label | context, query,
@@ -192,9 +194,7 @@ class LanguageModel:
 
     def truncate(self, text: str, max_tokens: int) -> str:
         """Cut ``text`` to its first ``max_tokens`` tokens of this model's tokenizer."""
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        offsets = encoded["offset_mapping"]
-        return text if len(offsets) <= max_tokens else text[: offsets[max_tokens][0]].rstrip()
+        return truncate(self._tokenizer, text, max_tokens)
 
     def chat(self, message: str) -> str:
         """Format ``message`` as a user's turn with the model's chat template, if it has one."""
@@ -257,13 +257,17 @@ class LanguageModel:
         requests = [one(*pair) for pair in zip(prompts, seeds, strict=True)]
         return list(await asyncio.gather(*requests))
 
-    async def score(self, pairs: Sequence[ScoringPrompt]) -> list[PairScore]:
+    async def score(
+        self, pairs: Sequence[ScoringPrompt], *, separate: bool = False
+    ) -> list[PairScore]:
         """Score each pair for query likelihood and relevance, in one prefill.
 
         Give the pairs passage by passage: what two neighbours' contexts share is computed once.
 
         Args:
             pairs: The pairs, in the order in which they should run.
+            separate: Ask for each score with a prompt of its own and compute every token anew: the
+                obvious way, an order of magnitude slower, kept to check the fast one against.
 
         Returns:
             One score for each pair, in order. A pair that does not fit the model comes back with
@@ -273,33 +277,49 @@ class LanguageModel:
             EngineDied: If the engine is dead.
         """
         contexts: dict[str, list[int]] = {}
-        requests: list[Coroutine[Any, Any, PairScore | None]] = []
+        requests: list[Coroutine[Any, Any, PairScore | int]] = []
         for pair in pairs:
             if pair.context not in contexts:
                 contexts[pair.context] = self._tokenize(pair.context, special=True)
-                requests.append(self._prefill(contexts[pair.context]))
-            requests.append(self._score(pair, contexts[pair.context]))
+                if not separate:
+                    requests.append(self._prefill(contexts[pair.context]))
+            requests.append(self._score(pair, contexts[pair.context], separate=separate))
         # Requests reach the engine in this order; a pair finds its context in the cache even
         # when both run in one step.
-        answers = await asyncio.gather(*requests)
-        return [answer for answer in answers if answer is not None]
+        scores: list[PairScore] = []
+        num_computed = 0
+        for answer in await asyncio.gather(*requests):
+            if isinstance(answer, int):
+                num_computed = answer
+                continue
+            if num_computed:  # for all pairs of a context, and counted with the first
+                cached = answer.num_cached_tokens - num_computed
+                answer = replace(answer, num_cached_tokens=cached)
+                num_computed = 0
+            scores.append(answer)
+        return scores
 
-    async def _prefill(self, context: list[int]) -> None:
-        """Put a context in the cache without the cost of its tokens' log-probabilities."""
+    async def _prefill(self, context: list[int]) -> int:
+        """Put a context in the cache without the cost of its tokens' log-probabilities.
+
+        Returns how many of its tokens were not there yet.
+        """
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        if not self._misfit(len(context), 1):
-            await self._request(
-                context,
-                SamplingParams(
-                    temperature=0.0,
-                    max_tokens=1,
-                    detokenize=False,
-                    output_kind=RequestOutputKind.FINAL_ONLY,
-                ),
-            )
+        if self._misfit(len(context), 1):
+            return 0
+        output = await self._request(
+            context,
+            SamplingParams(
+                temperature=0.0,
+                max_tokens=1,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            ),
+        )
+        return len(context) - int(output.num_cached_tokens or 0)
 
-    async def _score(self, pair: ScoringPrompt, context: list[int]) -> PairScore:
+    async def _score(self, pair: ScoringPrompt, context: list[int], *, separate: bool) -> PairScore:
         query = self._tokenize(pair.query, special=False)
         question = self._tokenize(pair.question, special=False)
         labels = {self._tokenize(label, special=False)[0]: weight for label, weight in pair.labels}
@@ -310,12 +330,15 @@ class LanguageModel:
             return PairScore(error="empty query")
         if error := self._misfit(len(tokens), 1):
             return PairScore(error=error, num_prompt_tokens=len(tokens))
-        output = await self._request(tokens, _scoring_params(list(labels), cached=True))
+        output = await self._request(tokens, _scoring_params(list(labels), cached=not separate))
         if (output.num_cached_tokens or 0) >= len(context):
             # Log-probabilities are computed for uncached tokens only, and this query is partly
             # in the cache (the same pair again, or one that begins alike).
             output = await self._request(tokens, _scoring_params(list(labels), cached=False))
         prompt, answer = output.prompt_logprobs, output.outputs[0].logprobs[0]
+        if separate:
+            alone = await self._request(context + query, _scoring_params([], cached=False))
+            prompt = alone.prompt_logprobs
         positions = prompt.start_indices[len(context) : len(context) + len(query)]
         ql = sum(prompt.logprobs[position] for position in positions) / len(query)
         rc = _mean_relevance([(answer[token].logprob, w) for token, w in labels.items()])
@@ -327,7 +350,7 @@ class LanguageModel:
         return PairScore(
             ql=ql,
             rc=rc,
-            num_prompt_tokens=len(tokens),
+            num_prompt_tokens=len(tokens) + (len(context + query) if separate else 0),
             num_cached_tokens=output.num_cached_tokens or 0,
         )
 
@@ -359,6 +382,13 @@ class LanguageModel:
         return output
 
 
+def truncate(tokenizer: Any, text: str, max_tokens: int) -> str:
+    """Cuts `text` to its first `max_tokens` tokens of a Hugging Face tokenizer."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = encoded["offset_mapping"]
+    return text if len(offsets) <= max_tokens else text[: offsets[max_tokens][0]].rstrip()
+
+
 def _mean_relevance(labels: Sequence[tuple[float, float]]) -> float:
     """Returns log sum(w P) - log sum(P) over (log P, w), exact however small a P is."""
     highest = max(log_p for log_p, _ in labels)
@@ -382,7 +412,7 @@ def _scoring_params(labels: list[int], *, cached: bool) -> SamplingParams:
         max_tokens=1,
         prompt_logprobs=0,
         skip_reading_prefix_cache=not cached,  # vLLM's default is to recompute the whole prompt
-        logprob_token_ids=labels,
+        logprob_token_ids=labels or None,
         flat_logprobs=True,
         detokenize=False,  # the ids at cached positions are uninitialised memory
         output_kind=RequestOutputKind.FINAL_ONLY,

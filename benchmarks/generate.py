@@ -11,101 +11,37 @@ have the laptop recipe's settings and both cores, and take turns. Prints one JSO
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import psutil
+from bare_vllm import bare_llm
+from streamed_generation import write_step
 
-from actors.embedded import resolve_model
-from cluster.artifacts import Artifact
-from cluster.session import connect, disconnect
-from cluster.stages import Stage, StageFunction, StageResources, run_stage
-from cluster.steps import StepContext
-from cluster.storage import open_storage
 from pipelines.console import JsonLines
 from pipelines.fret.language_models import engine_options
-from pipelines.fret.prompts import STOP, QueryPrompts, load_prompts
-from pipelines.fret.queries import WriteQueries, query_id
+from pipelines.fret.prompts import STOP, load_prompts
+from pipelines.fret.queries import query_id, query_prompts
 from pipelines.graph import build_run
 from pipelines.recipe import Recipe, load_recipe
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stamped:
-    """A stage that notes when its engine is up."""
-
-    stage: Stage
-    stamp: str
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return self.stage.columns
-
-    @property
-    def resources(self) -> StageResources:
-        return self.stage.resources
-
-    def load(self) -> StageFunction:
-        transform = self.stage.load()
-        Path(self.stamp).write_text(str(time.time()))
-        return transform
-
-
-class Quiet:
-    """Nobody watches."""
-
-    def update(self, done: float, total: float | None = None, note: str = "") -> None:
-        pass
-
-
-def write_step(recipe: Recipe, seeds: Artifact, folder: Path) -> tuple[float, int]:
-    """Runs the step in `folder`; returns its seconds without engine start, and tokens written."""
-    resources = recipe.resources
-    stamp = folder / "engine-is-up"
-    stage = Stamped(
-        stage=WriteQueries(
-            config=recipe.queries,
-            prompts=QueryPrompts(prompts=load_prompts(), tasks=recipe.queries.tasks),
-            engine=engine_options(recipe.llm, resources.engine),
-            resources=resources.llm.stage(),
-        ),
-        stamp=str(stamp),
-    )
-    storage = open_storage(str(folder))
-    context = StepContext(storage=storage, inputs={}, run=storage, progress=Quiet())
-    metrics = run_stage(stage, seeds, context)
-    end = max(file.stat().st_mtime for file in folder.glob("shards/*.parquet"))
-    return end - float(stamp.read_text()), int(metrics["num_written_tokens"])
-
-
 def bare(connection: Connection, recipe: Recipe, passages: list[dict[str, Any]]) -> None:
     """Writes all queries with `LLM.generate` each time it is asked."""
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0-1"
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
-    engine = recipe.resources.engine
-    llm = LLM(
-        model=resolve_model(recipe.llm.model),
-        dtype="bfloat16",
-        max_model_len=recipe.llm.max_model_tokens,
-        enforce_eager=engine.enforce_eager,
-        kv_cache_memory_bytes=int((engine.kv_cache_gib or 0) * 2**30),
-        max_num_seqs=engine.max_num_seqs or 96,
-        block_size=engine.block_size,
+    llm = bare_llm(
+        engine_options(recipe.llm, recipe.resources.engine),
         enable_chunked_prefill=False,  # else a seeded request kills the CPU engine
         max_num_batched_tokens=recipe.llm.max_model_tokens,
     )
     tokenizer = llm.get_tokenizer()
-    ask = QueryPrompts(prompts=load_prompts(), tasks=recipe.queries.tasks)
+    ask = query_prompts(recipe.queries, load_prompts())
     prompts, params = [], []
     for passage in passages:
         id_ = query_id(passage["id"])
@@ -152,11 +88,7 @@ def main() -> None:
         rival.start()
         ours.recv()
         for number in range(arguments.repeats):
-            connect(Path(folder, "logs"))
-            target = Path(folder, str(number))
-            target.mkdir()
-            results["ours"].append(write_step(recipe, seeds, target))
-            disconnect()
+            results["ours"].append(write_step(recipe, seeds, Path(folder, str(number))))
             ours.send(number)
             results["rival"].append(ours.recv())
         for process in [*psutil.Process(rival.pid).children(recursive=True), rival]:

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from bare_vllm import bare_llm
 
 from actors.language_model import EngineOptions, LanguageModel, ScoringPrompt
 from pipelines.fret.fusion import ranks
@@ -77,25 +78,10 @@ def tokay(connection: Connection) -> None:
 
 
 def naive(connection: Connection) -> None:
-    """Scores lists of pairs as vLLM's own examples would,."""
-    import os
+    """Scores lists of pairs as vLLM's own examples would."""
+    from vllm import SamplingParams
 
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0-1"
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
-    from vllm import LLM, SamplingParams
-
-    from actors.embedded import resolve_model
-
-    llm = LLM(
-        model=resolve_model(ENGINE.model),
-        dtype="bfloat16",
-        max_model_len=ENGINE.max_model_tokens,
-        enforce_eager=ENGINE.enforce_eager,
-        kv_cache_memory_bytes=int((ENGINE.kv_cache_gib or 0) * 2**30),
-        max_num_seqs=ENGINE.max_num_seqs or 96,
-        block_size=ENGINE.block_size,
-    )
+    llm = bare_llm(ENGINE)
     tokenizer = llm.get_tokenizer()
 
     def ids(text: str) -> list[int]:

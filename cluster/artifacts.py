@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from cluster.errors import ArtifactError
+from cluster.errors import ArtifactError, Reject
 from cluster.storage import Storage, join, open_storage, read_table, write_table
 
 MANIFEST = "manifest.json"
@@ -156,7 +156,7 @@ def write_shards(storage: Storage, table: pa.Table, rows_per_shard: int) -> None
         write_table(storage, shard_path(number), table.slice(start, rows_per_shard))
 
 
-def write_rejects(storage: Storage, rejects: list[tuple[str, str, str]], number: int = 0) -> None:
+def write_rejects(storage: Storage, rejects: list[Reject], number: int = 0) -> None:
     """Writes (id, reason, text) rows as reject shard `number`; nothing if there are none."""
     if rejects:
         columns = [list(column) for column in zip(*rejects, strict=True)]

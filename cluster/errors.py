@@ -1,5 +1,10 @@
 """The errors a person meets: the command line answers each with one line and its exit code."""
 
+from collections import Counter
+from collections.abc import Sequence
+
+Reject = tuple[str, str, str]  # id, reason, text
+
 
 class TokayError(Exception):
     """Something failed that the user could not have prevented; exit code 1."""
@@ -23,6 +28,25 @@ class ArtifactError(TokayError):
 
 class TooManyRejects(TokayError):
     """A step gave up because more rows were bad than the recipe allows."""
+
+    @classmethod
+    def of(
+        cls, step: str, reasons: Counter[str], examples: Sequence[Reject], limit: str
+    ) -> "TooManyRejects":
+        """Tells the commonest reasons and three examples.
+
+        Args:
+            step: Its name.
+            reasons: Rows by their reason.
+            examples: Some of the rows.
+            limit: What was accepted, and what to do.
+        """
+        common = ", ".join(f"{reason!r} ({count})" for reason, count in reasons.most_common(3))
+        shown = "; ".join(f"{id_}: {reason}: {text[:80]!r}" for id_, reason, text in examples[:3])
+        return cls(
+            f"step {step!r} refused {reasons.total()} rows, mostly {common}, and {limit}."
+            f" Examples: {shown}"
+        )
 
 
 class EngineDied(TokayError):

@@ -59,7 +59,7 @@ def connect(log_folder: Path | None = None, *, serve: bool = False) -> ClusterRe
                 f"no Ray cluster answers at RAY_ADDRESS={address!r}: correct it, or unset it to"
                 " run on this machine"
             ) from error
-        _silence_ray_data()
+        _configure_ray_data()
         silence(log_folder)
     resources = ray.cluster_resources()
     return ClusterResources(
@@ -107,10 +107,13 @@ class _Console(io.TextIOWrapper):
         super().__init__(open(descriptor, "wb", buffering=0), write_through=True)  # noqa: SIM115
 
 
-def _silence_ray_data() -> None:
+def _configure_ray_data() -> None:
     from ray.data import DataContext
+    from ray.data.context import ShuffleStrategy
 
     context = DataContext.get_current()
+    # Of tasks, which a lost node makes anew; the default's aggregator actors do not come back.
+    context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
     context.enable_progress_bars = False
     context.print_on_execution_start = False
 

@@ -17,11 +17,11 @@ import pyarrow as pa
 
 from cluster import errors
 from cluster.artifacts import Artifact, FileEntry, Json, shard_path, write_rejects
-from cluster.errors import TokayError
+from cluster.errors import Reject, TokayError, TooManyRejects
 from cluster.steps import StepContext
 from cluster.storage import Storage, read_table, write_table
 
-METRICS = b"tokay.metrics"
+TALLY = b"tokay.tally"
 MAX_DEATHS = 3  # of an actor's engine; then something is wrong with the work
 
 
@@ -51,11 +51,13 @@ class StageOutput:
     Attributes:
         rows: Results.
         rejects: (id, reason, text) of each refused row.
+        unusable: (id, reason, text) of what stays in `rows`, marked as unfit for what follows.
         metrics: Counts to be summed over shards.
     """
 
     rows: pa.Table
-    rejects: list[tuple[str, str, str]] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    unusable: list[Reject] = field(default_factory=list)
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -80,19 +82,41 @@ class Stage(Protocol):
         """Loads models, once in each actor, and returns the transformation of a shard."""
 
 
-def run_stage(stage: Stage, source: Artifact, context: StepContext) -> dict[str, Json]:
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """How much a stage may refuse, what is unusable included, before it stops.
+
+    Attributes:
+        share: Of `num_all`.
+        num_all: What the stage makes in all.
+        remedy: What the person may do, for the error.
+    """
+
+    share: float
+    num_all: int
+    remedy: str
+
+
+def run_stage(
+    stage: Stage, source: Artifact, context: StepContext, limit: Limit | None = None
+) -> dict[str, Json]:
     """Transforms every shard of `source` that has no output yet; returns the summed metrics.
 
     Raises:
         TokayError: An actor failed for good, or a stage lost rows.
+        TooManyRejects: More rows were refused than `limit` allows; what is done stays.
     """
     import ray
     from ray.data import ActorPoolStrategy
 
     done = set(context.storage.list("shards"))
     todo = [shard for shard in source.shards if shard.path not in done]
-    num_rows = sum(shard.num_rows or 0 for shard in todo)
-    num_done = source.num_rows - num_rows
+    num_done = source.num_rows - sum(shard.num_rows or 0 for shard in todo)
+    tally = _Tally()
+    for path in sorted(done):
+        metadata = read_table(context.storage, path, columns=[]).schema.metadata or {}
+        tally.add(metadata.get(TALLY, b"{}"))
+    tally.check(limit, context)
     context.progress.update(num_done, source.num_rows, "starting actors" if todo else "")
     if todo:
         resources = stage.resources
@@ -121,9 +145,45 @@ def run_stage(stage: Stage, source: Artifact, context: StepContext) -> dict[str,
             for result in results.iter_rows():
                 num_done += result["num_rows"]
                 context.progress.update(num_done, source.num_rows)
+                tally.add(result["tally"])
+                tally.check(limit, context)
         except ray.exceptions.RayError as error:
             raise _cause(error) from error
-    return _sum_metrics(context.storage, source.shards)
+    return dict(tally.metrics)
+
+
+class _Tally:
+    """Metrics of a stage's shards, the reasons for which it refused rows, and some of them."""
+
+    def __init__(self) -> None:
+        self.metrics: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.examples: list[Reject] = []
+
+    @staticmethod
+    def of(output: StageOutput) -> bytes:
+        """Returns a shard's own, as JSON."""
+        refused = [*output.rejects, *output.unusable]
+        reasons = Counter(reason for _, reason, _ in refused)
+        rows = {"metrics": dict(output.metrics), "reasons": reasons, "examples": refused[:3]}
+        return json.dumps(rows).encode()
+
+    def add(self, content: bytes) -> None:
+        """Adds a shard's."""
+        rows = json.loads(content)
+        self.metrics.update(rows.get("metrics", {}))
+        self.reasons.update(rows.get("reasons", {}))
+        self.examples += [tuple(row) for row in rows.get("examples", [])][: 3 - len(self.examples)]
+
+    def check(self, limit: Limit | None, context: StepContext) -> None:
+        """Raises TooManyRejects once the limit is broken, whatever the shards still to come."""
+        if limit is not None and self.reasons.total() > limit.share * limit.num_all:
+            raise TooManyRejects.of(
+                context.storage.uri.rpartition("/")[2],
+                self.reasons,
+                self.examples,
+                f"accepted is a share of {limit.share} of {limit.num_all}: {limit.remedy}",
+            )
 
 
 class _ShardWorker:
@@ -148,10 +208,10 @@ class _ShardWorker:
                 f" {output.rows.num_rows} out, {len(output.rejects)} refused"
             )
         write_rejects(self.target, output.rejects, _number(shard))
-        metrics = {METRICS: json.dumps(dict(output.metrics)).encode()}
-        rows = output.rows.replace_schema_metadata(metrics)
+        tally = _Tally.of(output)
+        rows = output.rows.replace_schema_metadata({TALLY: tally})
         write_table(self.target, shard_path(_number(shard)), rows)
-        yield {"num_rows": [table.num_rows]}
+        yield {"num_rows": [table.num_rows], "tally": [tally]}
 
     async def _transformed(self, table: pa.Table) -> StageOutput:
         """Transforms a shard; loads the stage anew when its engine has died, a few times."""
@@ -170,14 +230,6 @@ class _ShardWorker:
 
 def _number(shard: FileEntry) -> int:
     return int(shard.path.removeprefix("shards/").removesuffix(".parquet"))
-
-
-def _sum_metrics(storage: Storage, shards: tuple[FileEntry, ...]) -> dict[str, Json]:
-    totals: Counter[str] = Counter()
-    for shard in shards:
-        metadata = read_table(storage, shard.path, columns=[]).schema.metadata or {}
-        totals.update(json.loads(metadata.get(METRICS, b"{}")))
-    return dict(totals)
 
 
 def _cause(error: BaseException) -> TokayError:

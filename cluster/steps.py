@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -199,13 +200,13 @@ class Run:
         artifact = Artifact(storage, manifest)
         num_all = artifact.num_rows + artifact.num_rejects
         if artifact.num_rejects > step.max_reject_share * num_all:
-            reasons = artifact.rejects()["reason"].value_counts().to_pylist()
-            common = max(reasons, key=lambda entry: entry["counts"])
-            raise TooManyRejects(
-                f"step {step.name!r} refused {artifact.num_rejects} of {num_all} rows, mostly"
-                f" {common['values']!r} ({common['counts']}); accepted is a share of"
-                f" {step.max_reject_share}: look at {join(storage.uri, 'rejects')}, mend the"
-                " input or raise max_reject_share"
+            rejects = artifact.rejects()
+            raise TooManyRejects.of(
+                step.name,
+                Counter(rejects["reason"].to_pylist()),
+                [tuple(row.values()) for row in rejects.slice(0, 3).to_pylist()],
+                f"accepted is a share of {step.max_reject_share} of {num_all}: look at"
+                f" {join(storage.uri, 'rejects')}, mend the input or raise max_reject_share",
             )
         storage.write_bytes(MANIFEST, manifest.to_json())
         storage.delete("work")

@@ -13,9 +13,10 @@ from pipelines.evaluation.steps import TestSet, evaluation_queries, run_evaluati
 from pipelines.fret.fret import make_fret
 from pipelines.fret.language_models import engine_options
 from pipelines.fret.neighbours import find_candidates
-from pipelines.fret.prompts import PairPrompts, QueryPrompts, load_prompts
-from pipelines.fret.queries import write_queries
-from pipelines.fret.scores import score_candidates
+from pipelines.fret.pairs import group_pairs
+from pipelines.fret.prompts import PairPrompts, load_prompts
+from pipelines.fret.queries import query_prompts, write_queries
+from pipelines.fret.scores import score_pairs
 from pipelines.mixture import make_mixture
 from pipelines.recipe import Recipe
 from pipelines.student import export_student, make_student, model_folder
@@ -27,6 +28,7 @@ TITLES = {
     "queries": "the LLM writes queries",
     "embeddings": "embed the passages",
     "candidates": "find each query's neighbours",
+    "pairs": "sort what to score by passage",
     "scores": "the LLM scores each candidate",
     "fret": "choose positives and hard negatives",
     "student": "make the student",
@@ -49,12 +51,6 @@ def build_run(recipe: Recipe, uri: str) -> Run:
     resources = recipe.resources
     options = engine_options(recipe.llm, resources.engine)
     prompts = load_prompts(recipe.prompts)
-    query_prompts = QueryPrompts(
-        prompts=prompts,
-        tasks=recipe.queries.tasks,
-        language=recipe.queries.language,
-        instruct=recipe.queries.chat,
-    )
     pair_prompts = PairPrompts(prompts=prompts, relevance=recipe.scores.relevance)
     llm, encoder = resources.llm.stage(), resources.encoder.stage()
 
@@ -88,7 +84,10 @@ def build_run(recipe: Recipe, uri: str) -> Run:
     steps = [
         Step(
             name="passages",
-            config={"corpus": _dump(recipe.corpus, "path"), "version": corpus.version()},
+            config={
+                "corpus": _dump(recipe.corpus, "path", "max_reject_share"),
+                "version": corpus.version(),
+            },
             inputs=(),
             work=lambda context: make_passages(corpus, context),
             max_reject_share=recipe.corpus.max_reject_share,
@@ -103,12 +102,12 @@ def build_run(recipe: Recipe, uri: str) -> Run:
             name="queries",
             config={
                 "llm": _dump(recipe.llm),
-                "queries": _dump(recipe.queries),
+                "queries": _dump(recipe.queries, "max_unusable_share"),
                 "prompts": _dump(prompts, "scores"),
             },
             inputs=("seeds",),
             work=lambda context: write_queries(
-                recipe.queries, query_prompts, options, llm, context
+                recipe.queries, query_prompts(recipe.queries, prompts), options, llm, context
             ),
         ),
         Step(
@@ -126,22 +125,25 @@ def build_run(recipe: Recipe, uri: str) -> Run:
             ),
         ),
         Step(
+            name="pairs",
+            config={"num_scored": recipe.scores.num_scored},
+            inputs=("candidates", "passages"),
+            work=lambda context: group_pairs(recipe.scores.num_scored, context),
+        ),
+        Step(
             name="scores",
             config={
                 "llm": _dump(recipe.llm),
-                "scores": _dump(recipe.scores),
+                "scores": _dump(recipe.scores, "num_scored", "max_unusable_share"),
                 "prompts": _dump(prompts, "tasks", "written"),
             },
-            inputs=("candidates", "passages"),
-            work=lambda context: score_candidates(
-                recipe.scores, pair_prompts, options, llm, context
-            ),
-            max_reject_share=0.1,
+            inputs=("pairs",),
+            work=lambda context: score_pairs(recipe.scores, pair_prompts, options, llm, context),
         ),
         Step(
             name="fret",
             config={**_dump(recipe.fret), "judged_by": judged_by},
-            inputs=("scores", "passages"),
+            inputs=("candidates", "scores", "passages"),
             work=lambda context: make_fret(recipe.fret, judged_by, context),
         ),
         Step(

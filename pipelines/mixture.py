@@ -118,15 +118,13 @@ def _fret(config: MixtureConfig, templates: PromptTemplates, context: StepContex
         for row in table.to_pylist():
             if row["dropped_by"] is not None:
                 continue
-            negative = None
-            if row["negative_id"] is not None:
-                negative = templates.format_passage(row["negative"], row["negative_title"])
+            negatives = zip(row["negatives"], row["negative_titles"], strict=True)
             rows.append(
                 {
                     "dataset": "fret",
                     "query": templates.format_query(row["query"], task=row["task"]),
                     "positive": templates.format_passage(row["positive"], row["positive_title"]),
-                    "negative": negative,
+                    "negatives": [templates.format_passage(*negative) for negative in negatives],
                     "query_id": row["id"],
                     "positive_id": row["positive_id"],
                     "symmetric": False,
@@ -161,7 +159,7 @@ def _labelled_row(
         "dataset": labelled.name,
         "query": templates.format_query(row["query"], task=labelled.task),
         "positive": target(row["positive"]),
-        "negative": target(negative) if negative else None,
+        "negatives": [target(negative)] if negative else [],
         "query_id": passage_id("query", row["query"]),
         "positive_id": passage_id("", row["positive"]),
         "symmetric": labelled.symmetric,

@@ -1,40 +1,62 @@
-"""`tokay plan`: what a recipe would run, and what the language model would cost."""
+"""`tokay plan`: what a recipe would run, and what the language model would cost.
 
+The estimate is made from a sample of passages: they are put into the recipe's prompts and counted
+by the LLM's own tokenizer, without starting an engine.
+"""
+
+import itertools
+import math
+import random
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from cluster.steps import Run
+from actors.language_model import truncate
+from cluster.artifacts import Artifact
+from cluster.errors import UserError
+from pipelines.corpus.passages import Document, Passage, passages_of, reject_reason
+from pipelines.corpus.sources import Corpus
+from pipelines.fret.prompts import PairPrompts, load_prompts
+from pipelines.fret.queries import query_id, query_prompts
 from pipelines.graph import TITLES, build_run
 from pipelines.recipe import Recipe
 
-TOKENS_PER_WORD = 1.4  # English text in the tokenizers of today's LLMs: 1.3 to 1.5
-QUERY_TOKENS = 16
-QUESTION_TOKENS = 12
+NUM_SAMPLED = 50
+NUM_READ = 2000  # passages that are read of a corpus to draw the sample from
+BLOCK_SIZE = 16  # vLLM's own, on a GPU: prefixes are cached in whole blocks
 
 
 def make_plan(recipe: Recipe, uri: str) -> dict[str, Any]:
     """Returns the steps with their states, and the estimate for the LLM steps still to run."""
     run = build_run(recipe, uri)
     states = {step.name: run.state(step) for step in run.steps}
-    tokens = _llm_tokens(recipe, _num_seeds(recipe, run))
-    todo = {name: part for name, part in tokens.items() if states[name] != "done"}
-    estimate = recipe.estimate
-    actor_s = sum(
-        part["prefill"] / estimate.prefill_tokens_per_s
-        + part["decode"] / estimate.decode_tokens_per_s
-        for part in todo.values()
-    )
+    done = {
+        step.name: artifact
+        for step in run.steps
+        if states[step.name] == "done" and (artifact := run.artifact(step))
+    }
+    todo = [name for name in ("queries", "scores") if name not in done]
+    tokens = _llm_tokens(recipe, done) if todo else {}
+    estimate, num_actors = recipe.estimate, recipe.resources.llm.num_actors
+    actor_s = {
+        name: tokens[name]["prefill"] / estimate.prefill_tokens_per_s
+        + tokens[name]["decode"] / estimate.decode_tokens_per_s
+        + estimate.engine_start_s * num_actors
+        for name in todo
+    }
+    hours = sum(actor_s.values()) / 3600
     return {
         "recipe": recipe.name,
         "storage": run.storage.uri,
         "steps": [{"step": step.name, "state": states[step.name]} for step in run.steps],
-        "llm_tokens": todo,
-        "llm_actor_hours": round(actor_s / 3600, 3),
-        "llm_wall_hours": round(actor_s / 3600 / recipe.resources.llm.num_actors, 3),
-        "llm_gpu_hours": round(actor_s / 3600 * recipe.resources.llm.num_gpus, 3),
-        "llm_cost_usd": round(actor_s / 3600 * estimate.actor_hour_usd, 2),
+        "llm_tokens": {name: tokens[name] for name in todo},
+        "llm_seconds_s": {name: round(actor_s[name] / num_actors, 1) for name in todo},
+        "llm_actor_hours": round(hours, 3),
+        "llm_wall_hours": round(hours / num_actors, 3),
+        "llm_gpu_hours": round(hours * recipe.resources.llm.num_gpus, 3),
+        "llm_cost_usd": round(hours * estimate.actor_hour_usd, 2),
         "assumptions": estimate.model_dump(),
     }
 
@@ -42,34 +64,117 @@ def make_plan(recipe: Recipe, uri: str) -> dict[str, Any]:
 def print_plan(plan: dict[str, Any], console: Console) -> None:
     """Shows the plan."""
     table = Table(box=None, header_style="bold")
-    for column in ("step", "", "state", "LLM tokens in", "out"):
-        table.add_column(column, justify="right" if column in ("LLM tokens in", "out") else "left")
+    for column in ("step", "", "state", "tokens in", "out", "seconds"):
+        table.add_column(column, justify="left" if column in ("step", "", "state") else "right")
     for row in plan["steps"]:
-        tokens = plan["llm_tokens"].get(row["step"])
-        counts = (f"{tokens['prefill']:,}", f"{tokens['decode']:,}") if tokens else ("", "")
-        table.add_row(row["step"], TITLES[row["step"]], row["state"], *counts)
+        step = row["step"]
+        counts: tuple[str, ...] = ()
+        if tokens := plan["llm_tokens"].get(step):
+            seconds = f"{plan['llm_seconds_s'][step]:,.0f}"
+            counts = (f"{tokens['prefill']:,}", f"{tokens['decode']:,}", seconds)
+        table.add_row(step, TITLES[step], row["state"], *counts)
     console.print(table)
-    console.print(
-        f"LLM: about {plan['llm_actor_hours']} actor hours, {plan['llm_gpu_hours']} GPU hours,"
-        f" ${plan['llm_cost_usd']:.2f}; {plan['llm_wall_hours']} hours on the recipe's actors."
-        " Reckoned with the recipe's `estimate`, nothing cached beyond shared prompt prefixes.",
-        soft_wrap=True,
+    if plan["llm_tokens"]:
+        console.print(
+            f"LLM: about {plan['llm_actor_hours']} actor hours, {plan['llm_gpu_hours']} GPU hours,"
+            f" ${plan['llm_cost_usd']:.2f}; {plan['llm_wall_hours']} hours on the recipe's actors."
+            f" Tokens are counted in a sample of {NUM_SAMPLED} passages; speeds, prices and the"
+            " share of queries that are scored are the recipe's `estimate`. Tokens that the"
+            " engine finds in its cache are not counted.",
+            soft_wrap=True,
+        )
+
+
+def _llm_tokens(recipe: Recipe, done: dict[str, Artifact]) -> dict[str, dict[str, int]]:
+    """Reckons the prompt tokens that no prefix cache holds, and the tokens to write."""
+    found = _read_passages(recipe)
+    sample = random.Random(0).sample(found, min(NUM_SAMPLED, len(found)))
+    prompts = load_prompts(recipe.prompts)
+    ask = query_prompts(recipe.queries, prompts)
+    judge = PairPrompts(prompts=prompts, relevance=recipe.scores.relevance)
+    tokens = _Tokens(recipe)
+    num_queries = (done["seeds"].num_rows if "seeds" in done else recipe.seeds.num_seeds) * (
+        recipe.queries.queries_per_seed
     )
-
-
-def _num_seeds(recipe: Recipe, run: Run) -> int:
-    seeds = run.artifact(next(step for step in run.steps if step.name == "seeds"))
-    return seeds.num_rows if seeds else recipe.seeds.num_seeds
-
-
-def _llm_tokens(recipe: Recipe, num_seeds: int) -> dict[str, dict[str, int]]:
-    """Reckons the tokens that are not in the shared, cached prefix of every prompt."""
-    most = int(recipe.corpus.max_words * TOKENS_PER_WORD)
-    written = min(most, recipe.queries.max_passage_tokens)
-    scored = min(most, recipe.scores.max_passage_tokens) + QUERY_TOKENS + QUESTION_TOKENS
-    num_queries = num_seeds
-    num_pairs = num_queries * min(recipe.scores.num_scored, recipe.candidates.num_candidates)
+    written = recipe.estimate.query_tokens
+    reads = []
+    for passage in sample:
+        task, title = ask.task(query_id(passage.id)), passage.title
+        text = tokens.cut(passage.text, recipe.queries.max_passage_tokens)
+        reads.append(tokens.beyond(ask.render(task, title, text), ask.render(task, "", "")))
+    contexts, pairs = [], []
+    for passage in sample:
+        text = tokens.cut(passage.text, recipe.scores.max_passage_tokens)
+        pair, other = judge.render("", passage.title, text), judge.render("", "", "")
+        contexts.append(tokens.beyond(pair.context, other.context))
+        rest = len(tokens.ids(pair.context)) % tokens.block  # of a block that is not yet whole
+        pairs.append(rest + written + len(tokens.ids(pair.question)))
+    num_pairs, num_passages = _num_pairs(recipe, done, num_queries, len(found))
     return {
-        "queries": {"prefill": num_queries * written, "decode": num_queries * QUERY_TOKENS},
-        "scores": {"prefill": num_pairs * scored, "decode": num_pairs},
+        "queries": {
+            "prefill": round(num_queries * fmean(reads)),
+            "decode": round(num_queries * written),
+        },
+        "scores": {
+            "prefill": round(num_passages * fmean(contexts) + num_pairs * fmean(pairs)),
+            "decode": 0,
+        },
     }
+
+
+def _num_pairs(
+    recipe: Recipe, done: dict[str, Artifact], num_queries: int, num_read: int
+) -> tuple[int, int]:
+    """Returns the pairs to score, and of how many passages they are."""
+    if "pairs" in done:
+        return done["pairs"].manifest.metrics["num_pairs"], done["pairs"].num_rows
+    num_scored = min(recipe.scores.num_scored, recipe.candidates.num_candidates)
+    num_pairs = round(num_queries * recipe.estimate.scored_share * num_scored)
+    num_passages = done["passages"].num_rows if "passages" in done else num_read
+    if num_passages == NUM_READ:  # there are more
+        return num_pairs, num_pairs
+    # Of so many draws with putting back, so many are different.
+    return num_pairs, round(num_passages * -math.expm1(-num_pairs / num_passages))
+
+
+def _read_passages(recipe: Recipe) -> list[Passage]:
+    """Reads the beginning of the corpus."""
+    corpus, config = Corpus(recipe.corpus), recipe.corpus
+    passages = (
+        passage
+        for document in corpus.documents()
+        if isinstance(document, Document)
+        for passage in passages_of(document, max_words=config.max_words, min_words=config.min_words)
+        if reject_reason(passage.text) is None
+    )
+    first = list(itertools.islice(passages, NUM_READ))
+    if not first:
+        raise UserError(f"corpus {config.path} gave no passage among its first documents")
+    return first
+
+
+class _Tokens:
+    """Counts tokens as the engine will."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        from transformers import AutoTokenizer
+
+        from actors.embedded import resolve_model
+
+        self.block = recipe.resources.engine.block_size or BLOCK_SIZE
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model(recipe.llm.model), trust_remote_code=recipe.llm.trust_remote_code
+        )
+
+    def ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, verbose=False)["input_ids"])
+
+    def cut(self, text: str, max_tokens: int) -> str:
+        return truncate(self._tokenizer, text, max_tokens)
+
+    def beyond(self, prompt: str, other: str) -> int:
+        """Counts a prompt's tokens behind the whole blocks that it begins with like another."""
+        tokens = self.ids(prompt)
+        pairs = zip(tokens, self.ids(other), strict=False)
+        shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        return len(tokens) - shared // self.block * self.block

@@ -26,6 +26,7 @@ from pipelines.encoders import EncoderConfig
 from pipelines.evaluation.steps import TestSet
 from pipelines.fret.fusion import FretConfig
 from pipelines.fret.language_models import EngineConfig, LlmConfig
+from pipelines.fret.languages import language_code
 from pipelines.fret.neighbours import CandidatesConfig
 from pipelines.fret.prompts import WRITTEN, load_prompts
 from pipelines.fret.queries import QueriesConfig
@@ -69,6 +70,11 @@ class Estimate(BaseModel):
 
     prefill_tokens_per_s: float = Field(default=1000.0, gt=0, description="of one LLM actor")
     decode_tokens_per_s: float = Field(default=250.0, gt=0, description="of one LLM actor")
+    engine_start_s: float = Field(default=60.0, ge=0, description="of one LLM actor, each step")
+    query_tokens: float = Field(default=16.0, gt=0, description="that the LLM writes a query")
+    scored_share: float = Field(
+        default=1.0, gt=0, le=1, description="of the queries, after filters and the round trip"
+    )
     actor_hour_usd: float = Field(default=0.0, ge=0, description="price of an LLM actor")
 
 
@@ -108,6 +114,8 @@ class Recipe(BaseModel):
                 f"queries.tasks: {unknown} have no prompt; accepted are"
                 f" {', '.join(prompts.tasks)}, or {WRITTEN} alone"
             )
+        if self.queries.language:
+            language_code(self.queries.language)
         if self.scores.relevance not in prompts.scores:
             raise ValueError(
                 f"scores.relevance: {self.scores.relevance!r} has no prompt; accepted are"

@@ -33,31 +33,43 @@ CANDIDATES = pa.schema(
     ]
 )
 
+# The pairs that the LLM scores, a row for each passage: it reads the passage once for all queries.
+PAIRS = pa.schema(
+    [
+        ("passage_id", pa.string()),
+        ("title", pa.string()),
+        ("text", pa.string()),
+        ("query_ids", pa.list_(pa.string())),
+        ("queries", pa.list_(pa.string())),
+    ]
+)
+
 SCORES = pa.schema(
     [
-        *CANDIDATES,
-        # Of the first `num_scored` candidates; empty for a query that was dropped before.
-        ("query_likelihoods", pa.list_(pa.float32())),
-        ("relevances", pa.list_(pa.float32())),
+        ("passage_id", pa.string()),
+        ("query_ids", pa.list_(pa.string())),
+        # Of each query, in their order.
+        ("query_likelihoods", pa.list_(pa.float32())),  # null: there is an error
+        ("relevances", pa.list_(pa.float32())),  # null: there is an error
+        ("errors", pa.list_(pa.string())),  # null: there is none
     ]
 )
 
 FRET = pa.schema(
     [
-        *QUERY,
-        ("positive_id", pa.string()),
-        ("positive_title", pa.string()),
-        ("positive", pa.string()),
-        ("negative_id", pa.string()),  # null: no candidate was fit
-        ("negative_title", pa.string()),
-        ("negative", pa.string()),
-        ("positive_is_seed", pa.bool_()),
-        ("seed_rank", pa.int32()),
-        ("candidate_ids", pa.list_(pa.string())),
-        ("similarities", pa.list_(pa.float32())),
+        *CANDIDATES,
+        # Of the first candidates, those that were scored; empty for a query dropped before.
         ("query_likelihoods", pa.list_(pa.float32())),
         ("relevances", pa.list_(pa.float32())),
         ("fused", pa.list_(pa.float32())),
+        ("positive_id", pa.string()),
+        ("positive_title", pa.string()),
+        ("positive", pa.string()),
+        ("positive_is_seed", pa.bool_()),
+        # The worst first; empty: no candidate was fit.
+        ("negative_ids", pa.list_(pa.string())),
+        ("negative_titles", pa.list_(pa.string())),
+        ("negatives", pa.list_(pa.string())),
     ]
 )
 
@@ -67,7 +79,7 @@ EXAMPLE = pa.schema(
         ("dataset", pa.string()),
         ("query", pa.string()),  # formatted with the student's template
         ("positive", pa.string()),
-        ("negative", pa.string()),  # null: none
+        ("negatives", pa.list_(pa.string())),  # its hard negatives
         ("query_id", pa.string()),
         ("positive_id", pa.string()),
         ("symmetric", pa.bool_()),

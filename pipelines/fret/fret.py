@@ -7,95 +7,187 @@ another threshold may want it.
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from cluster.artifacts import Json, write_shards
+from cluster.artifacts import Artifact, Json
 from cluster.steps import StepContext
+from cluster.storage import write_table
 from pipelines.corpus.passages import near_duplicates
 from pipelines.encoders import PassageTexts
 from pipelines.fret.fusion import FretConfig, choose_labels
 from pipelines.fret.overlap import OverlapIndex
 from pipelines.records import FRET
 
-ROWS_PER_SHARD = 4096
 MAX_LISTED = 100
 
 
 def make_fret(
     config: FretConfig, evaluation_queries: list[str], context: StepContext
 ) -> dict[str, Json]:
-    """Chooses each query's positive and hard negative, and applies the filters."""
+    """Chooses each query's positive and hard negatives, and applies the filters."""
+    candidates, scores = context.input("candidates"), QueryScores(context.input("scores"))
+    dropped, metrics = _filter(config, evaluation_queries, candidates, scores)
     texts = PassageTexts(context.input("passages"))
+    totals: Counter[str] = Counter()
+    for shard in candidates.shards:
+        rows = []
+        for found in candidates.shard(shard).to_pylist():
+            row = _NOT_SCORED | found | {"dropped_by": dropped.get(found["id"])}
+            if scored := scores.of(row["id"]):
+                row |= _labels(row, scored, config, texts)
+            rows.append(row)
+        write_table(context.storage, shard.path, pa.Table.from_pylist(rows, schema=FRET))
+        totals += _count(rows)
+        context.progress.update(totals["num_queries"], candidates.num_rows)
+    return {**dict.fromkeys(_COUNTS, 0), **totals, **metrics}
+
+
+class QueryScores:
+    """The pairs' scores, by query: 100 bytes a pair in memory."""
+
+    def __init__(self, scores: Artifact) -> None:
+        """Reads the artifact's shards, which are sorted by passage."""
+        tables = [_one_row_a_pair(table) for table in scores.tables()]
+        self._pairs = pa.concat_tables([_PAIR.empty_table(), *tables]).sort_by("query_id")
+        self._query_ids = np.array(self._pairs["query_id"].to_pylist(), dtype=np.bytes_)
+
+    def of(self, query_id: str) -> dict[str, dict[str, Any]]:
+        """Returns ql, rc and error by passage id; nothing for a query that was not scored."""
+        key = query_id.encode()
+        start = int(np.searchsorted(self._query_ids, key))
+        end = int(np.searchsorted(self._query_ids, key, side="right"))
+        return {row["passage_id"]: row for row in self._pairs.slice(start, end - start).to_pylist()}
+
+
+_PAIR = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("passage_id", pa.string()),
+        ("ql", pa.float32()),
+        ("rc", pa.float32()),
+        ("error", pa.string()),
+    ]
+)
+
+
+def _one_row_a_pair(scores: pa.Table) -> pa.Table:
+    """Turns lists of a passage's queries into rows."""
+    parents = pc.list_parent_indices(scores["query_ids"])
+    lists = [
+        pc.list_flatten(scores[name])
+        for name in ("query_ids", "query_likelihoods", "relevances", "errors")
+    ]
+    passages = scores["passage_id"].take(parents)
+    return pa.table([lists[0], passages, *lists[1:]], schema=_PAIR)
+
+
+def _filter(
+    config: FretConfig, evaluation_queries: list[str], candidates: Artifact, scores: QueryScores
+) -> tuple[dict[str, str], dict[str, Json]]:
+    """Returns why each dropped query is dropped, by its id, and figures of decontamination."""
     judged_by = OverlapIndex(evaluation_queries, config.max_shared_words)
-    rows: list[dict[str, Any]] = []
-    seen: set[str] = set()
+    dropped: dict[str, str] = {}
+    kept: dict[str, str] = {}  # ids by query
     overlaps: dict[str, float] = {}
     contaminated: list[dict[str, str]] = []
-    for table in context.input("scores").tables():
-        for scored in table.to_pylist():
-            row = _NO_LABELS | scored
-            if row["query_likelihoods"]:
-                row |= _labels(scored, config, texts)
-                overlap, repeated = judged_by.highest(row["query"])
-                if overlap <= config.max_overlap and overlap < 1:
-                    repeated = judged_by.shared_run(row["query"]) or ""
-                if repeated:
-                    row["dropped_by"] = "repeats an evaluation query"
-                    contaminated.append({"query": row["query"], "evaluation_query": repeated})
-                elif row["query"].casefold() in seen:
-                    row["dropped_by"] = "repeats another query"
-                else:
-                    seen.add(row["query"].casefold())
-                    overlaps[row["id"]] = overlap
-            rows.append(row)
-        context.progress.update(len(rows), context.input("scores").num_rows)
-    kept = [row for row in rows if row["dropped_by"] is None]
-    for place in near_duplicates([row["query"] for row in kept], config.max_query_similarity):
-        kept[place]["dropped_by"] = "nearly repeats another query"
-    kept = [row for row in kept if row["dropped_by"] is None]
-    table = pa.Table.from_pylist(rows, schema=FRET)
-    write_shards(context.storage, table, ROWS_PER_SHARD)
-    scored_rows = [row for row in rows if row["query_likelihoods"]]
-    return {
-        "num_queries": len(rows),
-        "num_kept": len(kept),
-        "dropped_by": dict(Counter(row["dropped_by"] for row in rows if row["dropped_by"])),
-        "num_scored": len(scored_rows),
-        "num_positive_is_not_seed": sum(not row["positive_is_seed"] for row in scored_rows),
-        "num_kept_positive_is_not_seed": sum(not row["positive_is_seed"] for row in kept),
-        "num_without_negative": sum(row["negative_id"] is None for row in kept),
+    for table in candidates.tables(["id", "query", "dropped_by"]):
+        for row in table.to_pylist():
+            id_, query = row["id"], row["query"]
+            error = row["dropped_by"]
+            if error is None:
+                error = next((s["error"] for s in scores.of(id_).values() if s["error"]), None)
+            if error is not None:
+                dropped[id_] = error
+                continue
+            overlap, repeated = judged_by.highest(query)
+            if overlap <= config.max_overlap and overlap < 1:
+                repeated = judged_by.shared_run(query) or ""
+            if repeated:
+                dropped[id_] = "repeats an evaluation query"
+                contaminated.append({"query": query, "evaluation_query": repeated})
+            elif query.casefold() in kept:
+                dropped[id_] = "repeats another query"
+            else:
+                kept[query.casefold()] = id_
+                overlaps[id_] = overlap
+    ids = list(kept.values())
+    near = near_duplicates(list(kept), config.max_query_similarity)
+    dropped |= {ids[place]: "nearly repeats another query" for place in near}
+    highest = max((overlaps[id_] for id_ in ids if id_ not in dropped), default=0.0)
+    return dropped, {
+        "dropped_by": dict(Counter(dropped.values())),
         "num_evaluation_queries": len(judged_by),
-        "highest_overlap_kept": round(max((overlaps[row["id"]] for row in kept), default=0.0), 4),
+        "highest_overlap_kept": round(highest, 4),
         "num_contaminated": len(contaminated),
         "contaminated": contaminated[:MAX_LISTED],
     }
 
 
-_NO_LABELS: dict[str, Any] = dict.fromkeys(FRET.names) | {"fused": []}
+_NOT_SCORED: dict[str, Any] = dict.fromkeys(FRET.names) | {
+    name: [] for name in FRET.names if pa.types.is_list(FRET.field(name).type)
+}
 
 
-def _labels(scored: dict[str, Any], config: FretConfig, texts: PassageTexts) -> dict[str, Any]:
-    num_scored = len(scored["query_likelihoods"])
-    ids = scored["candidate_ids"][:num_scored]
+def _labels(
+    row: dict[str, Any],
+    scored: dict[str, dict[str, Any]],
+    config: FretConfig,
+    texts: PassageTexts,
+) -> dict[str, Any]:
+    """Returns the columns that a scored query gains; none of a query with an unscored pair."""
+    if any(score["error"] for score in scored.values()):
+        return {}
+    nearest = dict(zip(row["candidate_ids"], row["similarities"], strict=True))
+    ids = [id_ for id_ in nearest if id_ in scored]
+    order = ids + [id_ for id_ in nearest if id_ not in scored]
+    ql, rc = ([scored[id_][kind] for id_ in ids] for kind in ("ql", "rc"))
     labels = choose_labels(
-        ql=scored["query_likelihoods"],
-        rc=scored["relevances"],
-        similarities=scored["similarities"][:num_scored],
-        seed_place=ids.index(scored["seed_id"]),
+        ql=ql,
+        rc=rc,
+        similarities=[nearest[id_] for id_ in ids],
+        seed_place=ids.index(row["seed_id"]),
         config=config,
-        query_id=scored["id"],
+        query_id=row["id"],
     )
     positive_id = ids[labels.positive]
-    negative_id = None if labels.negative is None else ids[labels.negative]
-    positive = texts[positive_id]
-    negative = (None, None) if negative_id is None else texts[negative_id]
+    negative_ids = [ids[place] for place in labels.negatives]
     return {
-        "positive_id": positive_id,
-        "positive_title": positive[0],
-        "positive": positive[1],
-        "negative_id": negative_id,
-        "negative_title": negative[0],
-        "negative": negative[1],
-        "positive_is_seed": positive_id == scored["seed_id"],
+        "candidate_ids": order,
+        "similarities": [nearest[id_] for id_ in order],
+        "query_likelihoods": ql,
+        "relevances": rc,
         "fused": labels.fused,
+        "positive_id": positive_id,
+        "positive_title": texts[positive_id][0],
+        "positive": texts[positive_id][1],
+        "positive_is_seed": positive_id == row["seed_id"],
+        "negative_ids": negative_ids,
+        "negative_titles": [texts[id_][0] for id_ in negative_ids],
+        "negatives": [texts[id_][1] for id_ in negative_ids],
     }
+
+
+_COUNTS = (
+    "num_queries",
+    "num_kept",
+    "num_scored",
+    "num_positive_is_not_seed",
+    "num_kept_positive_is_not_seed",
+    "num_without_negative",
+)
+
+
+def _count(rows: list[dict[str, Any]]) -> Counter[str]:
+    scored = [row for row in rows if row["query_likelihoods"]]
+    kept = [row for row in scored if row["dropped_by"] is None]
+    numbers = (
+        len(rows),
+        len(kept),
+        len(scored),
+        sum(not row["positive_is_seed"] for row in scored),
+        sum(not row["positive_is_seed"] for row in kept),
+        sum(not row["negative_ids"] for row in kept),
+    )
+    return Counter(dict(zip(_COUNTS, numbers, strict=True)))

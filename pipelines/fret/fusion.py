@@ -21,6 +21,9 @@ class FretConfig(BaseModel):
     fusion: Literal["ql+rc", "ql", "rc"] = "ql+rc"
     positive: Literal["fused", "seed"] = "fused"
     negative: Literal["lowest", "random", "none"] = "lowest"
+    num_negatives: int = Field(
+        default=1, ge=1, description="hard negatives an example, as many as are fit; Gecko has one"
+    )
     max_negative_similarity: float | None = Field(
         default=None,
         gt=0,
@@ -52,10 +55,10 @@ class FretConfig(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
-    """Places of the positive and the hard negative among the candidates; None: none is fit."""
+    """Places of the positive and the hard negatives among the candidates; maybe none is fit."""
 
     positive: int
-    negative: int | None
+    negatives: list[int]
     fused: list[float]
 
 
@@ -89,7 +92,7 @@ def choose_labels(
     config: FretConfig,
     query_id: str,
 ) -> Labels:
-    """Chooses the positive (highest R) and the hard negative (lowest R, or a draw).
+    """Chooses the positive (highest R) and the hard negatives (lowest R first, or a draw).
 
     Args:
         ql: Query likelihood of each candidate, in the retriever's order.
@@ -97,7 +100,7 @@ def choose_labels(
         similarities: The retriever's similarity of each candidate.
         seed_place: Where the seed passage stands among the candidates.
         config: The rules.
-        query_id: Seeds the draw of a random negative.
+        query_id: Seeds the draw of random negatives.
     """
     fused = fuse(ql, rc, config.fusion)
     # Of equal R, the nearer candidate is the better positive and the worse negative.
@@ -111,9 +114,13 @@ def choose_labels(
         for place in order
         if place not in (positive, seed_place) and similarities[place] < limit
     ]
-    negative: int | None = None
-    if fit and config.negative == "lowest":
-        negative = fit[-1]
-    elif fit and config.negative == "random":
-        negative = random.Random(f"{config.seed} {query_id}").choice(fit)
-    return Labels(positive=positive, negative=negative, fused=[float(value) for value in fused])
+    fit.reverse()
+    if config.negative == "none":
+        fit = []
+    elif config.negative == "random":
+        random.Random(f"{config.seed} {query_id}").shuffle(fit)
+    return Labels(
+        positive=positive,
+        negatives=fit[: config.num_negatives],
+        fused=[float(value) for value in fused],
+    )

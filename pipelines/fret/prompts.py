@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from actors.language_model import ScoringPrompt
 from cluster.errors import UserError
+from pipelines.corpus.passages import num_words
 
 MIN_QUERY_WORDS = 3
 MAX_QUERY_WORDS = 40
@@ -121,16 +122,20 @@ class QueryPrompts:
     def render(self, task: str, title: str, text: str) -> str:
         """Returns the prompt for a passage, to be continued by the query (or `task | query`)."""
         prompt = self.prompts.written if task == WRITTEN else self.prompts.tasks[task]
-        if isinstance(prompt, WrittenPrompt):
-            pairs = [(e.passage, f"{e.task} | {e.query}") for e in prompt.examples]
-        else:
-            pairs = list(prompt.examples.items())
         passages = self.prompts.passages
         head = ""
         if self.instruct or self.language or task == WRITTEN:
             head = f"{prompt.instruction}{self._in_language()}\n\n"
-        shots = "".join(f"Passage: {passages[p]}\n{prompt.cue} {a}\n\n" for p, a in pairs)
+        shots = "".join(
+            f"Passage: {passages[p]}\n{prompt.cue} {a}\n\n" for p, a in self.examples(task)
+        )
         return f"{head}{shots}Passage: {passage_line(title, text)}\n{prompt.cue}"
+
+    def examples(self, task: str) -> list[tuple[str, str]]:
+        """Returns the few-shot examples of a task: a passage's name and what is written for it."""
+        if task == WRITTEN:
+            return [(e.passage, f"{e.task} | {e.query}") for e in self.prompts.written.examples]
+        return list(self.prompts.tasks[task].examples.items())
 
     def parse(self, task: str, completion: str, *, cut: bool) -> tuple[str, str, str | None]:
         """Returns (task, query, None), or what could be read and why it is no query."""
@@ -209,11 +214,10 @@ def passage_line(title: str, text: str) -> str:
 
 def _parse_query(line: str, *, cut: bool) -> tuple[str, str | None]:
     query = re.sub(r"\s+", " ", line).strip().strip('"').strip()
-    num_words = len(query.split())
     if not query:
         return query, "the LLM wrote nothing"
-    if num_words < MIN_QUERY_WORDS:
+    if num_words(query) < MIN_QUERY_WORDS:
         return query, "query too short"
-    if cut or num_words > MAX_QUERY_WORDS:
+    if cut or num_words(query) > MAX_QUERY_WORDS:
         return query, "query too long"
     return query, None

@@ -9,10 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from actors.language_model import EngineOptions, LanguageModel, Sampling
 from cluster.artifacts import Json
-from cluster.errors import TooManyRejects
-from cluster.stages import StageFunction, StageOutput, StageResources, run_stage
+from cluster.stages import Limit, StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import StepContext
-from pipelines.fret.prompts import STOP, QueryPrompts, unfit
+from pipelines.fret.languages import is_other_language, language_code
+from pipelines.fret.prompts import STOP, Prompts, QueryPrompts, unfit
 from pipelines.records import PASSAGE, QUERY
 
 
@@ -29,7 +29,9 @@ class QueriesConfig(BaseModel):
     )
     queries_per_seed: int = Field(default=1, ge=1)
     language: str | None = Field(
-        default=None, description="asked for in the prompt, as 'German'; null: not spoken of"
+        default=None,
+        description="asked for in the prompt, as 'German'; queries that are clearly of another"
+        " language are dropped; null: not spoken of",
     )
     chat: bool = Field(
         default=False,
@@ -66,6 +68,7 @@ class WriteQueries:
     def load(self) -> StageFunction:
         """Starts the engine."""
         config, ask = self.config, self.prompts
+        code = language_code(config.language) if config.language else None
         llm = LanguageModel.load(self.engine)
         sampling = Sampling(
             temperature=config.temperature,
@@ -92,17 +95,29 @@ class WriteQueries:
             for row, text, answer in zip(rows, texts, answers, strict=True):
                 task, query, reason = ask.parse(row["task"], answer.text, cut=answer.cut)
                 reason = answer.error or reason or unfit(query, text)
+                if reason is None and code and is_other_language(query, code):
+                    reason = "wrong language"
                 row |= {"task": task, "query": query, "dropped_by": reason}
+            unusable = [
+                (row["id"], row["dropped_by"], row["query"]) for row in rows if row["dropped_by"]
+            ]
             metrics = {
-                "num_unusable": sum(row["dropped_by"] is not None for row in rows),
+                "num_unusable": len(unusable),
                 "num_prompt_tokens": sum(answer.num_prompt_tokens for answer in answers),
                 "num_cached_tokens": sum(answer.num_cached_tokens for answer in answers),
                 "num_written_tokens": sum(answer.num_tokens for answer in answers),
             }
             table = pa.Table.from_pylist(rows, schema=QUERY)
-            return StageOutput(rows=table, metrics=metrics)
+            return StageOutput(rows=table, unusable=unusable, metrics=metrics)
 
         return write
+
+
+def query_prompts(config: QueriesConfig, prompts: Prompts) -> QueryPrompts:
+    """Returns how a recipe asks for queries."""
+    return QueryPrompts(
+        prompts=prompts, tasks=config.tasks, language=config.language, instruct=config.chat
+    )
 
 
 def query_id(seed_id: str, number: int = 0) -> str:
@@ -123,13 +138,11 @@ def write_queries(
     Raises:
         TooManyRejects: The LLM writes more nonsense than the recipe allows.
     """
+    limit = Limit(
+        share=config.max_unusable_share,
+        num_all=context.input("seeds").num_rows * config.queries_per_seed,
+        remedy="use another llm.model, a lower queries.temperature, or raise"
+        " queries.max_unusable_share",
+    )
     stage = WriteQueries(config=config, prompts=prompts, engine=engine, resources=resources)
-    metrics = run_stage(stage, context.input("seeds"), context)
-    num_queries = context.input("seeds").num_rows * config.queries_per_seed
-    if metrics["num_unusable"] > config.max_unusable_share * num_queries:
-        raise TooManyRejects(
-            f"{metrics['num_unusable']} of {num_queries} completions are no query, and accepted is"
-            f" a share of {config.max_unusable_share}: use another llm.model, a lower"
-            " queries.temperature, or raise queries.max_unusable_share"
-        )
-    return metrics
+    return run_stage(stage, context.input("seeds"), context, limit)

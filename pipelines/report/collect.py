@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from cluster.artifacts import Artifact, Json
+from pipelines.report.costs import collect_costs
 from pipelines.report.examples import choose_examples
 from pipelines.report.labels import collect_labels
 from pipelines.report.run_folder import RunFolder
@@ -41,6 +42,7 @@ def collect(run: RunFolder) -> dict[str, Json]:
         ),
         "highest_overlap_kept": fret.get("highest_overlap_kept"),
         "labels": collect_labels(run.artifacts.get("fret")),
+        "costs": collect_costs(run),
         "seed_ranks": _seed_ranks(run.artifacts.get("fret")),
         "examples": choose_examples(run.artifacts.get("fret"), run.artifacts.get("passages")),
         "training": _training(run),

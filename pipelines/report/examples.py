@@ -1,29 +1,63 @@
 """Some FRet examples with everything the choice of their labels was made from."""
 
+import heapq
+from collections.abc import Callable
 from typing import Any
+from zlib import crc32
 
 from cluster.artifacts import Artifact, Json
 from pipelines.fret.fusion import ranks
+from pipelines.report.labels import rank_correlation
 from pipelines.report.run_folder import excerpt, find_passages
 
 NUM_OF_EACH_KIND = 3
 CANDIDATE_CHARACTERS = 140
 
+# What comes first when scored queries are put in order.
+ORDERS: dict[str, Callable[[dict[str, Any]], float]] = {
+    "shift": lambda row: row["candidate_ids"].index(row["positive_id"]),
+    "doubt": lambda row: -rank_correlation(row["query_likelihoods"], row["relevances"]),
+    "hardest": lambda row: -row["query_likelihoods"][ranks(row["fused"]).argmin()],
+    "stored": lambda row: 0,
+}
+# What the report shows, and why: kept queries by an order, drawn evenly for the first kind.
+KINDS: dict[str, Callable[[dict[str, Any]], float]] = {
+    "Drawn at random": lambda row: crc32(row["id"].encode()),
+    "The positive that the retriever ranked lowest": ORDERS["shift"],
+    "QL and RC disagree most": ORDERS["doubt"],
+    "The positive explains the query least": ORDERS["hardest"],
+}
+DROPPED = "Dropped, one for each reason"
+
 
 def choose_examples(fret: Artifact | None, passages: Artifact | None) -> list[dict[str, Json]]:
-    """Returns kept queries whose positive is and is not the seed, and one of each dropped kind.
+    """Returns some kept queries of each kind of `KINDS`, and one for each reason for dropping.
 
-    They are spread evenly over the first shard, not picked by quality.
+    Each is described as by `describe_examples`, and has its `kind`; none comes twice.
     """
-    if fret is None or not fret.num_rows:
+    best: dict[str, list[tuple[float, int, dict[str, Any]]]] = {kind: [] for kind in KINDS}
+    dropped: dict[str, dict[str, Any]] = {}
+    if fret is None:
         return []
-    rows = [row for row in fret.shard(fret.shards[0]).to_pylist() if row["query_likelihoods"]]
-    kept = [row for row in rows if row["dropped_by"] is None]
-    chosen = _spread([row for row in kept if not row["positive_is_seed"]])
-    chosen += _spread([row for row in kept if row["positive_is_seed"]])
-    dropped = {row["dropped_by"]: row for row in reversed(rows) if row["dropped_by"]}
-    chosen += [dropped[reason] for reason in sorted(dropped)]
-    return describe_examples(chosen, passages)
+    rows = (row for table in fret.tables() for row in table.to_pylist())
+    for number, row in enumerate(rows):
+        if row["dropped_by"] is not None:
+            dropped.setdefault(row["dropped_by"], row)
+            continue
+        for kind, key in KINDS.items():
+            entry = (key(row), -number, row)  # of equal ones the first
+            if len(best[kind]) < NUM_OF_EACH_KIND:
+                heapq.heappush(best[kind], entry)
+            else:
+                heapq.heappushpop(best[kind], entry)
+    chosen: dict[str, tuple[str, dict[str, Any]]] = {}
+    for kind, heap in best.items():
+        for _, _, row in sorted(heap, reverse=True):
+            chosen.setdefault(row["id"], (kind, row))
+    chosen |= {dropped[reason]["id"]: (DROPPED, dropped[reason]) for reason in sorted(dropped)}
+    described = describe_examples([row for _, row in chosen.values()], passages)
+    kinds = [kind for kind, _ in chosen.values()]
+    return [{"kind": kind} | row for kind, row in zip(kinds, described, strict=True)]
 
 
 def describe_examples(
@@ -35,19 +69,14 @@ def describe_examples(
     return [_example(row, texts) for row in rows]
 
 
-def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    number = min(NUM_OF_EACH_KIND, len(rows))
-    return [rows[place * len(rows) // number] for place in range(number)]
-
-
 def _example(row: dict[str, Any], texts: dict[str, dict[str, str]]) -> dict[str, Json]:
     def passage(id_: str) -> dict[str, str]:
         return texts.get(id_, {"id": id_, "title": "", "text": ""})
 
     roles = {
-        "seed": row["seed_id"],
-        "positive": row["positive_id"],
-        "hard negative": row["negative_id"],
+        "seed": [row["seed_id"]],
+        "positive": [row["positive_id"]],
+        "hard negative": row["negative_ids"],
     }
     num_scored = len(row["query_likelihoods"])
     ids = row["candidate_ids"][:num_scored]
@@ -60,7 +89,7 @@ def _example(row: dict[str, Any], texts: dict[str, dict[str, str]]) -> dict[str,
                 "id": id_,
                 "title": found["title"],
                 "text": excerpt(found["text"], CANDIDATE_CHARACTERS),
-                "roles": [role for role, holder in roles.items() if holder == id_],
+                "roles": [role for role, holders in roles.items() if id_ in holders],
                 "similarity": row["similarities"][place],
                 "ql": row["query_likelihoods"][place],
                 "ql_rank": int(ql_ranks[place]),
@@ -78,6 +107,6 @@ def _example(row: dict[str, Any], texts: dict[str, dict[str, str]]) -> dict[str,
         "seed_rank": row["seed_rank"],
         "seed": passage(row["seed_id"]),
         "positive": row["positive_id"] and passage(row["positive_id"]),
-        "negative": row["negative_id"] and passage(row["negative_id"]),
+        "negatives": [passage(id_) for id_ in row["negative_ids"]],
         "candidates": sorted(candidates, key=lambda candidate: -candidate["fused"]),
     }

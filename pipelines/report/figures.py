@@ -99,6 +99,20 @@ def seed_ranks(name: str, label: str, rows: Sequence[tuple[int, int, int]]) -> s
     return _svg(name, label, 2.4, draw)
 
 
+def rank_shifts(name: str, label: str, rows: Sequence[tuple[int, int]]) -> str:
+    """Draws (the retriever's rank of the positive, queries) as bars."""
+
+    def draw(axes: Axes) -> None:
+        last = max(rank for rank, _ in rows)
+        axes.bar([row[0] for row in rows], [row[1] for row in rows], width=0.7, color=ACCENT)
+        axes.set_xticks(range(1, last + 1, -(-last // 25) or 1))
+        axes.tick_params(axis="x", length=0)
+        axes.set_xlabel("rank of the positive in the retriever's list")
+        axes.set_ylabel("queries")
+
+    return _svg(name, label, 2.0, draw)
+
+
 def loss_curve(name: str, label: str, loss: Sequence[Sequence[float]]) -> str:
     """Draws (batch, loss) and its moving mean over a twentieth of the training."""
     import numpy as np

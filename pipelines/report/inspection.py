@@ -1,7 +1,6 @@
 """`tokay inspect`: the factory's examples in the terminal, to be read before they are believed."""
 
 import heapq
-from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -10,18 +9,9 @@ from rich.text import Text
 
 from cluster.artifacts import Json
 from cluster.errors import UserError
-from pipelines.fret.fusion import ranks
-from pipelines.report.examples import describe_examples
-from pipelines.report.labels import rank_correlation
+from pipelines.report.examples import ORDERS, describe_examples
 from pipelines.report.run_folder import excerpt, open_run_folder
 
-# What comes first, by the key; rows without scores come last.
-ORDERS: dict[str, Callable[[dict[str, Any]], float]] = {
-    "shift": lambda row: row["candidate_ids"].index(row["positive_id"]),
-    "doubt": lambda row: -rank_correlation(row["query_likelihoods"], row["relevances"]),
-    "hardest": lambda row: -row["query_likelihoods"][ranks(row["fused"]).argmin()],
-    "stored": lambda row: 0,
-}
 TEXT_CHARACTERS = 100
 
 

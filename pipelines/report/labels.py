@@ -22,6 +22,7 @@ _COLUMNS = [
     "positive_id",
 ]
 MAX_TASKS = 20
+REPEATS = ("repeats another query", "nearly repeats another query")
 
 
 def collect_labels(fret: Artifact | None) -> dict[str, Json] | None:
@@ -29,13 +30,15 @@ def collect_labels(fret: Artifact | None) -> dict[str, Json] | None:
 
     `ql_rc_correlation` is Spearman's, the mean over queries. `rank_shifts` counts scored queries by
     the retriever's rank (from 1) of the passage that became the positive. `task_entropy_bits` is of
-    the kept queries' tasks.
+    the kept queries' tasks. `near_duplicate_share` is of the queries that passed every filter but
+    those for repetition.
     """
     tasks: dict[str, Counter[str]] = defaultdict(Counter)
     correlations: list[float] = []
     shifts: Counter[int] = Counter()
     words: Counter[str] = Counter()
     lengths: list[int] = []
+    repeats = 0
     for table in fret.tables(_COLUMNS) if fret else []:
         for row in table.to_pylist():
             counts = tasks[row["task"]]
@@ -45,6 +48,7 @@ def collect_labels(fret: Artifact | None) -> dict[str, Json] | None:
                 counts["num_positive_is_not_seed"] += not row["positive_is_seed"]
                 shifts[row["candidate_ids"].index(row["positive_id"]) + 1] += 1
                 correlations.append(rank_correlation(row["query_likelihoods"], row["relevances"]))
+            repeats += row["dropped_by"] in REPEATS
             if row["dropped_by"] is None:
                 counts["num_kept"] += 1
                 found = _WORD.findall(row["query"].casefold())
@@ -60,6 +64,7 @@ def collect_labels(fret: Artifact | None) -> dict[str, Json] | None:
         "task_entropy_bits": -sum(n / sum(kept) * math.log2(n / sum(kept)) for n in kept),
         "ql_rc_correlation": float(np.mean(correlations)),
         "rank_shifts": [{"rank": rank, "count": shifts[rank]} for rank in sorted(shifts)],
+        "near_duplicate_share": repeats / (repeats + len(lengths)) if lengths else None,
         "mean_query_words": float(np.mean(lengths)) if lengths else None,
         "type_token_ratio": len(words) / sum(lengths) if lengths else None,
     }

@@ -78,6 +78,10 @@ def _figures(document: dict[str, Json]) -> dict[str, Any]:
     if document["seed_ranks"]:
         ranks = [(row["rank"], row["scored"], row["kept"]) for row in document["seed_ranks"]]
         drawn["seed_ranks"] = figures.seed_ranks("seeds", "Where the seed ranks", ranks)
+    if document["labels"]:
+        shifts = [(row["rank"], row["count"]) for row in document["labels"]["rank_shifts"]]
+        label = "Where the retriever ranks the positive"
+        drawn["rank_shifts"] = figures.rank_shifts("shifts", label, shifts)
     if document["training"] and document["training"]["loss"]:
         loss = document["training"]["loss"]
         drawn["loss"] = figures.loss_curve("loss", "Loss of each training batch", loss)

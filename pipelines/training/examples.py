@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from cluster.errors import UserError
 from cluster.storage import Storage, open_storage, read_table
 
-_COLUMNS = ["batch", "query", "positive", "negative", "query_id", "positive_id", "symmetric"]
+_COLUMNS = ["batch", "query", "positive", "negatives", "query_id", "positive_id", "symmetric"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Batch:
         number: Its place in the training, from 0.
         queries: Formatted texts.
         positives: Formatted texts.
-        negatives: Formatted texts; None where an example has no hard negative.
+        negatives: Formatted texts of each example's hard negatives, as many as it has.
         query_ids: Equal for equal queries.
         positive_ids: Equal for equal positives.
         symmetric: Whether an example's targets are formatted like queries.
@@ -31,7 +31,7 @@ class Batch:
     number: int
     queries: list[str]
     positives: list[str]
-    negatives: list[str | None]
+    negatives: list[list[str]]
     query_ids: list[str]
     positive_ids: list[str]
     symmetric: list[bool]
@@ -85,7 +85,7 @@ def _batch(number: int, table: pa.Table) -> Batch:
         number=number,
         queries=columns["query"],
         positives=columns["positive"],
-        negatives=columns["negative"],
+        negatives=columns["negatives"],
         query_ids=columns["query_id"],
         positive_ids=columns["positive_id"],
         symmetric=columns["symmetric"],

@@ -6,6 +6,8 @@ For example i of a batch of B, with s the cosine similarity and tau the temperat
           ------------------------------------------------------------------------------------
           sum_j [ e^{s(q_i,p_j+)/tau} + 1[j != i] e^{s(q_i,q_j)/tau} ]  +  e^{s(q_i,p_i-)/tau}
 
+The last term is a sum where an example has several hard negatives.
+
 Every worker computes the terms of its own examples against the whole batch; vectors are gathered
 with their gradient, so that the summed gradients are those of one process with the whole batch.
 """
@@ -31,8 +33,8 @@ class Vectors:
     Attributes:
         queries: ``[examples, dimensions]``.
         positives: ``[examples, dimensions]``.
-        negatives: ``[examples, dimensions]``; rows without a hard negative are ignored.
-        has_negative: bool ``[examples]``.
+        negatives: ``[examples, most, dimensions]``: each example's hard negatives, padded.
+        has_negative: bool ``[examples, most]``: which of them are no padding.
     """
 
     queries: torch.Tensor
@@ -115,8 +117,8 @@ def _example_losses(
     never = float("-inf")
     own = (vectors.queries * vectors.positives).sum(1, keepdim=True)
     to_positives = (vectors.queries @ pool[1].T).masked_fill(excluded & ~mine, never)
-    to_negative = (vectors.queries * vectors.negatives).sum(1, keepdim=True)
-    terms = [to_positives, to_negative.masked_fill(~vectors.has_negative[:, None], never)]
+    to_negatives = (vectors.queries[:, None] * vectors.negatives).sum(2)
+    terms = [to_positives, to_negatives.masked_fill(~vectors.has_negative, never)]
     if config.same_tower_negatives:
         to_queries = vectors.queries @ pool[0].T
         left_out = excluded
@@ -128,9 +130,9 @@ def _example_losses(
 
 
 def _cut(vectors: torch.Tensor, dimensions: int) -> torch.Tensor:
-    if dimensions == vectors.shape[1]:
+    if dimensions == vectors.shape[-1]:
         return vectors
-    return functional.normalize(vectors[:, :dimensions], dim=-1)
+    return functional.normalize(vectors[..., :dimensions], dim=-1)
 
 
 def _gather(rows: torch.Tensor, sizes: Sequence[int], rank: int) -> torch.Tensor:

@@ -59,7 +59,7 @@ class _Slice:
     queries: list[list[int]]
     positives: list[list[int]]
     negatives: list[list[int]]
-    has_negative: torch.Tensor
+    num_negatives: torch.Tensor  # of each example
     sizes: list[int]
     related: torch.Tensor | None
 
@@ -163,8 +163,8 @@ def _slice(batch: Batch, encoder: Encoder, config: TrainingConfig, rank: int, wo
     return _Slice(
         queries=encoder.tokenize(batch.queries[own], max_tokens=limits[0]),
         positives=tokens(batch.positives[own], symmetric),
-        negatives=tokens([text for text in negatives if text is not None], symmetric),
-        has_negative=torch.tensor([text is not None for text in negatives], dtype=torch.bool),
+        negatives=tokens(list(chain.from_iterable(negatives)), symmetric),
+        num_negatives=torch.tensor([len(texts) for texts in negatives], dtype=torch.int64),
         sizes=[len(range(worker, len(batch.queries), world)) for worker in range(world)],
         related=related,
     )
@@ -184,8 +184,10 @@ def _train_batch(
     queries, positives, found = torch.split(
         embedded, [len(part.queries), len(part.positives), len(part.negatives)]
     )
-    has_negative = part.has_negative.to(device)
-    negatives = torch.zeros_like(queries)
+    counts = part.num_negatives.to(device)
+    places = torch.arange(int(counts.max()) if len(counts) else 0, device=device)
+    has_negative = places < counts[:, None]
+    negatives = queries.new_zeros(*has_negative.shape, queries.shape[1])
     negatives[has_negative] = found
     vectors = Vectors(
         queries=queries, positives=positives, negatives=negatives, has_negative=has_negative

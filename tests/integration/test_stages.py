@@ -13,8 +13,8 @@ import pyarrow as pa
 import pytest
 
 from cluster.artifacts import Artifact, write_shards
-from cluster.errors import EngineDied, TokayError, UserError
-from cluster.stages import StageFunction, StageOutput, StageResources, run_stage
+from cluster.errors import EngineDied, TokayError, TooManyRejects, UserError
+from cluster.stages import Limit, StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import Run, Step, StepContext
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -81,7 +81,7 @@ class Square:
         return True
 
 
-def make_run(folder: Path, stage: Square) -> Run:
+def make_run(folder: Path, stage: Square, limit: Limit | None = None) -> Run:
     def numbers(context: StepContext) -> dict[str, object]:
         table = pa.table({"id": [f"r{n:03}" for n in range(NUM_ROWS)], "n": list(range(NUM_ROWS))})
         write_shards(context.storage, table, ROWS_PER_SHARD)
@@ -95,7 +95,7 @@ def make_run(folder: Path, stage: Square) -> Run:
                 name="squares",
                 config={},
                 inputs=("numbers",),
-                work=lambda context: run_stage(stage, context.input("numbers"), context),
+                work=lambda context: run_stage(stage, context.input("numbers"), context, limit),
             ),
         ],
     )
@@ -118,6 +118,30 @@ def test_stage_that_loses_a_row_fails(ray_session: None, tmp_path: Path) -> None
     with pytest.raises(TokayError, match="lost rows of shards"):
         run.execute(Silent())
     assert run.artifact(run.steps[1]) is None
+
+
+def test_stage_stops_when_its_limit_is_broken_and_keeps_what_is_done(
+    ray_session: None, tmp_path: Path
+) -> None:
+    stage = Square(notes=str(tmp_path / "notes"), seconds_a_shard=0.2)
+    strict = Limit(share=2 / NUM_ROWS, num_all=NUM_ROWS, remedy="give other numbers")
+    run = make_run(tmp_path, stage, strict)
+    told = (
+        r"step 'squares' refused [345] rows, mostly 'round number' \([345]\), and accepted is a"
+        r" share of 0\.03.* of 60: give other numbers\. Examples: r0[0-5]0: round number"
+    )
+    with pytest.raises(TooManyRejects, match=told):
+        run.execute(Silent())
+    shards = tmp_path / "run" / "squares" / "shards"
+    assert 3 <= len(list(shards.glob("*.parquet"))) < NUM_ROWS // ROWS_PER_SHARD
+    with pytest.raises(TooManyRejects, match=told):  # at once, by what is on the disk
+        run.execute(Silent())
+    enough = Limit(share=0.1, num_all=NUM_ROWS, remedy="")
+    squares = make_run(tmp_path, stage, enough).execute(Silent())["squares"]
+    assert squares.num_rejects == 6
+    assert squares.manifest.metrics == {"num_seen": NUM_ROWS}
+    noted = (tmp_path / "notes").read_text().split()
+    assert len(noted) - len(set(noted)) <= RESOURCES.shards_in_flight  # under way when it stopped
 
 
 @pytest.mark.parametrize("fail_with", ["kill", "die"])

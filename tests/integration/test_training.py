@@ -50,7 +50,7 @@ def examples(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str
                     "dataset": "cranfield",
                     "query": document["title"],
                     "positive": document["text"],
-                    "negative": documents[number + 8]["text"] if number % 2 else None,
+                    "negatives": [documents[number + 8]["text"]] if number % 2 else [],
                     "query_id": document["_id"],
                     "positive_id": document["_id"],
                     "symmetric": False,

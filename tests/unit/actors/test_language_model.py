@@ -18,6 +18,7 @@ from actors.language_model import (
     ScoringPrompt,
     _mean_relevance,
 )
+from pipelines.fret.fusion import fuse
 
 MODEL = "embedded:SmolLM2-135M-Instruct"
 SHOTS = "Passage: Glass is made of molten sand.\nQuestion: what is glass made of\nAnswered: yes\n\n"
@@ -120,6 +121,25 @@ def test_scores_do_not_depend_on_the_order_or_on_an_earlier_request(engine: Any)
     shuffled = numbers(engine(engine.llm.score([PAIRS[i] for i in order])))
     for place, i in enumerate(order):
         assert shuffled[place] == pytest.approx(first[i], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_fused_prompts_over_the_cache_rank_as_separate_ones_without_it(engine: Any) -> None:
+    reference = engine(engine.llm.score(PAIRS, separate=True))
+    assert all(score.num_cached_tokens == 0 for score in reference)
+    order = sorted(range(len(PAIRS)), key=lambda i: PAIRS[i].query)  # the worst for the cache
+    by_query = engine(engine.llm.score([PAIRS[i] for i in order]))
+    for scores, places in ((engine(engine.llm.score(PAIRS)), range(len(PAIRS))), (by_query, order)):
+        assert sum(score.num_cached_tokens for score in scores) > 0
+        for score, i in zip(scores, places, strict=True):
+            expected = reference[i].ql, reference[i].rc
+            assert (score.ql, score.rc) == pytest.approx(expected, abs=1e-4)
+    for query in QUERIES:
+        own = [i for i, item in enumerate(PAIRS) if item.query == f" {query}"]
+        fast = [by_query[order.index(i)] for i in own]
+        slow = [reference[i] for i in own]
+        fused = [fuse([s.ql for s in scores], [s.rc for s in scores]) for scores in (fast, slow)]
+        assert fused[0].tolist() == fused[1].tolist()
 
 
 @pytest.mark.slow

@@ -143,7 +143,9 @@ def test_too_many_rejects_fail_the_step_with_the_commonest_reason(tmp_path: Path
     def step(share: float) -> Step:
         return Step(name="s", config={}, inputs=(), work=refuse, max_reject_share=share)
 
-    with pytest.raises(TooManyRejects, match=r"refused 3 of 6 rows, mostly 'empty' \(2\)"):
+    with pytest.raises(
+        TooManyRejects, match=r"refused 3 rows, mostly 'empty' \(2\), 'long' \(1\).*x: empty"
+    ):
         Run(str(tmp_path), [step(0.4)]).execute(Listener())
     artifact = Run(str(tmp_path), [step(0.5)]).execute(Listener())["s"]
     assert artifact.rejects()["reason"].to_pylist() == ["empty", "empty", "long"]

@@ -1,16 +1,18 @@
 """From scored candidates to training examples: what is dropped, and that nothing is lost."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
 
 from cluster.artifacts import Artifact, Json, write_shards
 from cluster.steps import Run, Step, StepContext
 from pipelines.console import JsonLines
 from pipelines.fret.fret import make_fret
 from pipelines.fret.fusion import FretConfig
-from pipelines.records import PASSAGE, SCORES
+from pipelines.records import CANDIDATES, PASSAGE
 
 IDS = ["a", "b", "c"]
 
@@ -31,7 +33,28 @@ def scored(id_: str, query: str, dropped_by: str | None = None) -> dict[str, Any
     }
 
 
-def fret(folder: Path, rows: list[dict[str, Any]], evaluation_queries: list[str]) -> Artifact:
+MakeFret = Callable[..., Artifact]
+
+
+@pytest.fixture
+def fret(tmp_path: Path, by_passage: Callable[[list[dict[str, Any]]], pa.Table]) -> MakeFret:
+    """Runs the step on queries with their scores."""
+
+    def run(
+        rows: list[dict[str, Any]], evaluation_queries: Sequence[str] = (), **config: Any
+    ) -> Artifact:
+        return _fret(tmp_path, rows, by_passage(rows), list(evaluation_queries), config)
+
+    return run
+
+
+def _fret(
+    folder: Path,
+    rows: list[dict[str, Any]],
+    scores: pa.Table,
+    evaluation_queries: list[str],
+    config: dict[str, Any],
+) -> Artifact:
     def writes(table: pa.Table) -> Any:
         def work(context: StepContext) -> dict[str, Json]:
             write_shards(context.storage, table, 2)
@@ -48,22 +71,23 @@ def fret(folder: Path, rows: list[dict[str, Any]], evaluation_queries: list[str]
             work=writes(pa.Table.from_pylist(passages, schema=PASSAGE)),
         ),
         Step(
-            name="scores",
+            name="candidates",
             config={},
             inputs=("passages",),
-            work=writes(pa.Table.from_pylist(rows, schema=SCORES)),
+            work=writes(pa.Table.from_pylist(rows, schema=CANDIDATES)),
         ),
+        Step(name="scores", config={}, inputs=("candidates",), work=writes(scores)),
         Step(
             name="fret",
             config={},
-            inputs=("scores", "passages"),
-            work=lambda context: make_fret(FretConfig(), evaluation_queries, context),
+            inputs=("candidates", "scores", "passages"),
+            work=lambda context: make_fret(FretConfig(**config), evaluation_queries, context),
         ),
     ]
     return Run(str(folder), steps).execute(JsonLines())["fret"]
 
 
-def test_every_query_keeps_its_row_and_the_first_rule_that_drops_it(tmp_path: Path) -> None:
+def test_every_query_keeps_its_row_and_the_first_rule_that_drops_it(fret: MakeFret) -> None:
     rows = [
         scored("q1", "how do bees show each other where the flowers are"),
         scored("q2", "x", dropped_by="query too short"),
@@ -74,7 +98,7 @@ def test_every_query_keeps_its_row_and_the_first_rule_that_drops_it(tmp_path: Pa
         scored("q7", "what makes bread rise"),
     ]
     judged = ["Why is the sky BLUE?", "the sky over Rome in the long summer of 1900"]
-    artifact = fret(tmp_path, rows, judged)
+    artifact = fret(rows, judged)
     dropped = {row["id"]: row["dropped_by"] for row in artifact.read().to_pylist()}
     assert dropped == {
         "q1": None,
@@ -91,3 +115,32 @@ def test_every_query_keeps_its_row_and_the_first_rule_that_drops_it(tmp_path: Pa
         "query": "why is the sky blue",
         "evaluation_query": "Why is the sky BLUE?",
     }
+
+
+def test_scores_join_their_queries_and_a_low_seed_moves_up(
+    tmp_path: Path, by_passage: Callable[[list[dict[str, Any]]], pa.Table]
+) -> None:
+    low = scored("q1", "what makes bread rise") | {"seed_id": "c"}
+    # b was not scored.
+    low |= {"query_likelihoods": [-1.0, -3.0], "relevances": [-0.1, -0.3]}
+    scores = by_passage([{**low, "candidate_ids": ["a", "c"]}])
+    row = _fret(tmp_path, [low], scores, [], {"num_negatives": 2}).read().to_pylist()[0]
+    assert row["candidate_ids"] == ["a", "c", "b"]
+    assert row["query_likelihoods"] == [-1.0, -3.0]
+    assert (row["positive_id"], row["positive"]) == ("a", "text a")
+    assert (row["negative_ids"], row["negatives"]) == ([], [])  # c is the seed
+
+
+def test_several_negatives_come_worst_first(fret: MakeFret) -> None:
+    row = fret([scored("q1", "what makes bread rise")], num_negatives=5).read().to_pylist()[0]
+    assert (row["negative_ids"], row["negatives"]) == (["c", "b"], ["text c", "text b"])
+
+
+def test_query_with_a_pair_that_could_not_be_scored_is_dropped(fret: MakeFret) -> None:
+    broken = scored("q1", "what makes bread rise")
+    broken["query_likelihoods"] = [-1.0, None, -2.0]
+    artifact = fret([broken, scored("q2", "why is the sky blue")])
+    rows = artifact.read().to_pylist()
+    assert [row["dropped_by"] for row in rows] == ["too long", None]
+    assert rows[0]["query_likelihoods"] == [] and rows[0]["positive_id"] is None
+    assert artifact.manifest.metrics["num_scored"] == 1

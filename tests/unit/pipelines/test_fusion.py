@@ -29,7 +29,7 @@ def test_fusion_is_the_sum_of_reciprocal_ranks_without_a_constant() -> None:
 
 def test_positive_is_the_highest_and_negative_the_lowest() -> None:
     labels = choose()
-    assert (labels.positive, labels.negative) == (0, 3)
+    assert (labels.positive, labels.negatives) == (0, [3])
 
 
 def test_one_score_alone_changes_the_positive() -> None:
@@ -43,8 +43,8 @@ def test_seed_can_be_kept_as_the_positive() -> None:
 
 def test_negative_too_near_the_positive_is_passed_over() -> None:
     # 0.95 * 0.8 = 0.76 rules out d (0.79); b is the seed; so c.
-    assert choose(max_negative_similarity=0.95).negative == 2
-    assert choose(max_negative_similarity=0.5).negative is None
+    assert choose(max_negative_similarity=0.95).negatives == [2]
+    assert choose(max_negative_similarity=0.5).negatives == []
 
 
 def test_seed_is_never_the_negative() -> None:
@@ -56,13 +56,13 @@ def test_seed_is_never_the_negative() -> None:
         config=FretConfig(),
         query_id="q",
     )
-    assert (labels.positive, labels.negative) == (0, None)
+    assert (labels.positive, labels.negatives) == (0, [])
 
 
 def test_random_negative_is_the_same_in_every_run_and_none_is_none() -> None:
-    first = choose(negative="random").negative
-    assert first == choose(negative="random").negative and first in (2, 3)
-    assert choose(negative="none").negative is None
+    first = choose(negative="random").negatives
+    assert first == choose(negative="random").negatives and first in ([2], [3])
+    assert choose(negative="none").negatives == []
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from cluster.errors import UserError
+from pipelines.fret.languages import is_other_language, language_code
 from pipelines.fret.prompts import (
     WRITTEN,
     PairPrompts,
@@ -14,6 +15,7 @@ from pipelines.fret.prompts import (
     passage_line,
     unfit,
 )
+from pipelines.recipe import load_recipe
 
 TOKAYS = Path(__file__).parents[3] / "pipelines" / "fret" / "prompts.yaml"
 ALL = QueryPrompts(prompts=load_prompts(), tasks=tuple(load_prompts().tasks))
@@ -25,6 +27,7 @@ QA = "question answering"
     [
         (" how do  bees dance\nPassage: more", "how do bees dance"),
         (' "how do bees dance"', "how do bees dance"),
+        (" 蜜蜂如何跳舞", "蜜蜂如何跳舞"),
     ],
 )
 def test_parse_takes_the_first_line(completion: str, query: str) -> None:
@@ -153,3 +156,22 @@ def test_passage_line_names_the_title_once() -> None:
     assert passage_line("Bees", "They dance.") == "Bees. They dance."
     assert passage_line("Bees", "Bees dance.") == "Bees dance."
     assert passage_line("", "They\n\ndance.") == "They dance."
+
+
+@pytest.mark.parametrize(
+    ("query", "other"),
+    [
+        ("wie backe ich Brot ohne Hefe", False),
+        ("why do corals turn white when the sea gets warmer", True),
+        ("为什么珊瑚变白", True),
+        ("numpy argsort", False),  # of no language that one could tell
+    ],
+)
+def test_only_what_is_clearly_another_language_is_called_so(query: str, other: bool) -> None:
+    assert is_other_language(query, language_code("German")) == other
+
+
+@pytest.mark.parametrize("name", ["Germanish", "Klingon"])
+def test_language_that_cannot_be_recognised_is_the_users_mistake(name: str) -> None:
+    with pytest.raises(UserError, match=f"queries.language '{name}'"):
+        load_recipe("laptop", [f"queries.language={name}"])

@@ -17,7 +17,7 @@ from cluster.storage import open_storage
 from pipelines.evaluation.steps import TestSet, run_evaluation
 from pipelines.fret.fret import make_fret
 from pipelines.fret.fusion import FretConfig
-from pipelines.records import EXAMPLE, PASSAGE, QUERY, SCORES
+from pipelines.records import CANDIDATES, EXAMPLE, PASSAGE, QUERY, SCORES
 from pipelines.report.write import write_report
 
 # Relevant passage and the rank each model gives it: retriever, student before, student after.
@@ -69,7 +69,7 @@ class RankedPassages:
         return np.eye(len(PASSAGES), dtype=np.float32)[places]
 
 
-def build(folder: Path, until: str | None = None, decoration: str = "") -> str:
+def build(folder: Path, by_passage: Any, until: str | None = None, decoration: str = "") -> str:
     """Makes the run; `decoration` is put behind every text in it."""
     beir, uri = folder / "beir", str(folder / "run")
     _write_beir(beir, decoration)
@@ -77,14 +77,16 @@ def build(folder: Path, until: str | None = None, decoration: str = "") -> str:
     recipe = {
         "name": name,
         "corpus": {"path": "corpus.jsonl"},
+        "resources": {"llm": {"num_actors": 2}},
+        "estimate": {"actor_hour_usd": 36.0},
         "evaluation": [{"name": f"questions{decoration}", "path": str(beir)}],
     }
     open_storage(uri).write_bytes("recipe.yaml", yaml.safe_dump(recipe).encode())
-    Run(uri, _steps(beir, decoration)).execute(Silent(), until=until)
+    Run(uri, _steps(beir, decoration, by_passage)).execute(Silent(), until=until)
     return uri
 
 
-def _steps(beir: Path, decoration: str) -> list[Step]:
+def _steps(beir: Path, decoration: str, by_passage: Any) -> list[Step]:
     def query(number: int) -> dict[str, Any]:
         return {
             "id": f"q{number}",
@@ -119,7 +121,7 @@ def _steps(beir: Path, decoration: str) -> list[Step]:
 
     def write_queries(context: StepContext) -> dict[str, Json]:
         rows([query(number) for number in range(5)], QUERY)(context)
-        return {"num_prompt_tokens": 1200.0, "num_unusable": 1}
+        return {"num_prompt_tokens": 1200.0, "num_cached_tokens": 200, "num_unusable": 1}
 
     scores = [
         _scored(query(0), 1, ["p0", "p1", "p2"], [-1, -2, -3], [-0.1, -0.2, -0.3]),
@@ -166,8 +168,9 @@ def _steps(beir: Path, decoration: str) -> list[Step]:
         step("passages", "", make_passages),
         step("seeds", "passages", rows(passages, PASSAGE)),
         step("queries", "seeds", write_queries),
-        step("scores", "queries passages", rows(scores, SCORES)),
-        step("fret", "scores passages", fret),
+        step("candidates", "queries passages", rows(scores, CANDIDATES)),
+        step("scores", "candidates", rows(by_passage(scores).to_pylist(), SCORES)),
+        step("fret", "candidates scores passages", fret),
         step("student", "", model),
         step("mixture", "fret student", mixture),
         step("training", "mixture student", training),
@@ -201,9 +204,9 @@ def _write_beir(beir: Path, decoration: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> str:
+def finished_run(tmp_path_factory: pytest.TempPathFactory, by_passage: Any) -> str:
     """The URI of a finished run; tests that change it copy it first."""
-    return build(tmp_path_factory.mktemp("finished"))
+    return build(tmp_path_factory.mktemp("finished"), by_passage)
 
 
 @pytest.fixture(scope="session")
@@ -213,10 +216,10 @@ def report(finished_run: str) -> dict[str, Json]:
 
 
 @pytest.fixture
-def build_run(tmp_path: Path) -> Callable[..., str]:
+def build_run(tmp_path: Path, by_passage: Any) -> Callable[..., str]:
     """Makes a run of one's own: `build_run(until=..., decoration=...)`."""
 
     def made(until: str | None = None, decoration: str = "") -> str:
-        return build(tmp_path, until, decoration)
+        return build(tmp_path, by_passage, until, decoration)
 
     return made

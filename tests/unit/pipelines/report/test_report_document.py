@@ -11,6 +11,7 @@ import pytest
 from cluster.artifacts import Json
 from cluster.errors import UserError
 from cluster.storage import open_storage
+from pipelines.report.examples import DROPPED
 from pipelines.report.test_sets import choose_queries
 from pipelines.report.write import write_report
 
@@ -76,10 +77,17 @@ def test_report_shows_examples_with_the_scores_that_chose_them(
     report: dict[str, Json],
 ) -> None:
     examples = {example["id"]: example for example in report["examples"]}
-    assert list(examples) == ["q1", "q0", "q3"]  # other positive, seed, then the dropped
+    kinds = [(example["id"], example["kind"]) for example in report["examples"]]
+    assert kinds == [
+        ("q0", "Drawn at random"),
+        ("q1", "Drawn at random"),
+        ("q4", DROPPED),
+        ("q3", DROPPED),
+        ("q2", DROPPED),
+    ]
     kept = examples["q0"]
     assert kept["positive"] == kept["seed"] == {"id": "p0", "title": "title 0", "text": "text 0"}
-    assert kept["negative"]["id"] == "p2"
+    assert [row["id"] for row in kept["negatives"]] == ["p2"]
     assert [candidate["roles"] for candidate in kept["candidates"]] == [
         ["seed", "positive"],
         [],
@@ -87,7 +95,7 @@ def test_report_shows_examples_with_the_scores_that_chose_them(
     ]
     assert [candidate["fused"] for candidate in kept["candidates"]] == pytest.approx([2, 1, 2 / 3])
     assert examples["q1"]["positive"]["id"] == "p2"
-    assert examples["q1"]["negative"] is None
+    assert examples["q1"]["negatives"] == []
     assert examples["q3"]["dropped_by"] == "repeats an evaluation query"
     # QL ranks p3, p0, p1; RC ranks p1, p0, p3.
     ranks = {row["id"]: (row["ql_rank"], row["rc_rank"]) for row in examples["q3"]["candidates"]}
@@ -163,7 +171,7 @@ def test_report_of_a_partial_run_says_what_is_missing(build_run: Callable[..., s
     assert document["student_after"] is None and document["test_sets"] == {}
     assert document["training"] is None
     assert [row["name"] for row in document["funnel"]][-1] == "with a hard negative"
-    missing = ["embeddings", "candidates", "student", "mixture", "training", "export", "index"]
+    missing = ["embeddings", "pairs", "student", "mixture", "training", "export", "index"]
     assert document["unfinished"] == [*missing, "evaluation"]
     page = Path(document["html"]).read_text()
     assert "not finished" in page and "has not been trained yet" in page
@@ -203,3 +211,15 @@ def test_report_is_written_into_a_run_on_s3(finished_run: str, bucket: str) -> N
     assert document["html"] == f"{bucket}/tiny/report.html"
     assert json.loads(target.read_bytes("report.json")) == document
     assert target.read_bytes("report.html").startswith(b"<!DOCTYPE html>")
+
+
+def test_report_says_what_each_accepted_example_cost(report: dict[str, Json]) -> None:
+    costs = report["costs"]
+    assert [row["name"] for row in costs["steps"]] == ["queries", "candidates", "scores", "fret"]
+    queries = costs["steps"][0]
+    assert (queries["prompt_tokens"], queries["computed_tokens"]) == (1200, 1000)
+    # 2 actors at $36 an hour, for the seconds of two steps; 2 examples were kept.
+    seconds = sum(row["seconds_s"] for row in costs["steps"] if "cost_usd" in row)
+    assert costs["total"]["cost_usd"] == pytest.approx(seconds * 0.02)
+    assert costs["per_accepted"]["computed_tokens"] == 500
+    assert report["labels"]["near_duplicate_share"] == 0

@@ -12,7 +12,8 @@ from pipelines.training.loss import Vectors, contrastive_loss, related_examples
 
 GECKO = TrainingConfig(temperature=0.1)
 BATCH, DIMENSIONS = 5, 8
-HAS_NEGATIVE = np.array([True, False, True, True, False])
+# The second example has none, the fourth two; the rest is padding.
+HAS_NEGATIVE = np.array([[1, 0], [0, 0], [1, 0], [1, 1], [0, 1]], dtype=bool)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -29,13 +30,13 @@ def plain_loss(
     """Equation 3 term by term, with the options written out."""
     means = []
     for size in {DIMENSIONS, *config.matryoshka_dimensions}:
-        q, p, n = (unit(vectors[:, :size]) for vectors in (queries, positives, negatives))
+        q, p, n = (unit(vectors[..., :size]) for vectors in (queries, positives, negatives))
         losses = []
         for i in range(len(q)):
             own = q[i] @ p[i]
             terms = [np.exp(own / config.temperature)]
-            if HAS_NEGATIVE[i]:
-                terms.append(np.exp(q[i] @ n[i] / config.temperature))
+            for k in np.flatnonzero(HAS_NEGATIVE[i]):
+                terms.append(np.exp(q[i] @ n[i, k] / config.temperature))
             for j in range(len(q)):
                 if j == i or (related is not None and related[i, j]):
                     continue
@@ -52,7 +53,8 @@ def plain_loss(
 def sample() -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     base = rng.standard_normal((BATCH, DIMENSIONS))
-    return [unit(base + rng.standard_normal(base.shape)) for _ in range(3)]
+    queries, positives, *negatives = (unit(base + rng.standard_normal(base.shape)) for _ in "qpnn")
+    return [queries, positives, np.stack(negatives, axis=1)]
 
 
 def vectors_of(arrays: list[np.ndarray]) -> Vectors:
@@ -101,17 +103,16 @@ def test_loss_and_gradients_equal_the_plain_version(case: str):
     step = 1e-5
     for place, (array, tensor) in enumerate(zip(arrays, tensors, strict=True)):
         gradient = tensor.grad.numpy()
-        tangent = gradient - (gradient * array).sum(1, keepdims=True) * array
-        for i in range(BATCH):
-            for d in range(DIMENSIONS):
-                change = np.zeros_like(array)
-                change[i, d] = step
-                ends = []
-                for sign in (1, -1):
-                    moved = list(arrays)
-                    moved[place] = array + sign * change
-                    ends.append(plain_loss(*moved, config, related))
-                assert tangent[i, d] == pytest.approx((ends[0] - ends[1]) / (2 * step), abs=1e-6)
+        tangent = gradient - (gradient * array).sum(-1, keepdims=True) * array
+        for entry in np.ndindex(array.shape):
+            change = np.zeros_like(array)
+            change[entry] = step
+            ends = []
+            for sign in (1, -1):
+                moved = list(arrays)
+                moved[place] = array + sign * change
+                ends.append(plain_loss(*moved, config, related))
+            assert tangent[entry] == pytest.approx((ends[0] - ends[1]) / (2 * step), abs=1e-6)
 
 
 def test_options_change_the_loss():
@@ -122,7 +123,7 @@ def test_options_change_the_loss():
 
 def test_missing_negative_is_ignored():
     arrays = sample()
-    changed = [*arrays[:2], np.where(HAS_NEGATIVE[:, None], arrays[2], unit(arrays[2][::-1]))]
+    changed = [*arrays[:2], np.where(HAS_NEGATIVE[..., None], arrays[2], unit(arrays[2][::-1]))]
     losses = [contrastive_loss(vectors_of(a), GECKO, sizes=[BATCH]) for a in (arrays, changed)]
     assert losses[0].item() == losses[1].item()
 
@@ -144,7 +145,7 @@ def test_related_examples_share_a_query_a_positive_or_both_roles():
 def _encoded(vectors: Vectors, weight: torch.Tensor) -> Vectors:
     """A linear 'encoder', so that one weight's gradient sees every vector."""
     queries, positives, negatives = (
-        torch.nn.functional.normalize(tensor @ weight, dim=1)
+        torch.nn.functional.normalize(tensor @ weight, dim=-1)
         for tensor in (vectors.queries, vectors.positives, vectors.negatives)
     )
     return replace(vectors, queries=queries, positives=positives, negatives=negatives)
