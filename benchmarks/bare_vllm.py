@@ -14,7 +14,7 @@ def set_environment() -> None:
     """Gives vLLM both cores, and no compiler, as Tokay does."""
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0-1"
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 
 
 def engine_arguments(options: EngineOptions) -> dict[str, Any]:

@@ -20,12 +20,13 @@ from actors.language_model import EngineOptions
 
 
 class StampedVLLM(vLLM):  # type: ignore[misc]
-    """Notes when the engine is up. Mends one call that vLLM 0.32 refuses."""
+    """Notes when the engine is up. Mends two calls that vLLM 0.32 refuses."""
 
     stamp: str
 
     def load(self) -> None:
         set_environment()
+        super().load()
         import vllm
 
         params = vllm.SamplingParams
@@ -35,14 +36,19 @@ class StampedVLLM(vLLM):  # type: ignore[misc]
             return params(**arguments)
 
         vllm.SamplingParams = without_processors
-        super().load()
         Path(self.stamp).write_text(str(time.time()))
+
+    def unload(self) -> None:
+        """Ends the engine; distilabel's own way reaches for what is no longer there."""
+        self._model.llm_engine.engine_core.shutdown()
 
 
 def main() -> None:
     """Reads the job from stdin; the answers lie in the pipeline's Parquet files."""
     job = json.load(sys.stdin)
     folder = Path(job["folder"])
+    extra = engine_arguments(EngineOptions(**job["engine"]))
+    dtype = extra.pop("dtype")
     with Pipeline(name="generate", cache_dir=folder) as pipeline:
         prompts = LoadDataFromDicts(
             data=[{"instruction": prompt} for prompt in job["prompts"]],
@@ -51,9 +57,10 @@ def main() -> None:
         write = TextGeneration(
             llm=StampedVLLM(
                 model=resolve_model(job["engine"]["model"]),
-                dtype="bfloat16",
+                dtype=dtype,
                 chat_template="{{ messages[-1]['content'] }}",  # the prompts as they are
-                extra_kwargs=engine_arguments(EngineOptions(**job["engine"])) | {},
+                extra_kwargs=extra,
+                disable_cuda_device_placement=True,  # there is none
                 generation_kwargs=job["generation"],
                 stamp=str(folder / "engine-is-up"),
             ),
@@ -61,10 +68,8 @@ def main() -> None:
         )
         prompts >> write
     rows = pipeline.run(use_cache=False)["default"]["train"]
-    tokens = sum(
-        sum(row["distilabel_metadata"]["statistics_text_generation_0"]["output_tokens"])
-        for row in rows
-    )
+    statistics = (row["distilabel_metadata"]["statistics_text_generation_0"] for row in rows)
+    tokens = sum(row["output_tokens"] for row in statistics)
     written = folder.rglob("text_generation_0/*.parquet")
     result = {
         "seconds": max(file.stat().st_mtime for file in written)

@@ -32,7 +32,7 @@ from pipelines.recipe import Recipe, load_recipe
 
 
 def bare(connection: Connection, recipe: Recipe, passages: list[dict[str, Any]]) -> None:
-    """Writes all queries with `LLM.generate` each time it is asked."""
+    """Writes all queries with `LLM.generate`, and tells how long it took."""
     from vllm import SamplingParams
 
     llm = bare_llm(
@@ -56,14 +56,24 @@ def bare(connection: Connection, recipe: Recipe, passages: list[dict[str, Any]])
                 seed=int(id_[:8], 16) ^ recipe.queries.seed,
             )
         )
-    connection.send(None)
-    while True:
-        connection.recv()
-        llm.reset_prefix_cache()  # ours begins with an empty one
-        begin = time.perf_counter()
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        seconds = time.perf_counter() - begin
-        connection.send((seconds, sum(len(output.outputs[0].token_ids) for output in outputs)))
+    begin = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    seconds = time.perf_counter() - begin
+    connection.send((seconds, sum(len(output.outputs[0].token_ids) for output in outputs)))
+
+
+def run_bare(recipe: Recipe, passages: list[dict[str, Any]]) -> tuple[float, int]:
+    """Runs the rival in a process that is gone afterwards, as ours is: an idle engine costs too."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(
+        target=bare, args=(theirs, recipe, passages)
+    )
+    process.start()
+    result: tuple[float, int] = ours.recv()
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        each.kill()  # vLLM's own processes outlive the one that started them
+    process.join()
+    return result
 
 
 def main() -> None:
@@ -81,18 +91,10 @@ def main() -> None:
         run = build_run(recipe, f"{folder}/run")
         sys.stdout, stdout = sys.stderr, sys.stdout
         seeds = run.execute(JsonLines(), until="seeds")["seeds"]
-        ours, theirs = multiprocessing.Pipe()
-        rival = multiprocessing.get_context("spawn").Process(
-            target=bare, args=(theirs, recipe, seeds.read().to_pylist())
-        )
-        rival.start()
-        ours.recv()
+        passages = seeds.read().to_pylist()
         for number in range(arguments.repeats):
             results["ours"].append(write_step(recipe, seeds, Path(folder, str(number))))
-            ours.send(number)
-            results["rival"].append(ours.recv())
-        for process in [*psutil.Process(rival.pid).children(recursive=True), rival]:
-            process.kill()  # vLLM's own processes outlive the one that started them
+            results["rival"].append(run_bare(recipe, passages))
         sys.stdout = stdout
     rates = {
         name: statistics.median(tokens / seconds for seconds, tokens in rows)

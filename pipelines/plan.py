@@ -97,26 +97,33 @@ def _llm_tokens(recipe: Recipe, done: dict[str, Artifact]) -> dict[str, dict[str
         recipe.queries.queries_per_seed
     )
     written = recipe.estimate.query_tokens
-    reads = []
+    reads, shared = [], {}
     for passage in sample:
         task, title = ask.task(query_id(passage.id)), passage.title
         text = tokens.cut(passage.text, recipe.queries.max_passage_tokens)
-        reads.append(tokens.beyond(ask.render(task, title, text), ask.render(task, "", "")))
-    contexts, pairs = [], []
+        beyond, shared[task] = tokens.beyond(
+            ask.render(task, title, text), ask.render(task, "", "")
+        )
+        reads.append(beyond)
+    contexts, pairs, examples = [], [], 0
     for passage in sample:
         text = tokens.cut(passage.text, recipe.scores.max_passage_tokens)
         pair, other = judge.render("", passage.title, text), judge.render("", "", "")
-        contexts.append(tokens.beyond(pair.context, other.context))
+        beyond, examples = tokens.beyond(pair.context, other.context)
+        contexts.append(beyond)
         rest = len(tokens.ids(pair.context)) % tokens.block  # of a block that is not yet whole
         pairs.append(rest + written + len(tokens.ids(pair.question)))
+    num_actors = recipe.resources.llm.num_actors
     num_pairs, num_passages = _num_pairs(recipe, done, num_queries, len(found))
     return {
         "queries": {
-            "prefill": round(num_queries * fmean(reads)),
+            "prefill": round(num_queries * fmean(reads) + num_actors * sum(shared.values())),
             "decode": round(num_queries * written),
         },
         "scores": {
-            "prefill": round(num_passages * fmean(contexts) + num_pairs * fmean(pairs)),
+            "prefill": round(
+                num_passages * fmean(contexts) + num_pairs * fmean(pairs) + num_actors * examples
+            ),
             "decode": 0,
         },
     }
@@ -172,9 +179,10 @@ class _Tokens:
     def cut(self, text: str, max_tokens: int) -> str:
         return truncate(self._tokenizer, text, max_tokens)
 
-    def beyond(self, prompt: str, other: str) -> int:
-        """Counts a prompt's tokens behind the whole blocks that it begins with like another."""
+    def beyond(self, prompt: str, other: str) -> tuple[int, int]:
+        """Counts a prompt's tokens behind, and in, the whole blocks that it shares with another."""
         tokens = self.ids(prompt)
         pairs = zip(tokens, self.ids(other), strict=False)
-        shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        return len(tokens) - shared // self.block * self.block
+        same = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        shared = same // self.block * self.block
+        return len(tokens) - shared, shared

@@ -1,9 +1,14 @@
 """What several tests need: real data where it lies beside the checkout, an S3 stand-in, Ray."""
 
+import http.server
+import itertools
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -45,6 +50,53 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"tokay-{os.urandom(4).hex()}"
     boto3.client("s3").create_bucket(Bucket=name)
     return f"s3://{name}"
+
+
+class FaultyProxy(http.server.BaseHTTPRequestHandler):
+    """Passes requests on to `target`; refuses every third, and breaks off every fourth answer."""
+
+    target = ""
+    numbers = itertools.count(1)
+    protocol_version = "HTTP/1.1"
+
+    def forward(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        number = next(self.numbers)
+        if number % 3 == 0:
+            self.answer(503, {}, b"<Error><Code>SlowDown</Code></Error>")
+            return
+        headers = {k: v for k, v in self.headers.items() if k.lower() != "expect"}
+        with httpx.Client(base_url=self.target) as client:
+            got = client.request(self.command, self.path, content=body, headers=headers)
+        kept = {k: v for k, v in got.headers.items() if k.lower() in ("etag", "content-type")}
+        time.sleep(0.05)
+        self.answer(got.status_code, kept, got.content, broken=number % 4 == 0)
+
+    def answer(
+        self, status: int, headers: dict[str, str], body: bytes, broken: bool = False
+    ) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if broken else body)
+        self.close_connection = broken
+
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = forward
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def faulty_bucket(bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An empty bucket behind an S3 that refuses, breaks off and takes its time."""
+    FaultyProxy.target = s3_server
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FaultyProxy)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
+    yield bucket
+    proxy.shutdown()
 
 
 @pytest.fixture(scope="session")

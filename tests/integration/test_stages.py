@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import ray
 
 from cluster.artifacts import Artifact, write_shards
 from cluster.errors import EngineDied, TokayError, TooManyRejects, UserError
@@ -52,6 +53,8 @@ class Square:
             first = table["id"][0].as_py()
             with Path(self.notes).open("a") as notes:
                 notes.write(f"{first}\n")
+            node = ray.get_runtime_context().get_node_id()
+            Path(f"{self.notes}.{node}").touch()
             if first == "r015" and self.fail_with in ("kill", "die") and self._first_time():
                 if self.fail_with == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -81,14 +84,14 @@ class Square:
         return True
 
 
-def make_run(folder: Path, stage: Square, limit: Limit | None = None) -> Run:
+def make_run(folder: Path | str, stage: Square, limit: Limit | None = None) -> Run:
     def numbers(context: StepContext) -> dict[str, object]:
         table = pa.table({"id": [f"r{n:03}" for n in range(NUM_ROWS)], "n": list(range(NUM_ROWS))})
         write_shards(context.storage, table, ROWS_PER_SHARD)
         return {}
 
     return Run(
-        str(folder / "run"),
+        f"{folder}/run",
         [
             Step(name="numbers", config={}, inputs=(), work=numbers),
             Step(
@@ -99,6 +102,13 @@ def make_run(folder: Path, stage: Square, limit: Limit | None = None) -> Run:
             ),
         ],
     )
+
+
+def squares_of(folder: Path | str) -> Artifact:
+    run = make_run(folder, Square(notes=""))
+    found = run.artifact(run.steps[1])
+    assert found is not None
+    return found
 
 
 def test_stage_keeps_shard_numbers_rejects_and_metrics(ray_session: None, tmp_path: Path) -> None:
@@ -193,9 +203,73 @@ def test_killed_driver_goes_on_with_the_shards_that_are_missing(tmp_path: Path) 
     subprocess.run(command, check=True, timeout=200, env=here)
     after = {file.name: file.stat().st_mtime_ns for file in shards.glob("*.parquet")}
     assert {name: after[name] for name in before} == before  # found again, not made again
-    done = make_run(tmp_path, Square(notes="")).artifact(
-        make_run(tmp_path, Square(notes="")).steps[1]
-    )
-    assert done is not None
+    done = squares_of(tmp_path)
     assert done.num_rows + done.num_rejects == NUM_ROWS
     done.verify()
+
+
+def expected_rows() -> list[dict[str, object]]:
+    return [{"id": f"r{n:03}", "square": n**2} for n in range(NUM_ROWS) if n % 10]
+
+
+def drive(code: str, *arguments: str, environment: dict[str, str] | None = None) -> None:
+    """Runs a driver of its own, whose Ray has its own environment."""
+    head = "import os, sys; from pathlib import Path\nfrom test_stages import *\n"
+    here = {"PYTHONPATH": str(Path(__file__).parent), **(environment or {})}
+    command = [sys.executable, "-c", head + code, *arguments]
+    subprocess.run(command, check=True, timeout=300, env=os.environ | here)
+
+
+def test_stage_on_a_faulty_s3_gives_the_rows_of_a_sound_one(
+    faulty_bucket: str, tmp_path: Path
+) -> None:
+    drive(
+        "from cluster.session import connect\n"
+        "connect(Path(sys.argv[2]))\n"
+        "make_run(sys.argv[1], Square(notes=sys.argv[2] + '/notes')).execute(Silent())\n",
+        faulty_bucket,
+        str(tmp_path),
+    )
+    squares = make_run(faulty_bucket, Square(notes="")).artifact(
+        make_run("", Square(notes="")).steps[1]
+    )
+    assert squares is not None
+    squares.verify()
+    assert squares.read().to_pylist() == expected_rows()
+    assert squares.num_rejects == 6
+
+
+TWO_NODES = """
+import threading
+from ray.cluster_utils import Cluster
+from cluster.session import connect
+
+folder = Path(sys.argv[1])
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+second = cluster.add_node(num_cpus=1)
+os.environ["RAY_ADDRESS"] = cluster.address
+connect(folder / "logs")
+
+def lose_second():
+    while not (folder / f"notes.{second.node_id}").exists():
+        time.sleep(0.05)
+    second.kill_raylet()
+    (folder / "lost").touch()
+
+threading.Thread(target=lose_second).start()
+resources = StageResources(num_actors=2, num_cpus=1, shards_in_flight=2)
+stage = Square(notes=f"{folder}/notes", seconds_a_shard=0.5, resources=resources)
+make_run(folder, stage).execute(Silent())
+"""
+
+
+def test_stage_outlives_the_loss_of_a_node(tmp_path: Path) -> None:
+    checks = {"initial_delay_ms": 1000, "period_ms": 1000, "timeout_ms": 2000}
+    checks["failure_threshold"] = 3
+    fast = {f"RAY_health_check_{name}": str(value) for name, value in checks.items()}
+    drive(TWO_NODES, str(tmp_path), environment=fast)
+    assert (tmp_path / "lost").exists()
+    squares = squares_of(tmp_path)
+    assert squares.read().to_pylist() == expected_rows()
+    assert squares.num_rejects == 6
+    assert len(list(tmp_path.glob("notes.*"))) == 2

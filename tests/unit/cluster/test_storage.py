@@ -1,11 +1,6 @@
-import http.server
-import itertools
 import os
-import threading
-import time
 from pathlib import Path
 
-import httpx
 import pyarrow as pa
 import pytest
 
@@ -110,56 +105,11 @@ def test_file_in_the_way_of_a_folder_is_one_line(tmp_path: Path) -> None:
         open_storage(tmp_path / "run" / "below").write_bytes("x", b"")
 
 
-class FaultyProxy(http.server.BaseHTTPRequestHandler):
-    """Passes requests on to `target`; refuses every third, and breaks off every fourth answer."""
-
-    target = ""
-    numbers = itertools.count(1)
-    protocol_version = "HTTP/1.1"
-
-    def forward(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        number = next(self.numbers)
-        if number % 3 == 0:
-            self.answer(503, {}, b"<Error><Code>SlowDown</Code></Error>")
-            return
-        headers = {k: v for k, v in self.headers.items() if k.lower() != "expect"}
-        with httpx.Client(base_url=self.target) as client:
-            got = client.request(self.command, self.path, content=body, headers=headers)
-        kept = {k: v for k, v in got.headers.items() if k.lower() in ("etag", "content-type")}
-        time.sleep(0.05)
-        self.answer(got.status_code, kept, got.content, broken=number % 4 == 0)
-
-    def answer(
-        self, status: int, headers: dict[str, str], body: bytes, broken: bool = False
-    ) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[: len(body) // 2] if broken else body)
-        self.close_connection = broken
-
-    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = forward
-
-    def log_message(self, *_: object) -> None: ...
-
-
 @pytest.mark.slow
-def test_s3_that_refuses_and_breaks_off_loses_nothing(
-    bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    FaultyProxy.target = s3_server
-    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FaultyProxy)
-    threading.Thread(target=proxy.serve_forever, daemon=True).start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
-    storage = open_storage(f"{bucket}/run")
+def test_s3_that_refuses_and_breaks_off_loses_nothing(faulty_bucket: str) -> None:
+    storage = open_storage(f"{faulty_bucket}/run")
     contents = {f"shards/{n:05d}.parquet": bytes([n]) * 5000 for n in range(5)}
-    try:
-        for path, content in contents.items():
-            storage.write_bytes(path, content)
-        assert storage.list() == sorted(contents)
-        assert {path: storage.read_bytes(path) for path in contents} == contents
-    finally:
-        proxy.shutdown()
+    for path, content in contents.items():
+        storage.write_bytes(path, content)
+    assert storage.list() == sorted(contents)
+    assert {path: storage.read_bytes(path) for path in contents} == contents
