@@ -20,7 +20,7 @@ from actors.language_model import EngineOptions
 
 
 class StampedVLLM(vLLM):  # type: ignore[misc]
-    """Notes when the engine is up. Mends two calls that vLLM 0.32 refuses."""
+    """Notes when the engine is up. Mends two calls that vLLM 0.32 no longer knows."""
 
     stamp: str
 
@@ -37,6 +37,10 @@ class StampedVLLM(vLLM):  # type: ignore[misc]
 
         vllm.SamplingParams = without_processors
         Path(self.stamp).write_text(str(time.time()))
+
+    def prepare_input(self, input: Any) -> str:
+        """Gives the prompt as it is: a document to be continued, not a chat."""
+        return str(input[-1]["content"])
 
     def unload(self) -> None:
         """Ends the engine; distilabel's own way reaches for what is no longer there."""
@@ -58,7 +62,6 @@ def main() -> None:
             llm=StampedVLLM(
                 model=resolve_model(job["engine"]["model"]),
                 dtype=dtype,
-                chat_template="{{ messages[-1]['content'] }}",  # the prompts as they are
                 extra_kwargs=extra,
                 disable_cuda_device_placement=True,  # there is none
                 generation_kwargs=job["generation"],

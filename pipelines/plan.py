@@ -169,9 +169,15 @@ class _Tokens:
         from actors.embedded import resolve_model
 
         self.block = recipe.resources.engine.block_size or BLOCK_SIZE
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            resolve_model(recipe.llm.model), trust_remote_code=recipe.llm.trust_remote_code
-        )
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                resolve_model(recipe.llm.model), trust_remote_code=recipe.llm.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"llm.model {recipe.llm.model!r} has no tokenizer that can be loaded, and a plan"
+                f" counts its tokens: {str(error).splitlines()[0]}"
+            ) from error
 
     def ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, verbose=False)["input_ids"])
