@@ -27,7 +27,7 @@ demo: $(STAMP)  ## search the documentation of this Python environment, end to e
 	@$(BIN)/tokay demo
 
 test: $(STAMP)  ## every test that needs no GPU (under 10 minutes)
-	@$(BIN)/pytest -m "not gpu"
+	@$(BIN)/pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
 quick: $(STAMP)  ## the tests that start no engine (under 90 seconds)
 	@$(BIN)/pytest -m "not gpu and not slow"

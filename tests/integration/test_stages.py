@@ -84,10 +84,15 @@ class Square:
         return True
 
 
-def make_run(folder: Path | str, stage: Square, limit: Limit | None = None) -> Run:
+def make_run(
+    folder: Path | str,
+    stage: Square,
+    limit: Limit | None = None,
+    rows_per_shard: int = ROWS_PER_SHARD,
+) -> Run:
     def numbers(context: StepContext) -> dict[str, object]:
         table = pa.table({"id": [f"r{n:03}" for n in range(NUM_ROWS)], "n": list(range(NUM_ROWS))})
-        write_shards(context.storage, table, ROWS_PER_SHARD)
+        write_shards(context.storage, table, rows_per_shard)
         return {}
 
     return Run(
@@ -226,7 +231,8 @@ def test_stage_on_a_faulty_s3_gives_the_rows_of_a_sound_one(
     drive(
         "from cluster.session import connect\n"
         "connect(Path(sys.argv[2]))\n"
-        "make_run(sys.argv[1], Square(notes=sys.argv[2] + '/notes')).execute(Silent())\n",
+        "stage = Square(notes=sys.argv[2] + '/notes')\n"
+        "make_run(sys.argv[1], stage, rows_per_shard=20).execute(Silent())\n",  # it is slow
         faulty_bucket,
         str(tmp_path),
     )
@@ -242,13 +248,13 @@ def test_stage_on_a_faulty_s3_gives_the_rows_of_a_sound_one(
 TWO_NODES = """
 import threading
 from ray.cluster_utils import Cluster
-from cluster.session import connect
+from cluster.session import connect, disconnect
 
 folder = Path(sys.argv[1])
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-second = cluster.add_node(num_cpus=1)
 os.environ["RAY_ADDRESS"] = cluster.address
-connect(folder / "logs")
+connect(folder / "logs")  # to the head: a driver dies with its own raylet
+second = cluster.add_node(num_cpus=1)
 
 def lose_second():
     while not (folder / f"notes.{second.node_id}").exists():
@@ -260,6 +266,9 @@ threading.Thread(target=lose_second).start()
 resources = StageResources(num_actors=2, num_cpus=1, shards_in_flight=2)
 stage = Square(notes=f"{folder}/notes", seconds_a_shard=0.5, resources=resources)
 make_run(folder, stage).execute(Silent())
+disconnect()
+cluster.remove_node(second)  # else Ray's own cleaning up at the exit finds it gone, and fails
+cluster.shutdown()
 """
 
 
