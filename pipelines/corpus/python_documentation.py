@@ -115,8 +115,12 @@ def python_documentation() -> Iterator[Document]:
     command = [sys.executable, "-P", "-m", __name__]
     with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as reader:
         assert reader.stdout is not None
-        for line in reader.stdout:
-            yield Document(**json.loads(line))
+        try:
+            for line in reader.stdout:
+                yield Document(**json.loads(line))
+        except GeneratorExit:  # the caller has read enough
+            reader.kill()
+            raise
     if reader.returncode:
         raise subprocess.CalledProcessError(reader.returncode, command)
 
