@@ -82,7 +82,7 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
             text=True,
         )
     try:
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 300
         while "answers at" not in output.read_text():
             assert process.poll() is None, output.read_text()
             assert time.monotonic() < deadline, output.read_text()

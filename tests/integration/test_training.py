@@ -169,7 +169,7 @@ def test_killed_training_goes_on_and_ends_like_an_unkilled_one(
         [sys.executable, "-c", PROGRAM, *map(str, arguments)], start_new_session=True
     )
     storage = open_storage(output)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not storage.list("work/checkpoints"):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
