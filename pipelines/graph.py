@@ -17,7 +17,8 @@ from pipelines.fret.pairs import group_pairs
 from pipelines.fret.prompts import PairPrompts, load_prompts
 from pipelines.fret.queries import query_prompts, write_queries
 from pipelines.fret.scores import score_pairs
-from pipelines.mixture import make_mixture
+from pipelines.mixture.formats import Formatter
+from pipelines.mixture.mixture import make_mixture
 from pipelines.recipe import Recipe
 from pipelines.student import export_student, make_student, model_folder
 
@@ -62,7 +63,11 @@ def build_run(recipe: Recipe, uri: str) -> Run:
     def mix(context: StepContext) -> dict[str, Json]:
         return make_mixture(
             recipe.mixture,
-            templates=load_encoder(_saved(context.input("student"), recipe)).templates,
+            formatter=Formatter(
+                encoder=load_encoder(_saved(context.input("student"), recipe)),
+                max_query_tokens=recipe.training.max_query_tokens,
+                max_passage_tokens=recipe.training.max_passage_tokens,
+            ),
             batch_size=recipe.training.batch_size,
             epochs=recipe.training.epochs,
             context=context,
@@ -158,6 +163,8 @@ def build_run(recipe: Recipe, uri: str) -> Run:
                 "mixture": _dump(recipe.mixture),
                 "batch_size": recipe.training.batch_size,
                 "epochs": recipe.training.epochs,
+                "max_query_tokens": recipe.training.max_query_tokens,
+                "max_passage_tokens": recipe.training.max_passage_tokens,
             },
             inputs=("fret", "student"),
             work=mix,

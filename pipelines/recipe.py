@@ -31,7 +31,7 @@ from pipelines.fret.neighbours import CandidatesConfig
 from pipelines.fret.prompts import WRITTEN, load_prompts
 from pipelines.fret.queries import QueriesConfig
 from pipelines.fret.scores import ScoresConfig
-from pipelines.mixture import MixtureConfig
+from pipelines.mixture.config import MixtureConfig
 from pipelines.student import StudentConfig
 from pipelines.training.config import TrainingConfig
 

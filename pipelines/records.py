@@ -73,13 +73,19 @@ FRET = pa.schema(
     ]
 )
 
+# A row of training. Texts are formatted with the student's templates, tokens are what it reads.
 EXAMPLE = pa.schema(
     [
         ("batch", pa.int32()),
         ("dataset", pa.string()),
-        ("query", pa.string()),  # formatted with the student's template
+        ("query", pa.string()),
         ("positive", pa.string()),
         ("negatives", pa.list_(pa.string())),  # its hard negatives
+        ("query_tokens", pa.list_(pa.int32())),
+        ("positive_tokens", pa.list_(pa.int32())),
+        ("negative_tokens", pa.list_(pa.list_(pa.int32()))),
+        # The LLM's fused scores of the positive and then of each negative; empty: nobody scored it.
+        ("teacher_scores", pa.list_(pa.float32())),
         ("query_id", pa.string()),
         ("positive_id", pa.string()),
         ("symmetric", pa.bool_()),

@@ -1,0 +1,145 @@
+"""One format for all sets (Gecko, arXiv 2403.20327, section 4), as texts and as tokens.
+
+A query reads ``task: {task} | query: {text}``, a target ``title: {title} | text: {text}``, and a
+target of a symmetric set like a query; the student's own templates may say something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.records import EXAMPLE
+
+if TYPE_CHECKING:
+    from actors.encoder import Encoder
+
+_ROWS_AT_ONCE = 4096
+
+
+class Target(NamedTuple):
+    """A positive or a negative, unformatted."""
+
+    text: str
+    title: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A training example, unformatted.
+
+    Attributes:
+        task: What the query asks for.
+        query: The query's text.
+        positive: Its target.
+        negatives: Its hard negatives.
+        query_id: Equal for equal queries.
+        positive_id: Equal for equal positives.
+        teacher_scores: Of the positive and of each negative; empty where nobody scored them.
+    """
+
+    task: str
+    query: str
+    positive: Target
+    negatives: tuple[Target, ...]
+    query_id: str
+    positive_id: str
+    teacher_scores: tuple[float, ...] = ()
+
+
+def _large(kind: pa.DataType) -> pa.DataType:
+    """Returns a type whose column may hold more than 2 GB."""
+    if pa.types.is_list(kind):
+        return pa.large_list(_large(kind.value_type))
+    return pa.large_string() if pa.types.is_string(kind) else kind
+
+
+_TOKENS = ("query_tokens", "positive_tokens", "negative_tokens")
+TEXTS = pa.schema(
+    [("task", pa.large_string())]
+    + [(f.name, _large(f.type)) for f in EXAMPLE if f.name not in ("batch", *_TOKENS)]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Formatter:
+    """Formats examples for a student, and tokenises them.
+
+    Attributes:
+        encoder: The student: its templates and its tokenizer.
+        max_query_tokens: Of queries, and of targets of symmetric sets.
+        max_passage_tokens: Of other targets.
+    """
+
+    encoder: Encoder
+    max_query_tokens: int
+    max_passage_tokens: int
+
+    def texts(self, examples: Iterable[Example], *, dataset: str, symmetric: bool) -> pa.Table:
+        """Returns the examples of one set as formatted texts, with the columns of `TEXTS`."""
+        tables, rows = [TEXTS.empty_table()], []
+        for example in examples:
+            rows.append(self._row(example, dataset, symmetric))
+            if len(rows) == _ROWS_AT_ONCE:
+                tables.append(pa.Table.from_pylist(rows, schema=TEXTS))
+                rows = []
+        tables.append(pa.Table.from_pylist(rows, schema=TEXTS))
+        return pa.concat_tables(tables).combine_chunks()
+
+    def with_tokens(self, texts: pa.Table, *, symmetric: bool) -> pa.Table:
+        """Adds the tokens of formatted texts: the columns of `EXAMPLE` without `batch`."""
+        limit = self.max_query_tokens if symmetric else self.max_passage_tokens
+        negatives = texts["negatives"].combine_chunks()
+        flat = self._tokens(negatives.flatten(), limit)
+        columns = {
+            "query_tokens": self._tokens(texts["query"].combine_chunks(), self.max_query_tokens),
+            "positive_tokens": self._tokens(texts["positive"].combine_chunks(), limit),
+            "negative_tokens": pa.LargeListArray.from_arrays(_offsets(negatives), flat),
+        }
+        for name, column in columns.items():
+            texts = texts.append_column(name, column)
+        return texts.select([name for name in EXAMPLE.names if name != "batch"])
+
+    def _row(self, example: Example, dataset: str, symmetric: bool) -> dict[str, object]:
+        templates = self.encoder.templates
+
+        def target(given: Target) -> str:
+            if symmetric:
+                return templates.format_query(given.text, task=example.task)
+            return templates.format_passage(given.text, given.title)
+
+        return {
+            "task": example.task,
+            "dataset": dataset,
+            "query": templates.format_query(example.query, task=example.task),
+            "positive": target(example.positive),
+            "negatives": [target(negative) for negative in example.negatives],
+            "teacher_scores": example.teacher_scores,
+            "query_id": example.query_id,
+            "positive_id": example.positive_id,
+            "symmetric": symmetric,
+        }
+
+    def _tokens(self, texts: pa.LargeStringArray, limit: int) -> pa.LargeListArray:
+        """Tokenises a column, each different text once."""
+        encoded = texts.dictionary_encode()
+        parts = [pa.array([], _TOKEN_LISTS)]
+        for start in range(0, len(encoded.dictionary), _ROWS_AT_ONCE):
+            some = encoded.dictionary.slice(start, _ROWS_AT_ONCE).to_pylist()
+            parts.append(pa.array(self.encoder.tokenize(some, max_tokens=limit), _TOKEN_LISTS))
+        return pa.concat_arrays(parts).take(encoded.indices)
+
+
+_TOKEN_LISTS = pa.large_list(pa.int32())
+
+
+def _offsets(lists: pa.LargeListArray) -> pa.Array:
+    """Returns where each list of a column starts among its flattened values, and the end."""
+    lengths = pc.fill_null(pc.list_value_length(lists), 0)
+    return pa.concat_arrays(
+        [pa.array([0], pa.int64()), pc.cumulative_sum(lengths).cast(pa.int64())]
+    )
