@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from pydantic import BaseModel
 
-from cluster.artifacts import Artifact, Json
+from cluster.artifacts import Artifact, Json, fingerprint
 from cluster.steps import Run, Step, StepContext
-from pipelines.corpus.sources import Corpus
+from cluster.storage import join, open_storage
+from pipelines.corpus.sources import PYTHON_DOCUMENTATION, Corpus
 from pipelines.corpus.steps import choose_seeds, make_passages
 from pipelines.encoders import EncoderConfig, embed_passages, load_encoder
-from pipelines.evaluation.steps import TestSet, evaluation_queries, run_evaluation
+from pipelines.evaluation.dataset import RetrievalDataset
+from pipelines.evaluation.steps import (
+    TestSet,
+    evaluation_queries,
+    load_test_set,
+    run_evaluation,
+)
 from pipelines.fret.fret import make_fret
 from pipelines.fret.language_models import engine_options
 from pipelines.fret.neighbours import find_candidates
@@ -17,10 +26,14 @@ from pipelines.fret.pairs import group_pairs
 from pipelines.fret.prompts import PairPrompts, load_prompts
 from pipelines.fret.queries import query_prompts, write_queries
 from pipelines.fret.scores import score_pairs
+from pipelines.mixture.config import RUN_PASSAGES, MixtureConfig, SetsConfig
+from pipelines.mixture.decontamination import Decontamination
 from pipelines.mixture.formats import Formatter
 from pipelines.mixture.mixture import make_mixture
+from pipelines.mixture.rows import version
 from pipelines.recipe import Recipe
-from pipelines.student import export_student, make_student, model_folder
+from pipelines.student import MODEL, export_student, make_student
+from pipelines.training.config import TrainingConfig
 
 # What a step is for, as the console and the report say it.
 TITLES = {
@@ -33,12 +46,18 @@ TITLES = {
     "scores": "the LLM scores each candidate",
     "fret": "choose positives and hard negatives",
     "student": "make the student",
+    "prefinetuning_mixture": "mix the batches of pre-finetuning",
+    "prefinetuning": "pre-finetune the student",
     "mixture": "mix the training batches",
     "training": "train the student",
     "export": "export and check parity",
     "index": "embed the corpus with the student",
     "evaluation": "evaluate",
 }
+
+
+# Where a training step leaves its encoder.
+ENCODER = "encoder"
 
 
 def build_run(recipe: Recipe, uri: str) -> Run:
@@ -55,24 +74,6 @@ def build_run(recipe: Recipe, uri: str) -> Run:
     pair_prompts = PairPrompts(prompts=prompts, relevance=recipe.scores.relevance)
     llm, encoder = resources.llm.stage(), resources.encoder.stage()
 
-    def train(context: StepContext) -> dict[str, Json]:
-        from pipelines.training.step import train_student
-
-        return train_student(recipe.training, context)
-
-    def mix(context: StepContext) -> dict[str, Json]:
-        return make_mixture(
-            recipe.mixture,
-            formatter=Formatter(
-                encoder=load_encoder(_saved(context.input("student"), recipe)),
-                max_query_tokens=recipe.training.max_query_tokens,
-                max_passage_tokens=recipe.training.max_passage_tokens,
-            ),
-            batch_size=recipe.training.batch_size,
-            epochs=recipe.training.epochs,
-            context=context,
-        )
-
     def export(context: StepContext) -> dict[str, Json]:
         texts = context.input("passages").shard(context.input("passages").shards[0], ["text"])
         sample = texts["text"].to_pylist()[:32]
@@ -82,8 +83,11 @@ def build_run(recipe: Recipe, uri: str) -> Run:
         encoders = {
             "retriever": load_encoder(recipe.retriever),
             "student_before": load_encoder(_saved(context.input("student"), recipe)),
-            "student_after": load_encoder(_saved(context.input("export"), recipe)),
         }
+        if recipe.prefinetuning:
+            trained = context.input("prefinetuning")
+            encoders["student_prefinetuned"] = load_encoder(_saved(trained, recipe, ENCODER))
+        encoders["student_after"] = load_encoder(_saved(context.input("export"), recipe))
         return run_evaluation(recipe.evaluation, encoders, context)
 
     steps = [
@@ -157,24 +161,7 @@ def build_run(recipe: Recipe, uri: str) -> Run:
             inputs=(),
             work=lambda context: make_student(recipe.student, context),
         ),
-        Step(
-            name="mixture",
-            config={
-                "mixture": _dump(recipe.mixture),
-                "batch_size": recipe.training.batch_size,
-                "epochs": recipe.training.epochs,
-                "max_query_tokens": recipe.training.max_query_tokens,
-                "max_passage_tokens": recipe.training.max_passage_tokens,
-            },
-            inputs=("fret", "student"),
-            work=mix,
-        ),
-        Step(
-            name="training",
-            config=_dump(recipe.training, *recipe.training.UNFINGERPRINTED),
-            inputs=("mixture", "student"),
-            work=train,
-        ),
+        *_training_steps(recipe, judged_by),
         Step(
             name="export",
             config={"recipe": recipe.name},
@@ -198,17 +185,123 @@ def build_run(recipe: Recipe, uri: str) -> Run:
                     "test_sets": [_test_set(test_set) for test_set in recipe.evaluation],
                     "retriever": _dump(recipe.retriever),
                 },
-                inputs=("passages", "student", "export"),
+                inputs=(
+                    *("passages", "student", "export"),
+                    *(("prefinetuning",) if recipe.prefinetuning else ()),
+                ),
                 work=evaluate,
             )
         )
     return Run(uri, steps)
 
 
-def _saved(artifact: Artifact, recipe: Recipe) -> EncoderConfig:
+def _training_steps(recipe: Recipe, judged_by: list[str]) -> list[Step]:
+    """Returns the steps that mix and train, of each stage."""
+    steps = []
+    if recipe.prefinetuning:
+        first = recipe.prefinetuning
+        steps += [
+            _mixture_step(
+                "prefinetuning_mixture", first.mixture, first.training, recipe, judged_by
+            ),
+            _training_step("prefinetuning", "prefinetuning_mixture", first.training, recipe),
+        ]
+    return [
+        *steps,
+        _mixture_step("mixture", recipe.mixture, recipe.training, recipe, judged_by),
+        _training_step("training", "mixture", recipe.training, recipe),
+    ]
+
+
+def _mixture_step(
+    name: str,
+    config: SetsConfig,
+    training: TrainingConfig,
+    recipe: Recipe,
+    judged_by: list[str],
+) -> Step:
+    inputs = ["student"]
+    if isinstance(config, MixtureConfig) and config.fret_weight != 0:
+        inputs.append("fret")
+    if any(labelled.path == RUN_PASSAGES for labelled in config.labelled):
+        inputs.append("passages")
+
+    def mix(context: StepContext) -> dict[str, Json]:
+        return make_mixture(
+            config,
+            formatter=Formatter(
+                encoder=load_encoder(_saved(context.input("student"), recipe)),
+                max_query_tokens=training.max_query_tokens,
+                max_passage_tokens=training.max_passage_tokens,
+            ),
+            decontamination=Decontamination(
+                judged_by,
+                max_overlap=recipe.fret.max_overlap,
+                max_shared_words=recipe.fret.max_shared_words,
+            ),
+            batch_size=training.batch_size,
+            epochs=training.epochs,
+            context=context,
+        )
+
+    return Step(
+        name=name,
+        config={
+            "mixture": _dump(config, "labelled", "max_reject_share"),
+            "labelled": [
+                {**_dump(labelled, "path"), "version": version(labelled)}
+                for labelled in config.labelled
+            ],
+            **training.model_dump(
+                include={"batch_size", "epochs", "max_query_tokens", "max_passage_tokens"}
+            ),
+            "decontamination": {
+                "max_overlap": recipe.fret.max_overlap,
+                "max_shared_words": recipe.fret.max_shared_words,
+                "judged_by": fingerprint(judged_by),
+            }
+            if config.labelled
+            else None,
+        },
+        inputs=tuple(inputs),
+        work=mix,
+    )
+
+
+def _training_step(name: str, mixture: str, training: TrainingConfig, recipe: Recipe) -> Step:
+    named = training.validation.test_set if training.validation else None
+    test_set = next((each for each in recipe.evaluation if each.name == named), None)
+    inputs = [mixture, "student"]
+    if name == "training" and recipe.prefinetuning:
+        inputs[1] = "prefinetuning"
+    if test_set is not None and test_set.path == PYTHON_DOCUMENTATION:
+        inputs.append("passages")
+
+    def train(context: StepContext) -> dict[str, Json]:
+        from pipelines.training.step import train_student
+
+        start, watched = context.input(inputs[1]), None
+        if test_set is not None:
+            found = load_test_set(test_set, context.inputs.get("passages"))
+            watched = cast(RetrievalDataset, found)  # the recipe was checked
+        return train_student(
+            training,
+            mixture=mixture,
+            student=join(start.uri, ENCODER if inputs[1] == "prefinetuning" else MODEL),
+            test_set=watched,
+            context=context,
+        )
+
+    config = _dump(training, *training.UNFINGERPRINTED)
+    if test_set is not None:
+        config["test_set"] = _test_set(test_set)
+    return Step(name=name, config=config, inputs=tuple(inputs), work=train)
+
+
+def _saved(artifact: Artifact, recipe: Recipe, folder: str = MODEL) -> EncoderConfig:
     """Describes an encoder that a step saved: its folder carries its own templates."""
     return EncoderConfig(
-        model=model_folder(artifact),
+        model=join(artifact.uri, folder),
         max_tokens=recipe.student.max_tokens,
         dtype=recipe.student.dtype,
     )
@@ -219,9 +312,8 @@ def _dump(config: BaseModel, *leave_out: str) -> dict[str, Json]:
 
 
 def _test_set(test_set: TestSet) -> dict[str, Json]:
-    from cluster.storage import open_storage
-    from pipelines.corpus.sources import PYTHON_DOCUMENTATION
-
+    if test_set.kind == "mteb":
+        return _dump(test_set)
     row = _dump(test_set, "path")
     if test_set.path != PYTHON_DOCUMENTATION:
         storage = open_storage(test_set.path)

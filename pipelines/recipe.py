@@ -31,7 +31,7 @@ from pipelines.fret.neighbours import CandidatesConfig
 from pipelines.fret.prompts import WRITTEN, load_prompts
 from pipelines.fret.queries import QueriesConfig
 from pipelines.fret.scores import ScoresConfig
-from pipelines.mixture.config import MixtureConfig
+from pipelines.mixture.config import MixtureConfig, PrefinetuningMixtureConfig
 from pipelines.student import StudentConfig
 from pipelines.training.config import TrainingConfig
 
@@ -78,6 +78,15 @@ class Estimate(BaseModel):
     actor_hour_usd: float = Field(default=0.0, ge=0, description="price of an LLM actor")
 
 
+class Prefinetuning(BaseModel):
+    """The stage before fine-tuning: pairs with in-batch negatives (Gecko, section 3.1)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mixture: PrefinetuningMixtureConfig
+    training: TrainingConfig = TrainingConfig()
+
+
 class Recipe(BaseModel):
     """A graph of steps, by the parts that configure them."""
 
@@ -98,6 +107,9 @@ class Recipe(BaseModel):
     fret: FretConfig = FretConfig()
     mixture: MixtureConfig = MixtureConfig()
     student: StudentConfig
+    prefinetuning: Prefinetuning | None = Field(
+        default=None, description="a stage before the fine-tuning, which then starts from it"
+    )
     training: TrainingConfig = TrainingConfig()
     evaluation: tuple[TestSet, ...] = Field(
         default=(), description="the first is the headline; names must differ"
@@ -121,6 +133,21 @@ class Recipe(BaseModel):
                 f"scores.relevance: {self.scores.relevance!r} has no prompt; accepted are"
                 f" {', '.join(prompts.scores)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _known_test_sets(self) -> "Recipe":
+        stages = {"training": self.training}
+        if self.prefinetuning:
+            stages["prefinetuning.training"] = self.prefinetuning.training
+        retrieval = [each.name for each in self.evaluation if each.kind == "retrieval"]
+        for key, training in stages.items():
+            name = training.validation.test_set if training.validation else None
+            if name is not None and name not in retrieval:
+                raise ValueError(
+                    f"{key}.validation.test_set: {name!r} is no retrieval set of the recipe's"
+                    f" evaluation; accepted are {', '.join(retrieval) or 'none'}"
+                )
         return self
 
     @field_validator("evaluation")

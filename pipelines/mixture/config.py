@@ -1,29 +1,152 @@
 """What a recipe may say about the mixture."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+RUN_PASSAGES = "run:passages"
+HUB = "hub:"
+
+Kind = Literal[
+    "pairs", "title-body", "nli", "classification", "clustering", "sts", "retrieval", "rerank"
+]
+
+# The fields of a row of each kind: of a JSON line, a TSV's or a Parquet file's columns.
+FIELDS: dict[str, tuple[str, ...]] = {
+    "pairs": ("query", "positive", "negative", "negatives"),
+    "title-body": ("title", "text"),
+    "nli": ("premise", "hypothesis", "label"),
+    "classification": ("text", "label"),
+    "clustering": ("text", "label"),
+    "sts": ("score", "sentence1", "sentence2"),
+    "retrieval": (),
+    "rerank": ("query", "positive", "negative"),
+}
+
+# Gecko's task and symmetry of each kind, where the recipe names none.
+_TASKS = {
+    "nli": "semantic similarity",
+    "sts": "semantic similarity",
+    "classification": "classification",
+    "rerank": "question answering",
+    "retrieval": "question answering",
+}
+_SYMMETRIC = ("nli", "sts", "classification", "clustering")
 
 
 class LabelledSet(BaseModel):
-    """Human-labelled pairs or triples: JSONL rows of `query`, `positive` and maybe `negative`."""
+    """A data set that people labelled, or that labels itself (titles of texts)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    path: str
-    task: str = "search result"
-    symmetric: bool = Field(
-        default=False, description="targets are formatted like queries (STS, NLI, classification)"
+    kind: Kind = "pairs"
+    path: str = Field(
+        description=f"a .jsonl, .tsv or .parquet file, path or s3:// URI; for retrieval a BEIR"
+        f" folder; '{HUB}NAME[:CONFIG[:SPLIT]]', of the hub or a folder, through `datasets`; for"
+        f" title-body also '{RUN_PASSAGES}'"
     )
+    revision: str | None = Field(default=None, description="of a hub data set: a commit or tag")
+    fields: dict[str, str] = Field(
+        default={}, description="its names of a row's fields, where they are others"
+    )
+    split: str = Field(default="train", description="of a retrieval set: which qrels")
+    task: str = Field(default="", description="default: Gecko's for this kind, or 'search result'")
+    symmetric: bool | None = Field(
+        default=None,
+        description="targets are formatted like queries; default: for nli, sts, classification and"
+        " clustering",
+    )
+    min_score: float = Field(default=4.0, description="of an sts pair that is a positive one")
+    max_negatives: int = Field(
+        default=1, ge=0, description="hard negatives an example; Gecko has one"
+    )
+    max_rows: int | None = Field(default=None, ge=1, description="drawn, if there are more")
     weight: float | None = Field(
         default=None, gt=0, description="share of batches against the other sets; default: rows"
     )
 
+    @field_validator("name")
+    @classmethod
+    def _is_not_fret(cls, name: str) -> str:
+        if name == "fret":
+            raise ValueError("fret is the name of the generated set; give another")
+        return name
 
-class MixtureConfig(BaseModel):
-    """What is mixed."""
+    @model_validator(mode="after")
+    def _fits_the_kind(self) -> Self:
+        unknown = sorted(self.fields.keys() - set(FIELDS[self.kind]))
+        if unknown:
+            raise ValueError(
+                f"labelled set {self.name!r}: fields {unknown} given; a set of kind {self.kind} has"
+                f" {', '.join(FIELDS[self.kind]) or 'none'}"
+            )
+        if self.path == RUN_PASSAGES and self.kind != "title-body":
+            raise ValueError(
+                f"labelled set {self.name!r}: {RUN_PASSAGES} is for the kind title-body, not"
+                f" {self.kind}"
+            )
+        if self.path.startswith(HUB) and self.kind == "retrieval":
+            raise ValueError(
+                f"labelled set {self.name!r}: a retrieval set is a BEIR folder; download"
+                f" {self.path} first, or read it as pairs"
+            )
+        return self
+
+    @property
+    def query_task(self) -> str:
+        """The task in front of its queries."""
+        return self.task or _TASKS.get(self.kind, "search result")
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether its targets are formatted like queries."""
+        return self.kind in _SYMMETRIC if self.symmetric is None else self.symmetric
+
+
+class SetsConfig(BaseModel):
+    """Which sets are mixed, and how often each is drawn."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    fret_weight: float | None = Field(default=None, gt=0, description="default: its rows")
     labelled: tuple[LabelledSet, ...] = ()
+    temperature: float = Field(
+        default=1.0,
+        gt=0,
+        description="a set without a weight of its own has rows^(1/temperature): 1 draws by rows,"
+        " more evens the sets out",
+    )
+    validation_examples: int = Field(
+        default=0, ge=0, description="held out of training, from all sets by their weights"
+    )
+    max_reject_share: float = Field(
+        default=0.1, ge=0, le=1, description="of a labelled set's rows that may be unreadable"
+    )
     seed: int = 0
+
+    @field_validator("labelled")
+    @classmethod
+    def _named_apart(cls, sets: tuple[LabelledSet, ...]) -> tuple[LabelledSet, ...]:
+        names = [labelled.name for labelled in sets]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two labelled sets have one name: {names}; give each its own")
+        return sets
+
+
+class MixtureConfig(SetsConfig):
+    """What the fine-tuning mixes: FRet and labelled sets."""
+
+    fret_weight: float | None = Field(
+        default=None, ge=0, description="default: its rows; 0 leaves it out"
+    )
+    fret_max_rows: int | None = Field(default=None, ge=1, description="drawn, if there are more")
+    fret_tasks: Literal["rows", "uniform"] = Field(
+        default="rows",
+        description="uniform: each of FRet's tasks is drawn equally often, which was best in Gecko",
+    )
+
+
+class PrefinetuningMixtureConfig(SetsConfig):
+    """What the pre-finetuning mixes: labelled sets alone, question-answer and title-body pairs."""
+
+    labelled: tuple[LabelledSet, ...] = Field(min_length=1)

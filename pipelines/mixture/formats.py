@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from actors.encoder import Encoder
 
 _ROWS_AT_ONCE = 4096
+_CHARACTERS_A_TOKEN = 16  # at most, of nearly all texts: what is longer is cut at once
 
 
 class Target(NamedTuple):
@@ -39,6 +41,8 @@ class Example:
         negatives: Its hard negatives.
         query_id: Equal for equal queries.
         positive_id: Equal for equal positives.
+        unique_id: Appended to query, positive and negatives, so that other examples' targets are
+            trivial negatives and no false ones (Gecko, for classification).
         teacher_scores: Of the positive and of each negative; empty where nobody scored them.
     """
 
@@ -48,6 +52,7 @@ class Example:
     negatives: tuple[Target, ...]
     query_id: str
     positive_id: str
+    unique_id: str = ""
     teacher_scores: tuple[float, ...] = ()
 
 
@@ -81,18 +86,15 @@ class Formatter:
 
     def texts(self, examples: Iterable[Example], *, dataset: str, symmetric: bool) -> pa.Table:
         """Returns the examples of one set as formatted texts, with the columns of `TEXTS`."""
-        tables, rows = [TEXTS.empty_table()], []
-        for example in examples:
-            rows.append(self._row(example, dataset, symmetric))
-            if len(rows) == _ROWS_AT_ONCE:
-                tables.append(pa.Table.from_pylist(rows, schema=TEXTS))
-                rows = []
-        tables.append(pa.Table.from_pylist(rows, schema=TEXTS))
+        tables, stream = [TEXTS.empty_table()], iter(examples)
+        while some := list(islice(stream, _ROWS_AT_ONCE)):
+            rows = self._rows(some, dataset, symmetric)
+            tables.append(pa.Table.from_pylist(rows, schema=TEXTS))
         return pa.concat_tables(tables).combine_chunks()
 
     def with_tokens(self, texts: pa.Table, *, symmetric: bool) -> pa.Table:
         """Adds the tokens of formatted texts: the columns of `EXAMPLE` without `batch`."""
-        limit = self.max_query_tokens if symmetric else self.max_passage_tokens
+        limit = self._target_tokens(symmetric)
         negatives = texts["negatives"].combine_chunks()
         flat = self._tokens(negatives.flatten(), limit)
         columns = {
@@ -104,25 +106,60 @@ class Formatter:
             texts = texts.append_column(name, column)
         return texts.select([name for name in EXAMPLE.names if name != "batch"])
 
-    def _row(self, example: Example, dataset: str, symmetric: bool) -> dict[str, object]:
+    def _target_tokens(self, symmetric: bool) -> int:
+        return self.max_query_tokens if symmetric else self.max_passage_tokens
+
+    def _rows(
+        self, examples: list[Example], dataset: str, symmetric: bool
+    ) -> list[dict[str, object]]:
         templates = self.encoder.templates
+        targets = [(e, target) for e in examples for target in (e.positive, *e.negatives)]
+        queries = self._marked(
+            [templates.format_query(e.query, task=e.task) for e in examples],
+            [e.unique_id for e in examples],
+            self.max_query_tokens,
+        )
+        marked = iter(
+            self._marked(
+                [
+                    templates.format_query(target.text, task=e.task)
+                    if symmetric
+                    else templates.format_passage(target.text, target.title)
+                    for e, target in targets
+                ],
+                [e.unique_id for e, _ in targets],
+                self._target_tokens(symmetric),
+            )
+        )
+        return [
+            {
+                "task": e.task,
+                "dataset": dataset,
+                "query": query,
+                "positive": next(marked),
+                "negatives": list(islice(marked, len(e.negatives))),
+                "teacher_scores": e.teacher_scores,
+                "query_id": e.query_id,
+                "positive_id": e.positive_id,
+                "symmetric": symmetric,
+            }
+            for e, query in zip(examples, queries, strict=True)
+        ]
 
-        def target(given: Target) -> str:
-            if symmetric:
-                return templates.format_query(given.text, task=example.task)
-            return templates.format_passage(given.text, given.title)
-
-        return {
-            "task": example.task,
-            "dataset": dataset,
-            "query": templates.format_query(example.query, task=example.task),
-            "positive": target(example.positive),
-            "negatives": [target(negative) for negative in example.negatives],
-            "teacher_scores": example.teacher_scores,
-            "query_id": example.query_id,
-            "positive_id": example.positive_id,
-            "symmetric": symmetric,
-        }
+    def _marked(self, texts: list[str], ids: list[str], max_tokens: int) -> list[str]:
+        """Appends its id to each text that has one, and cuts the text so that the id stays."""
+        limit = min(max_tokens, self.encoder.max_tokens)
+        texts, todo = list(texts), [place for place, id_ in enumerate(ids) if id_]
+        for place in todo:
+            texts[place] = texts[place][: _CHARACTERS_A_TOKEN * limit]
+        while todo:
+            whole = [f"{texts[place]} {ids[place]}" for place in todo]
+            tokens = self.encoder.tokenize(whole, max_tokens=limit)
+            cut = [len(row) >= limit for row in tokens]
+            todo = [place for place, was in zip(todo, cut, strict=True) if was and texts[place]]
+            for place in todo:
+                texts[place] = texts[place][: len(texts[place]) * 9 // 10]
+        return [f"{text} {id_}" if id_ else text for text, id_ in zip(texts, ids, strict=True)]
 
     def _tokens(self, texts: pa.LargeStringArray, limit: int) -> pa.LargeListArray:
         """Tokenises a column, each different text once."""

@@ -1,49 +1,286 @@
-"""Labelled sets as examples."""
+"""Labelled sets as training examples: what each kind's rows mean.
+
+A row that cannot be read is a reject; one that is fine and gives no example is left out; both are
+counted with their reasons.
+"""
+
+from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import PurePosixPath
-from typing import Any
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from cluster.errors import UserError
+from cluster.errors import Reject, UserError
 from cluster.storage import open_storage
 from pipelines.corpus.passages import passage_id
 from pipelines.mixture.config import LabelledSet
 from pipelines.mixture.formats import Example, Target
+from pipelines.mixture.rows import beir_files, jsonl_rows, read_rows
+
+if TYPE_CHECKING:
+    from cluster.artifacts import Artifact
+
+_UNIQUE_ID_LENGTH = 10  # hexadecimal characters: a million triples collide once or never
 
 
-def read_labelled(labelled: LabelledSet) -> Iterator[Example]:
-    """Yields the set's examples."""
-    for where, row in _read_jsonl(labelled.path):
-        if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in _REQUIRED):
-            raise UserError(
-                f"labelled set {labelled.name}, {where}: give JSON objects with the strings query"
-                " and positive, and maybe negative"
-            )
-        negative = row.get("negative")
-        yield Example(
-            task=labelled.task,
-            query=row["query"],
-            positive=Target(row["positive"]),
-            negatives=(Target(negative),) if negative else (),
-            query_id=passage_id("query", row["query"]),
-            positive_id=passage_id("", row["positive"]),
+@dataclass(kw_only=True)
+class Reading:
+    """What became of a set's rows, filled while its examples are taken.
+
+    Attributes:
+        num_rows: Rows read.
+        rejects: (place, reason, text) of the rows that could not be.
+        left_out: Reason -> rows, or texts, that are fine and give no example.
+    """
+
+    num_rows: int = 0
+    rejects: list[Reject] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def reject(self, where: str, reason: str, row: object) -> None:
+        """Notes a row that cannot be read."""
+        self.rejects.append((where, reason, json.dumps(row, default=str)[:200]))
+
+
+def read_examples(
+    labelled: LabelledSet, reading: Reading, passages: Artifact | None = None
+) -> Iterator[Example]:
+    """Yields the set's examples, and notes in `reading` what became of its rows.
+
+    Args:
+        labelled: The set.
+        reading: Filled while the examples are taken.
+        passages: The run's passages, for a set that is made of them.
+
+    Raises:
+        UserError: The set does not exist, is no file that is read here, or has one label only.
+    """
+    if labelled.kind == "retrieval":
+        yield from _retrieval(labelled, reading)
+        return
+    rows = _Rows(labelled, reading, passages)
+    yield from _KINDS[labelled.kind](labelled, rows, reading)
+
+
+class _Rows:
+    """The rows of a set that hold what its kind needs."""
+
+    def __init__(self, labelled: LabelledSet, reading: Reading, passages: Artifact | None) -> None:
+        self._labelled, self._reading, self._passages = labelled, reading, passages
+
+    def texts(self, *names: str) -> Iterator[tuple[dict[str, Any], str, list[str]]]:
+        """Yields each row, its place, and the texts of some fields, which it must have."""
+        for row in read_rows(self._labelled, self._passages):
+            self._reading.num_rows += 1
+            if len(row) == 3:
+                self._reading.rejects.append(row)
+                continue
+            where, fields = row
+            found = [fields.get(name) for name in names]
+            bad = [
+                name
+                for name, text in zip(names, found, strict=True)
+                if not isinstance(text, str) or not text.strip()
+            ]
+            if bad:
+                theirs = self._labelled.fields.get(bad[0], bad[0])
+                self._reading.reject(where, f"no text in field {theirs!r}", fields)
+            else:
+                yield fields, where, [str(text).strip() for text in found]
+
+
+def _pairs(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Example]:
+    for row, where, (query, positive) in rows.texts("query", "positive"):
+        negatives = [_list(row.get(name)) for name in ("negative", "negatives")]
+        if None in negatives:
+            reading.reject(where, "negatives are neither a text nor a list of texts", row)
+            continue
+        # Those who list several put the hardest first.
+        several = [negative for texts in negatives for negative in texts or []]
+        yield _example(labelled, query, positive, several)
+
+
+def _title_body(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Example]:
+    for row, _, (text,) in rows.texts("text"):
+        title = str(row.get("title") or "").strip()
+        body = text.removeprefix(title).lstrip(" .:-\n")  # else the words of the title would do
+        if title and body:
+            yield _example(labelled, title, body, [])
+        else:
+            reading.left_out["nothing behind its title" if title else "no title"] += 1
+
+
+def _nli(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Example]:
+    """Entailed hypotheses are positives; contradicting ones of the same premise are negatives."""
+    hypotheses: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
+    for row, where, (premise, hypothesis, label) in rows.texts("premise", "hypothesis", "label"):
+        if label not in _NLI_LABELS:
+            reading.reject(where, f"label is none of {', '.join(_NLI_LABELS)}", row)
+        elif label not in ("entailment", "contradiction"):
+            reading.left_out[f"label {label}"] += 1
+        else:
+            found = hypotheses.setdefault(premise, ({}, {}))[label == "contradiction"]
+            if hypothesis in found:
+                reading.left_out["repeats another row"] += 1
+            found[hypothesis] = None
+    for premise, (entailed, contradicting) in hypotheses.items():
+        if not entailed:
+            reading.left_out["contradiction of a premise without entailment"] += len(contradicting)
+        for number, hypothesis in enumerate(entailed):
+            yield _example(labelled, premise, hypothesis, _turned(list(contradicting), number))
+
+
+_NLI_LABELS = ("entailment", "neutral", "contradiction", "not_entailment", "-")
+
+
+def _classes(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Example]:
+    """Another text of the same label is the positive, texts of other labels are negatives."""
+    by_label: dict[str, dict[str, None]] = defaultdict(dict)
+    for row, where, (text,) in rows.texts("text"):
+        label = row.get("label")
+        if not isinstance(label, str | int) or label == "":
+            reading.reject(where, "label is neither a text nor a whole number", row)
+        elif text in by_label[str(label)]:
+            reading.left_out["repeats another text of its label"] += 1
+        else:
+            by_label[str(label)][text] = None
+    if len(by_label) == 1:
+        raise UserError(
+            f"labelled set {labelled.name!r} has the label {next(iter(by_label))!r} alone, and"
+            " negatives have another: give at least two"
         )
+    texts = [text for members in by_label.values() for text in members]
+    draw, start = random.Random(labelled.name), 0
+    for label, members in by_label.items():
+        size, num_others = len(members), len(texts) - len(members)
+        if size == 1:
+            reading.left_out["no other text of its label"] += 1
+        for place in range(start, start + size if size > 1 else start):
+            another = start + (place - start + draw.randrange(1, size)) % size
+            others = draw.sample(range(num_others), min(labelled.max_negatives, num_others))
+            negatives = [texts[other if other < start else other + size] for other in others]
+            unique = passage_id(labelled.name, f"{label} {texts[place]}")[:_UNIQUE_ID_LENGTH]
+            yield _example(labelled, texts[place], texts[another], negatives, unique)
+        start += size
 
 
-_REQUIRED = ("query", "positive")
+def _sts(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Example]:
+    for row, where, (one, other) in rows.texts("sentence1", "sentence2"):
+        try:
+            score = float(row["score"])
+        except (TypeError, ValueError):
+            reading.reject(where, "score is no number", row)
+            continue
+        if score >= labelled.min_score:
+            yield _example(labelled, one, other, [])
+        else:
+            reading.left_out[f"score below {labelled.min_score:g}"] += 1
 
 
-def _read_jsonl(path: str) -> Iterator[tuple[str, Any]]:
-    parent, _, name = path.rpartition("/")
-    storage = open_storage(parent or ".")
-    try:
-        lines = storage.read_bytes(PurePosixPath(name).as_posix()).splitlines()
-    except FileNotFoundError as error:
-        raise UserError(f"labelled set {path} does not exist: correct labelled.path") from error
+def _rerank(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Example]:
+    for row, where, (query,) in rows.texts("query"):
+        positives, negatives = _list(row.get("positive")), _list(row.get("negative"))
+        if positives is None or negatives is None:
+            reading.reject(where, "positive or negative is no list of texts", row)
+            continue
+        if not positives:
+            reading.left_out["no positive"] += 1
+        for number, positive in enumerate(positives):
+            yield _example(labelled, query, positive, _turned(negatives, number))
+
+
+def _retrieval(labelled: LabelledSet, reading: Reading) -> Iterator[Example]:
+    """Each relevant passage of a BEIR folder's qrels is an example."""
+    storage = open_storage(labelled.path)
+    corpus_path, queries_path, qrels_path = beir_files(labelled)
+    qrels = []
+    lines = storage.read_bytes(qrels_path).decode("utf-8-sig", "replace").splitlines()
     for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except ValueError as error:
-                raise UserError(f"labelled set {path}, line {number}: {error}") from error
+        values = line.split("\t")
+        try:
+            query, passage, score = values[0], values[1], int(values[2])
+        except (IndexError, ValueError):
+            if number > 1 and line.strip():  # the first is the header
+                reading.num_rows += 1
+                reading.reject(f"{qrels_path}:{number}", "no query, passage and score", line)
+            continue
+        reading.num_rows += 1
+        if score > 0:
+            qrels.append((f"{qrels_path}:{number}", query, passage))
+        else:
+            reading.left_out["judged not relevant"] += 1
+    queries = _texts_by_id(queries_path, labelled, {query for _, query, _ in qrels}, reading)
+    passages = _texts_by_id(corpus_path, labelled, {passage for *_, passage in qrels}, reading)
+    for where, query, passage in qrels:
+        if query in queries and passage in passages:
+            yield _example(labelled, queries[query].text, passages[passage], [])
+        else:
+            missing = "the query" if query not in queries else "the passage"
+            reading.reject(where, f"{missing} is missing or empty", [query, passage])
+
+
+def _texts_by_id(
+    path: str, labelled: LabelledSet, ids: set[str], reading: Reading
+) -> dict[str, Target]:
+    """Reads the texts of some ids; a line that cannot be read is a reject if nothing else is."""
+    found = {}
+    for row in jsonl_rows(open_storage(labelled.path), path):
+        if len(row) == 3:
+            reading.num_rows += 1
+            reading.rejects.append(row)
+            continue
+        fields = row[1]
+        id_, text, title = str(fields.get("_id")), fields.get("text"), fields.get("title")
+        if id_ in ids and isinstance(text, str) and text.strip():
+            found[id_] = Target(text.strip(), str(title or ""))
+    return found
+
+
+_KINDS: dict[str, Callable[[LabelledSet, _Rows, Reading], Iterator[Example]]] = {
+    "pairs": _pairs,
+    "title-body": _title_body,
+    "nli": _nli,
+    "classification": _classes,
+    "clustering": _classes,
+    "sts": _sts,
+    "rerank": _rerank,
+}
+
+
+def _example(
+    labelled: LabelledSet,
+    query: str,
+    positive: str | Target,
+    negatives: Iterable[str],
+    unique_id: str = "",
+) -> Example:
+    target = Target(positive) if isinstance(positive, str) else positive
+    # Of a symmetric set, a query and a target with the same text are the same.
+    kind = "query" if labelled.is_symmetric else target.title
+    others = [Target(text) for text in dict.fromkeys(negatives) if text != target.text]
+    return Example(
+        task=labelled.query_task,
+        query=query,
+        positive=target,
+        negatives=tuple(others[: labelled.max_negatives]),
+        query_id=passage_id("query", f"{query} {unique_id}" if unique_id else query),
+        positive_id=passage_id(kind, f"{target.text} {unique_id}" if unique_id else target.text),
+        unique_id=unique_id,
+    )
+
+
+def _list(value: Any) -> list[str] | None:
+    """Returns the texts of a field that holds a text, a list of them or nothing; else None."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(text, str) for text in values):
+        return None
+    return [text.strip() for text in values if text.strip()]
+
+
+def _turned(texts: list[str], by: int) -> list[str]:
+    """Returns the texts from another start, so that a query's positives get different negatives."""
+    start = by % len(texts) if texts else 0
+    return texts[start:] + texts[:start]

@@ -2,28 +2,33 @@
 
 The artifact is the training run's whole diet: batches of one data set each, all epochs, in order.
 So training streams it once, and a resumed run skips to its batch, whatever the number of workers.
+What was held out for validation lies beside it in `validation/`, in batches too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.artifacts import Artifact, Json, shard_path
-from cluster.errors import UserError
+from cluster.artifacts import Artifact, Json, shard_path, write_rejects
+from cluster.errors import TooManyRejects, UserError
 from cluster.steps import StepContext
 from cluster.storage import write_table
-from pipelines.mixture.config import MixtureConfig
+from pipelines.mixture.config import LabelledSet, MixtureConfig, SetsConfig
+from pipelines.mixture.decontamination import Decontamination
 from pipelines.mixture.formats import Example, Formatter, Target
-from pipelines.mixture.labelled import read_labelled
+from pipelines.mixture.labelled import Reading, read_examples
 from pipelines.mixture.sampling import Rows, draw_batches
 from pipelines.records import EXAMPLE
 
 EXAMPLES_PER_SHARD = 8192
+VALIDATION = "validation/shards"
+MAX_LISTED = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,87 +39,168 @@ class Source:
     weight: float
     texts: pa.Table
     symmetric: bool = False
+    uniform_tasks: bool = False
 
     def rows(self) -> Rows:
         """Returns what sampling needs to know."""
+        groups = _codes(self.texts["task"]) if self.uniform_tasks else None
+        return Rows(name=self.name, weight=self.weight, keys=self.keys(), groups=groups)
+
+    def keys(self) -> np.ndarray:
+        """Returns a number for the query and one for the positive of each row: ``[rows, 2]``."""
         ids = [self.texts["query_id"], self.texts["positive_id"]]
-        codes = [column.combine_chunks().dictionary_encode().indices.to_numpy() for column in ids]
-        codes[1] = codes[1] + len(codes[0])  # a query is no repeat of a positive
-        return Rows(name=self.name, weight=self.weight, keys=np.stack(codes, axis=1))
+        if self.symmetric:  # one example's query may be another's positive
+            both = _codes(pa.chunked_array([chunk for column in ids for chunk in column.chunks]))
+            return both.reshape(2, -1).T
+        queries, positives = map(_codes, ids)
+        return np.stack([queries, len(queries) + positives], axis=1)
 
 
 def make_mixture(
-    config: MixtureConfig,
+    config: SetsConfig,
     *,
     formatter: Formatter,
+    decontamination: Decontamination,
     batch_size: int,
     epochs: float,
     context: StepContext,
 ) -> dict[str, Json]:
-    """Formats every set, draws the batches, tokenises what they hold and writes them."""
-    sources = [_fret(config, formatter, context.input("fret"))]
-    for labelled in config.labelled:
-        texts = formatter.texts(
-            read_labelled(labelled), dataset=labelled.name, symmetric=labelled.symmetric
-        )
-        sources.append(
-            Source(
-                name=labelled.name,
-                weight=labelled.weight or texts.num_rows,
-                texts=texts,
-                symmetric=labelled.symmetric,
-            )
-        )
+    """Formats every set, draws the batches, tokenises what they hold and writes them.
+
+    Raises:
+        UserError: No example is left, or a labelled set does not exist.
+        TooManyRejects: Too many rows of a labelled set cannot be read.
+    """
+    sources = []
+    if isinstance(config, MixtureConfig) and config.fret_weight != 0:
+        sources.append(_fret(config, formatter, context.input("fret")))
+    reader = _Reader(config, formatter, decontamination, context)
+    sources += [reader.read(labelled) for labelled in config.labelled]
+    write_rejects(context.storage, reader.rejects)
+    sources = [source for source in sources if source.texts.num_rows]
+    held_out = _held_out(sources, config)
+    sources = [_without(source, out) for source, out in zip(sources, held_out, strict=True)]
     sources = [source for source in sources if source.texts.num_rows]
     if not sources:
         raise UserError(
             "no training example is left: every generated query was dropped (see the fret step's"
-            " manifest) and the recipe names no labelled set; write more seeds or loosen fret"
+            " manifest) and the recipe's labelled sets give none; write more seeds, loosen fret or"
+            " name other sets"
         )
     num_rows = sum(source.texts.num_rows for source in sources)
     num_batches = max(1, round(epochs * num_rows / batch_size))
     batches = list(
         draw_batches([source.rows() for source in sources], batch_size, num_batches, config.seed)
     )
-    _write(sources, batches, max(1, EXAMPLES_PER_SHARD // batch_size), formatter, context)
+    writer = _Writer(formatter, batch_size, context)
+    writer.write(sources, batches, "shards")
+    if any(source.texts.num_rows for source in held_out):
+        writer.write(held_out, _in_order(held_out, batch_size), VALIDATION)
+    drawn = Counter(place for place, _ in batches)
     return {
         "num_batches": num_batches,
         "num_examples": num_rows,
+        "num_validation_examples": sum(source.texts.num_rows for source in held_out),
         "sets": {source.name: source.texts.num_rows for source in sources},
+        "batches": {source.name: drawn[place] for place, source in enumerate(sources)},
+        **reader.metrics(),
     }
 
 
-def _write(
-    sources: list[Source],
-    batches: list[tuple[int, np.ndarray]],
-    batches_per_shard: int,
-    formatter: Formatter,
-    context: StepContext,
-) -> None:
-    """Tokenises the rows that the batches hold, each once, and writes the batches in order."""
-    tables, places = [], []
-    for number, source in enumerate(sources):
-        drawn = [rows for place, rows in batches if place == number]
-        used = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *drawn]))
-        texts = source.texts.take(pa.array(used))
-        tables.append(formatter.with_tokens(texts, symmetric=source.symmetric).combine_chunks())
-        places.append(used)
-        context.progress.update(0, len(batches), f"tokenised {source.name}")
-    for start in range(0, len(batches), batches_per_shard):
-        parts = []
-        for number, (place, rows) in enumerate(batches[start : start + batches_per_shard], start):
-            table = tables[place].take(pa.array(np.searchsorted(places[place], rows)))
-            numbers = pa.array(np.full(len(rows), number, dtype=np.int32))
-            parts.append(table.add_column(0, "batch", numbers).cast(EXAMPLE))
-        write_table(
-            context.storage, shard_path(start // batches_per_shard), pa.concat_tables(parts)
+class _Reader:
+    """Reads labelled sets, and keeps count of what is not trained on."""
+
+    def __init__(
+        self,
+        config: SetsConfig,
+        formatter: Formatter,
+        decontamination: Decontamination,
+        context: StepContext,
+    ) -> None:
+        self._config, self._formatter = config, formatter
+        self._decontamination, self._context = decontamination, context
+        self._counts: dict[str, Json] = {}
+        self._contaminated: list[dict[str, str]] = []
+        self.rejects: list[tuple[str, str, str]] = []
+
+    def read(self, labelled: LabelledSet) -> Source:
+        """Reads one set; raises TooManyRejects."""
+        self._context.progress.update(0, None, f"reading {labelled.name}")
+        reading, dropped = Reading(), Counter[str]()
+        examples = read_examples(labelled, reading, self._context.inputs.get("passages"))
+        texts = self._formatter.texts(
+            self._clean(examples, labelled, dropped),
+            dataset=labelled.name,
+            symmetric=labelled.is_symmetric,
         )
-        context.progress.update(start + len(parts), len(batches))
+        self._check(labelled, reading)
+        self._counts[labelled.name] = {
+            "num_rows": reading.num_rows,
+            "num_examples": texts.num_rows,
+            "rejected": dict(Counter(reason for _, reason, _ in reading.rejects)),
+            "left_out": dict(reading.left_out),
+            "decontaminated": dict(dropped),
+        }
+        texts = _sample(texts, labelled.max_rows, labelled.name, self._config.seed)
+        return Source(
+            name=labelled.name,
+            weight=_weight(labelled.weight, texts, self._config),
+            texts=texts,
+            symmetric=labelled.is_symmetric,
+        )
+
+    def metrics(self) -> dict[str, Json]:
+        """Returns the counts of each set, and the first examples that were taken out."""
+        return {
+            "labelled": self._counts,
+            "num_evaluation_queries": len(self._decontamination),
+            "contaminated": self._contaminated,
+        }
+
+    def _clean(
+        self, examples: Iterable[Example], labelled: LabelledSet, dropped: Counter[str]
+    ) -> Iterator[Example]:
+        """Yields the examples that repeat no evaluation query."""
+        for example in examples:
+            texts = [example.query]
+            if labelled.is_symmetric:
+                texts += [target.text for target in (example.positive, *example.negatives)]
+            repeats = ((text, self._decontamination.repeated(text)) for text in texts)
+            found = next(((text, why) for text, why in repeats if why is not None), None)
+            if found is None:
+                yield example
+                continue
+            text, (reason, query) = found
+            dropped[reason] += 1
+            if len(self._contaminated) < MAX_LISTED:
+                row = {"set": labelled.name, "text": text, "evaluation_query": query}
+                self._contaminated.append(row)
+
+    def _check(self, labelled: LabelledSet, reading: Reading) -> None:
+        self.rejects += [
+            (f"{labelled.name}: {id_}", why, text) for id_, why, text in reading.rejects
+        ]
+        share = self._config.max_reject_share
+        if len(reading.rejects) > share * reading.num_rows:
+            write_rejects(self._context.storage, self.rejects)
+            raise TooManyRejects.of(
+                self._context.storage.uri.rpartition("/")[2],
+                Counter(reason for _, reason, _ in reading.rejects),
+                reading.rejects,
+                f"of set {labelled.name!r} accepted is a share of {share} of {reading.num_rows}:"
+                " mend the set, name its fields, or raise max_reject_share",
+            )
 
 
 def _fret(config: MixtureConfig, formatter: Formatter, fret: Artifact) -> Source:
     texts = formatter.texts(_fret_examples(fret), dataset="fret", symmetric=False)
-    return Source(name="fret", weight=config.fret_weight or texts.num_rows, texts=texts)
+    texts = _sample(texts, config.fret_max_rows, "fret", config.seed)
+    return Source(
+        name="fret",
+        weight=_weight(config.fret_weight, texts, config),
+        texts=texts,
+        uniform_tasks=config.fret_tasks == "uniform",
+    )
 
 
 def _fret_examples(fret: Artifact) -> Iterator[Example]:
@@ -134,3 +220,87 @@ def _fret_examples(fret: Artifact) -> Iterator[Example]:
                     fused[id_] for id_ in (row["positive_id"], *row["negative_ids"])
                 ),
             )
+
+
+def _weight(weight: float | None, texts: pa.Table, config: SetsConfig) -> float:
+    """Returns the set's own weight, or rows^(1/temperature)."""
+    return float(texts.num_rows ** (1 / config.temperature)) if weight is None else weight
+
+
+def _sample(texts: pa.Table, max_rows: int | None, name: str, seed: int) -> pa.Table:
+    if max_rows is None or texts.num_rows <= max_rows:
+        return texts
+    draw = np.random.default_rng([seed, *f"rows of {name}".encode()])
+    return texts.take(pa.array(np.sort(draw.permutation(texts.num_rows)[:max_rows])))
+
+
+def _held_out(sources: list[Source], config: SetsConfig) -> list[Source]:
+    """Draws the rows for validation, of each set by its weight and at most a fifth of it."""
+    total = sum(source.weight for source in sources)
+    found = []
+    for source in sources:
+        share = round(config.validation_examples * source.weight / total)
+        size = min(share, source.texts.num_rows // 5)
+        found.append(
+            replace(
+                source,
+                texts=_sample(source.texts, size, f"held out {source.name}", config.seed),
+            )
+        )
+    return found
+
+
+def _without(source: Source, held_out: Source) -> Source:
+    """Returns a set without the rows that share a query with those held out."""
+    if not held_out.texts.num_rows:
+        return source
+    shared = pc.is_in(source.texts["query_id"], held_out.texts["query_id"].combine_chunks())
+    return replace(source, texts=source.texts.filter(pc.invert(shared)).combine_chunks())
+
+
+def _in_order(sources: list[Source], batch_size: int) -> list[tuple[int, np.ndarray]]:
+    return [
+        (place, np.arange(start, min(start + batch_size, source.texts.num_rows)))
+        for place, source in enumerate(sources)
+        for start in range(0, source.texts.num_rows, batch_size)
+    ]
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Tokenises the rows that batches hold, each once, and writes the batches in order."""
+
+    formatter: Formatter
+    batch_size: int
+    context: StepContext
+
+    def write(
+        self, sources: list[Source], batches: list[tuple[int, np.ndarray]], folder: str
+    ) -> None:
+        """Writes shards of the columns of `EXAMPLE` into a folder of the step's."""
+        progress = self.context.progress
+        tables, places = [], []
+        for number, source in enumerate(sources):
+            progress.update(0, len(batches), f"tokenising {source.name}")
+            drawn = [rows for place, rows in batches if place == number]
+            used = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *drawn]))
+            texts = source.texts.take(pa.array(used))
+            table = self.formatter.with_tokens(texts, symmetric=source.symmetric)
+            tables.append(table.combine_chunks())
+            places.append(used)
+        per_shard = max(1, EXAMPLES_PER_SHARD // self.batch_size)
+        for start in range(0, len(batches), per_shard):
+            parts = []
+            for number, (place, rows) in enumerate(batches[start : start + per_shard], start):
+                table = tables[place].take(pa.array(np.searchsorted(places[place], rows)))
+                numbers = pa.array(np.full(len(rows), number, dtype=np.int32))
+                parts.append(table.add_column(0, "batch", numbers).cast(EXAMPLE))
+            shard = pa.concat_tables(parts)
+            write_table(self.context.storage, shard_path(start // per_shard, folder), shard)
+            progress.update(start + len(parts), len(batches))
+
+
+def _codes(column: pa.ChunkedArray) -> np.ndarray:
+    """Returns equal numbers for equal values."""
+    codes: np.ndarray = column.combine_chunks().dictionary_encode().indices.to_numpy()
+    return codes.astype(np.int64)

@@ -1,22 +1,44 @@
-"""The step `training`: the mixture's batches through Ray Train."""
+"""The steps `prefinetuning` and `training`: a mixture's batches through Ray Train."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from cluster.artifacts import Json
 from cluster.steps import StepContext
 from cluster.storage import join
-from pipelines.student import model_folder
 from pipelines.training.config import TrainingConfig
 from pipelines.training.train import train
 
+if TYPE_CHECKING:
+    from pipelines.evaluation.dataset import RetrievalDataset
 
-def train_student(config: TrainingConfig, context: StepContext) -> dict[str, Json]:
-    """Trains the student; the step's folder gets `encoder/` and `metrics.jsonl`."""
-    context.progress.update(0, context.input("mixture").manifest.metrics["num_batches"])
+
+def train_student(
+    config: TrainingConfig,
+    *,
+    mixture: str,
+    student: str,
+    test_set: RetrievalDataset | None,
+    context: StepContext,
+) -> dict[str, Json]:
+    """Trains the student; the step's folder gets `encoder/` and `metrics.jsonl`.
+
+    Args:
+        config: The stage's configuration.
+        mixture: Name of the step whose batches are trained on.
+        student: Folder or URI of the encoder to start from.
+        test_set: What the training is watched on, if anything.
+        context: Of the step.
+    """
+    context.progress.update(0, context.input(mixture).manifest.metrics["num_batches"])
     rows = train(
         config,
-        examples=context.input("mixture").uri,
-        student=model_folder(context.input("student")),
+        examples=context.input(mixture).uri,
+        student=student,
         output=context.storage.uri,
         scratch=join(context.storage.uri, "work", "ray"),
+        test_set=test_set,
         progress=context.progress,
     )
     tail = [row["loss"] for row in rows[-20:]]

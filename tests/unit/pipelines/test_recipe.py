@@ -79,6 +79,25 @@ def test_base_that_leads_back_to_the_recipe_is_a_mistake(tmp_path: Path) -> None
         ("queries.tasks=[poetry]", "accepted are question answering"),
         ("fret.fusion=best", "'best' given"),
         ("seeds.num_seeds", "write path.to.key=value"),
+        (
+            "mixture.labelled=[{name: a, path: b, kind: nil}]",
+            "mixture.labelled.0.kind: 'nil' given; Input should be 'pairs'",
+        ),
+        (
+            "mixture.labelled=[{name: a, path: b, min_scroe: 3}]",
+            "unknown key mixture.labelled.0.min_scroe; did you mean 'min_score'?",
+        ),
+        (
+            "mixture.labelled=[{name: a, path: b}, {name: a, path: c}]",
+            "two labelled sets have one name",
+        ),
+        ("mixture.labelled=[{name: fret, path: b}]", "fret is the name of the generated set"),
+        ("prefinetuning.training.epochs=1", "key prefinetuning.mixture is missing"),
+        ("prefinetuning.mixture.fret_weight=1", "unknown key prefinetuning.mixture.fret_weight"),
+        (
+            "training.validation.test_set=scifact",
+            "training.validation.test_set: 'scifact' is no retrieval set of the recipe's",
+        ),
         ("queries.tasks.9=x", "'9' is no place in a list of 2"),
     ],
 )

@@ -16,6 +16,8 @@ class Words:
         query="task: {task} | query: {text}", passage="title: {title} | text: {text}"
     )
 
+    max_tokens = 100
+
     def __init__(self) -> None:
         self.texts: list[str] = []
 

@@ -1,0 +1,230 @@
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.errors import UserError
+from pipelines.mixture.config import LabelledSet
+from pipelines.mixture.formats import Example
+from pipelines.mixture.labelled import Reading, read_examples
+
+Rows = list[Any]
+
+
+def read(path: Path | str, kind: str, **keys: Any) -> tuple[list[Example], Reading]:
+    labelled = LabelledSet.model_validate({"name": "a", "kind": kind, "path": str(path), **keys})
+    reading = Reading()
+    return list(read_examples(labelled, reading)), reading
+
+
+def jsonl(tmp_path: Path, rows: Rows) -> Path:
+    file = tmp_path / "set.jsonl"
+    file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return file
+
+
+def triples(examples: list[Example]) -> list[tuple[str, str, list[str]]]:
+    return [(e.query, e.positive.text, [text for text, _ in e.negatives]) for e in examples]
+
+
+def test_pairs_have_none_one_or_several_negatives(tmp_path: Path) -> None:
+    rows = [
+        {"query": "a", "positive": "b"},
+        {"query": "c", "positive": "d", "negative": "e"},
+        {"query": "f", "positive": "g", "negatives": ["h", "g", "i", "j"]},
+    ]
+    found, reading = read(jsonl(tmp_path, rows), "pairs", max_negatives=2)
+    assert triples(found) == [("a", "b", []), ("c", "d", ["e"]), ("f", "g", ["h", "i"])]
+    assert {example.task for example in found} == {"search result"}
+    assert reading.num_rows == 3 and not reading.rejects
+
+
+def test_rows_that_cannot_be_read_are_rejects_with_their_place_and_reason(tmp_path: Path) -> None:
+    rows: Rows = [
+        {"query": "a", "positive": "b"},
+        "{not json",
+        "[1]",
+        {"query": "a"},
+        {"query": " ", "positive": "b"},
+        {"query": "a", "positive": "b", "negative": 3},
+    ]
+    found, reading = read(jsonl(tmp_path, rows), "pairs")
+    assert len(found) == 1 and reading.num_rows == 6
+    assert [(where, why) for where, why, _ in reading.rejects] == [
+        ("set.jsonl:2", "malformed JSON"),
+        ("set.jsonl:3", "no JSON object"),
+        ("set.jsonl:4", "no text in field 'positive'"),
+        ("set.jsonl:5", "no text in field 'query'"),
+        ("set.jsonl:6", "negatives are neither a text nor a list of texts"),
+    ]
+
+
+def test_fields_may_have_other_names(tmp_path: Path) -> None:
+    file = jsonl(tmp_path, [{"question": "a", "answer": "b"}])
+    found, _ = read(file, "pairs", fields={"query": "question", "positive": "answer"})
+    assert triples(found) == [("a", "b", [])]
+    with pytest.raises(ValueError, match="of kind pairs has query, positive, negative, negatives"):
+        read(file, "pairs", fields={"questoin": "question"})
+
+
+def test_nli_triples_are_entailment_and_contradiction_of_one_premise(tmp_path: Path) -> None:
+    def row(premise: str, hypothesis: str, label: object) -> dict[str, object]:
+        return {"premise": premise, "hypothesis": hypothesis, "label": label}
+
+    rows = [
+        row("p", "yes", "entailment"),
+        row("q", "of q", "entailment"),
+        row("p", "no", "contradiction"),
+        row("p", "perhaps", "neutral"),
+        row("p", "also", "entailment"),
+        row("p", "never", "contradiction"),
+        row("p", "also", "entailment"),
+        row("r", "no", "contradiction"),
+        row("r", "?", "-"),
+        row("r", "?", "maybe"),
+    ]
+    found, reading = read(jsonl(tmp_path, rows), "nli")
+    assert triples(found) == [
+        ("p", "yes", ["no"]),
+        ("p", "also", ["never"]),
+        ("q", "of q", []),
+    ]
+    assert {example.task for example in found} == {"semantic similarity"}
+    assert reading.left_out == {
+        "label neutral": 1,
+        "label -": 1,
+        "repeats another row": 1,
+        "contradiction of a premise without entailment": 1,
+    }
+    assert [why for _, why, _ in reading.rejects] == [
+        "label is none of entailment, neutral, contradiction, not_entailment, -"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["classification", "clustering"])
+def test_classes_give_a_text_of_its_label_and_texts_of_others(tmp_path: Path, kind: str) -> None:
+    labels = {f"{label}{n}": label for label in "abc" for n in range(5)} | {"lone": "d"}
+    rows = [{"text": text, "label": label} for text, label in labels.items()]
+    rows += [{"text": "a0", "label": "a"}, {"text": "no label"}]
+    found, reading = read(jsonl(tmp_path, rows), kind, max_negatives=3)
+    assert [example.query for example in found] == [text for text in labels if text != "lone"]
+    for query, positive, negatives in triples(found):
+        assert labels[positive] == labels[query] and positive != query
+        assert len(set(negatives)) == 3
+        assert all(labels[negative] != labels[query] for negative in negatives)
+    assert len({example.unique_id for example in found}) == len(found) and found[0].unique_id
+    assert {labels[text] for _, _, texts in triples(found) for text in texts} == set("abcd")
+    assert reading.left_out == {
+        "no other text of its label": 1,
+        "repeats another text of its label": 1,
+    }
+    assert [why for _, why, _ in reading.rejects] == ["label is neither a text nor a whole number"]
+    assert found == read(tmp_path / "set.jsonl", kind, max_negatives=3)[0]
+
+
+def test_classes_of_one_label_are_a_mistake(tmp_path: Path) -> None:
+    rows = [{"text": text, "label": 1} for text in "abc"]
+    with pytest.raises(UserError, match="label '1' alone"):
+        read(jsonl(tmp_path, rows), "classification")
+
+
+def test_sts_pairs_of_a_high_score_are_positive(tmp_path: Path) -> None:
+    lines = [
+        "score\tsentence1\tsentence2",
+        '4.5\tsay "so\tit is so',
+        "3.9\tc\td",
+        "x\te\tf",
+        "5\tg",
+    ]
+    (tmp_path / "set.tsv").write_text("\r\n".join(lines))
+    found, reading = read(tmp_path / "set.tsv", "sts")
+    assert triples(found) == [('say "so', "it is so", [])]
+    assert reading.left_out == {"score below 4": 1}
+    assert [why for _, why, _ in reading.rejects] == ["score is no number", "not 3 columns"]
+    assert len(read(tmp_path / "set.tsv", "sts", min_score=3)[0]) == 2
+
+
+def test_retrieval_gives_a_row_for_each_relevant_passage(tmp_path: Path) -> None:
+    (tmp_path / "qrels").mkdir()
+    corpus = [
+        {"_id": "1", "title": "T", "text": "one"},
+        {"_id": "2", "text": "two"},
+        {"_id": "3", "text": ""},
+    ]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, corpus)))
+    (tmp_path / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "of test"}))
+    (tmp_path / "queries_train.jsonl").write_text(json.dumps({"_id": "q", "text": "ask"}))
+    lines = ["query-id\tcorpus-id\tscore", "q\t1\t1", "q\t2\t2", "q\t3\t1", "q\t4\t1", "z\t1\t1"]
+    lines += ["q\t1\t0", "broken"]
+    (tmp_path / "qrels" / "train.tsv").write_text("\n".join(lines))
+    found, reading = read(tmp_path, "retrieval")
+    assert triples(found) == [("ask", "one", []), ("ask", "two", [])]
+    assert found[0].positive.title == "T" and found[0].query_id == found[1].query_id
+    assert reading.left_out == {"judged not relevant": 1} and reading.num_rows == 7
+    assert Counter(why for _, why, _ in reading.rejects) == {
+        "no query, passage and score": 1,
+        "the passage is missing or empty": 2,
+        "the query is missing or empty": 1,
+    }
+    with pytest.raises(UserError, match=r"has no qrels/dev\.tsv"):
+        read(tmp_path, "retrieval", split="dev")
+
+
+def test_rerank_gives_each_positive_another_negative(tmp_path: Path) -> None:
+    rows = [
+        {"query": "a", "positive": ["b", "c", "d"], "negative": ["x", "y"]},
+        {"query": "e", "positive": [], "negative": ["x"]},
+        {"query": "f", "positive": ["g"], "negative": []},
+    ]
+    found, reading = read(jsonl(tmp_path, rows), "rerank")
+    assert triples(found) == [
+        ("a", "b", ["x"]),
+        ("a", "c", ["y"]),
+        ("a", "d", ["x"]),
+        ("f", "g", []),
+    ]
+    assert reading.left_out == {"no positive": 1}
+
+
+def test_title_finds_its_body_without_being_repeated_in_it(tmp_path: Path) -> None:
+    rows = [
+        {"title": "Bees", "text": "Bees. They dance."},
+        {"title": "", "text": "They dance."},
+        {"title": "Bees", "text": "Bees."},
+    ]
+    found, reading = read(jsonl(tmp_path, rows), "title-body")
+    assert triples(found) == [("Bees", "They dance.", [])]
+    assert found[0].positive.title == ""
+    assert reading.left_out == {"no title": 1, "nothing behind its title": 1}
+
+
+def test_query_and_target_of_one_text_share_an_id_in_a_symmetric_set(tmp_path: Path) -> None:
+    file = jsonl(tmp_path, [{"query": "a", "positive": "b"}, {"query": "b", "positive": "a"}])
+    one, other = read(file, "pairs", symmetric=True)[0]
+    assert (one.query_id, one.positive_id) == (other.positive_id, other.query_id)
+    one, other = read(file, "pairs")[0]
+    assert len({one.query_id, one.positive_id, other.query_id, other.positive_id}) == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "num_rows", "num_examples", "with_negative"),
+    [
+        ("pairs", "pairs/medquad/train.jsonl", 5996, 5996, 0),
+        ("nli", "nli/cad-nli/train.jsonl", 8330, 2770, 1676),
+        ("classification", "classification/banking77/train.jsonl", 10003, 9999, 9999),
+        ("clustering", "clustering/agnews/test.jsonl", 4000, 4000, 4000),
+        ("sts", "sts/stsb/train.tsv", 5749, 1406, 0),
+        ("retrieval", "retrieval/scifact", 919, 919, 0),
+        ("rerank", "rerank/semeval15-cqa/train.jsonl", 191, 656, 652),
+        ("title-body", "retrieval/scifact/corpus.jsonl", 5183, 5183, 0),
+    ],
+)
+def test_real_sets_are_read_whole(
+    data_folder: Path, kind: str, path: str, num_rows: int, num_examples: int, with_negative: int
+) -> None:
+    found, reading = read(data_folder / path, kind)
+    assert (reading.num_rows, len(found)) == (num_rows, num_examples)
+    assert sum(bool(example.negatives) for example in found) == with_negative
+    assert not reading.rejects

@@ -1,0 +1,109 @@
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.errors import UserError
+from cluster.storage import open_storage
+from pipelines.mixture.config import LabelledSet
+from pipelines.mixture.rows import read_rows, version
+
+
+def pairs(path: str | Path, **keys: object) -> LabelledSet:
+    return LabelledSet.model_validate({"name": "a", "path": str(path), **keys})
+
+
+def rows(labelled: LabelledSet) -> list[dict[str, object]]:
+    return [{k: v for k, v in row[1].items() if v is not None} for row in read_rows(labelled)]
+
+
+PAIRS = [{"query": "a", "positive": "b"}, {"query": "c", "positive": "d"}]
+
+
+@pytest.fixture
+def parquet_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "data set"
+    folder.mkdir()
+    for split, part in (("train", PAIRS), ("test", PAIRS[:1])):
+        pq.write_table(pa.Table.from_pylist(part), folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def test_rows_are_read_from_parquet_and_jsonl(tmp_path: Path, parquet_folder: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + "\n\n".join(map(json.dumps, PAIRS)).encode() + b'\n{"query": "\xff"}'
+    )
+    assert rows(pairs(parquet_folder / "train-00000-of-00001.parquet")) == PAIRS
+    *good, bad = read_rows(pairs(tmp_path / "pairs.jsonl"))
+    assert [row[1]["query"] for row in good] == ["a", "c"]
+    assert bad[:2] == ("pairs.jsonl:4", "not UTF-8")
+
+
+def test_rows_are_read_from_s3(bucket: str) -> None:
+    open_storage(bucket).write_bytes("sets/pairs.jsonl", "\n".join(map(json.dumps, PAIRS)).encode())
+    assert rows(pairs(f"{bucket}/sets/pairs.jsonl")) == PAIRS
+
+
+def test_hub_data_set_is_read_by_its_split(
+    parquet_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    assert rows(pairs(f"hub:{parquet_folder}")) == PAIRS
+    assert rows(pairs(f"hub:{parquet_folder}::test")) == PAIRS[:1]
+    with pytest.raises(UserError, match="cannot be loaded"):
+        rows(pairs(f"hub:{parquet_folder}::dev"))
+
+
+def test_hub_labels_are_read_by_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    labels = datasets.ClassLabel(names=["entailment", "neutral", "contradiction"])
+    features = datasets.Features(
+        {"premise": datasets.Value("string"), "hypothesis": datasets.Value("string")}
+        | {"label": labels}
+    )
+    table = {"premise": ["p"] * 3, "hypothesis": ["a", "b", "c"], "label": [2, 0, -1]}
+    dataset = datasets.Dataset.from_dict(table, features=features)
+    dataset.to_parquet(str(tmp_path / "nli" / "train.parquet"))
+    found = [
+        row["label"]
+        for row in rows(pairs(f"hub:{tmp_path / 'nli'}", kind="nli"))
+        if row.get("label")
+    ]
+    assert found == ["contradiction", "entailment"]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("missing.jsonl", "does not exist: correct its path"),
+        ("folder", "write hub:"),
+        ("a.csv", "is no .jsonl, .ndjson, .tsv, .parquet file"),
+    ],
+)
+def test_set_that_cannot_be_found_is_named(tmp_path: Path, path: str, message: str) -> None:
+    labelled = pairs(tmp_path / path)
+    with pytest.raises(UserError, match=message):
+        version(labelled)
+    with pytest.raises(UserError, match=message):
+        rows(labelled)
+
+
+def test_version_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text(json.dumps(PAIRS[0]))
+    before = version(pairs(tmp_path / "a.jsonl"))
+    assert before == version(pairs(tmp_path / "b.jsonl"))
+    (tmp_path / "a.jsonl").write_text(json.dumps(PAIRS[1]))
+    assert version(pairs(tmp_path / "a.jsonl")) != before
+
+
+def test_run_passages_are_for_titles_and_bodies_only() -> None:
+    assert pairs("run:passages", kind="title-body").query_task == "search result"
+    with pytest.raises(ValueError, match="is for the kind title-body, not pairs"):
+        pairs("run:passages")

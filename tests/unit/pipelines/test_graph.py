@@ -1,0 +1,67 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import UserError
+from cluster.steps import Run, Step
+from pipelines.graph import build_run
+from pipelines.recipe import load_recipe
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"title": "Bees", "text": "They dance."}))
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"query": "a", "positive": "b"}))
+    return tmp_path
+
+
+def run(folder: Path, *settings: str) -> Run:
+    recipe = load_recipe("laptop", [f"corpus.path={folder}/corpus.jsonl", *settings])
+    return build_run(recipe, str(folder / "run"))
+
+
+def step(made: Run, name: str) -> Step:
+    return next(each for each in made.steps if each.name == name)
+
+
+def test_training_starts_from_the_prefinetuned_student(folder: Path) -> None:
+    alone = run(folder)
+    assert "prefinetuning" not in {each.name for each in alone.steps}
+    assert set(step(alone, "training").inputs) == {"mixture", "student"}
+    labelled = f"{{name: faq, path: {folder}/pairs.jsonl}}"
+    made = run(folder, f"prefinetuning.mixture.labelled=[{labelled}]")
+    assert set(step(made, "prefinetuning").inputs) == {"prefinetuning_mixture", "student"}
+    assert set(step(made, "training").inputs) == {"mixture", "prefinetuning"}
+    # Nothing of FRet is in the way of the first stage.
+    assert step(made, "prefinetuning_mixture").inputs == ("student",)
+
+
+def test_mixture_is_another_when_a_set_or_a_limit_of_tokens_is(folder: Path) -> None:
+    file = folder / "pairs.jsonl"
+    labelled = f"mixture.labelled=[{{name: faq, path: {file}}}]"
+
+    def fingerprint(*settings: str) -> str:
+        made = run(folder, labelled, *settings)
+        return made.fingerprint(step(made, "mixture"))
+
+    before = fingerprint()
+    assert fingerprint("mixture.max_reject_share=0.5") == before
+    assert fingerprint("training.loss.temperature=0.5") == before
+    assert fingerprint("training.max_query_tokens=32") != before
+    assert fingerprint("mixture.temperature=2") != before
+    moved = file.rename(folder / "moved.jsonl")
+    assert fingerprint(f"mixture.labelled.0.path={moved}") == before
+    moved.write_text(json.dumps({"query": "a", "positive": "c"}))
+    assert fingerprint(f"mixture.labelled.0.path={moved}") != before
+
+
+def test_mixture_reads_what_its_sets_are_made_of(folder: Path) -> None:
+    titles = "{name: titles, kind: title-body, path: run:passages}"
+    made = run(folder, f"mixture.labelled=[{titles}]", "mixture.fret_weight=0")
+    assert set(step(made, "mixture").inputs) == {"student", "passages"}
+
+
+def test_missing_labelled_set_is_named_before_anything_runs(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"'faq': .*none\.jsonl does not exist"):
+        run(folder, f"mixture.labelled=[{{name: faq, path: {folder}/none.jsonl}}]")
