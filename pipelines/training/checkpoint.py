@@ -1,9 +1,16 @@
-"""Checkpoints: weights and optimizer in one safetensors file, so that it is whole or absent."""
+"""Checkpoints: weights and optimizer in one safetensors file, so that it is whole or absent.
+
+Nothing else has a state: the learning rate, the random numbers and the place in the data follow
+from the number of batches done.
+"""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -11,23 +18,25 @@ from safetensors.torch import save_file
 
 from cluster.storage import Storage
 
-FOLDER = "work/checkpoints"  # what lies under work/ is no part of a finished artifact
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+WORK = "work"  # no part of a finished artifact
+FOLDER = f"{WORK}/checkpoints"
+SOUP = f"{WORK}/soup"
+BEST = f"{WORK}/best"
 
 
 def save_checkpoint(
     storage: Storage, batches: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
     """Writes a checkpoint after so many batches and deletes the older ones."""
-    tensors = {}
+    tensors = _weights(model)
     for name, weights in model.named_parameters():
-        tensors[f"model/{name}"] = weights.detach()
         for key, value in optimizer.state.get(weights, {}).items():
             tensors[f"optimizer/{key}/{name}"] = value
-    path = f"{FOLDER}/{batches:09d}.safetensors"
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "checkpoint"
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
-        storage.upload(file, path)
+    path = _path(FOLDER, batches)
+    _save(storage, path, tensors)
     for old in storage.list(FOLDER):
         if old < path:
             storage.delete(old)
@@ -45,16 +54,66 @@ def load_checkpoint(
     if not paths:
         return 0
     weights = dict(model.named_parameters())
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        file = Path(folder) / "checkpoint"
-        storage.download(paths[-1], file)
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (not a dict)
-                kind, _, name = key.partition("/")
-                if kind == "model":
-                    weights[name].copy_(tensors.get_tensor(key))
-                else:
-                    state, _, name = name.partition("/")
-                    target = weights[name]
-                    optimizer.state[target][state] = tensors.get_tensor(key).to(target.device)
+    with _opened(storage, paths[-1]) as tensors, torch.no_grad():
+        for key in tensors.keys():  # noqa: SIM118 (not a dict)
+            kind, _, name = key.partition("/")
+            if kind == "model":
+                weights[name].copy_(tensors.get_tensor(key))
+            else:
+                state, _, name = name.partition("/")
+                target = weights[name]
+                optimizer.state[target][state] = tensors.get_tensor(key).to(target.device)
     return int(Path(paths[-1]).stem)
+
+
+def save_weights(storage: Storage, folder: str, batches: int, model: torch.nn.Module) -> None:
+    """Writes the weights alone, as they are after so many batches."""
+    _save(storage, _path(folder, batches), _weights(model))
+
+
+def restore_weights(storage: Storage, folder: str, batches: int, model: torch.nn.Module) -> None:
+    """Sets the model's weights to those that :func:`save_weights` wrote."""
+    with _opened(storage, _path(folder, batches)) as tensors, torch.no_grad():
+        for name, weights in model.named_parameters():
+            weights.copy_(tensors.get_tensor(f"model/{name}"))
+
+
+def average_weights(storage: Storage, model: torch.nn.Module) -> None:
+    """Sets the model's weights to the mean of theirs and of those written in `SOUP`.
+
+    A soup of one training's checkpoints, as in Gemini Embedding (arXiv 2503.07891).
+    """
+    paths = storage.list(SOUP)
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        total = {name: tensor.double() for name, tensor in weights.items()}
+        for path in paths:
+            with _opened(storage, path) as tensors:
+                for name in total:
+                    total[name] += tensors.get_tensor(f"model/{name}").to(total[name].device)
+        for name, tensor in weights.items():
+            tensor.copy_(total[name] / (len(paths) + 1))
+
+
+def _path(folder: str, batches: int) -> str:
+    return f"{folder}/{batches:09d}.safetensors"
+
+
+def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {f"model/{name}": weights.detach() for name, weights in model.named_parameters()}
+
+
+def _save(storage: Storage, path: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "checkpoint"
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+        storage.upload(file, path)
+
+
+@contextmanager
+def _opened(storage: Storage, path: str) -> Iterator[Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "checkpoint"
+        storage.download(path, file)
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            yield tensors

@@ -5,9 +5,98 @@ lengths; those defaults are ours, chosen for a three-layer student cut from Mini
 Options beyond the paper name where they come from and are off.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class LossConfig(BaseModel):
+    """Gecko's equation 3, term by term, and what later work added; see `training/loss.py`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    temperature: float = Field(default=0.05, gt=0, description="GTR used 0.01; the paper is silent")
+    in_batch_negatives: bool = Field(
+        default=True, description="the batch's other positives are negatives"
+    )
+    hard_negatives: bool = Field(default=True, description="an example's own are negatives")
+    same_tower_negatives: Literal["all", "symmetric", "none"] = Field(
+        default="all",
+        description="the batch's other queries are negatives: in every batch (equation 3), in those"
+        " of symmetric sets, or never (Gemini Embedding)",
+    )
+    mask_duplicates: bool = Field(
+        default=False,
+        description="an example with the same query or positive is no negative (Gemini Embedding)",
+    )
+    mask_margin: float | None = Field(
+        default=None,
+        ge=0,
+        description="an in-batch or same-tower negative more similar than the positive by more than"
+        " this is none (Qwen3-Embedding: 0.1)",
+    )
+    matryoshka_dimensions: tuple[int, ...] = Field(
+        default=(),
+        description="also train the first so many dimensions; Gecko: 256 beside the full 768",
+    )
+    matryoshka_weights: tuple[float, ...] = Field(
+        default=(), description="of each of them; the full size weighs 1; default: all 1"
+    )
+    hardness: float = Field(
+        default=0,
+        ge=0,
+        description="weigh an own hard negative by e^(hardness x its similarity)"
+        " (EmbeddingGemma: 5)",
+    )
+    spread_out_weight: float = Field(
+        default=0,
+        ge=0,
+        description="of the mean squared similarity of different queries and of different"
+        " positives (EmbeddingGemma)",
+    )
+    distillation_weight: float = Field(
+        default=0,
+        ge=0,
+        description="of the KL divergence from the LLM's fused scores of the positive and the hard"
+        " negatives (KaLM-Embedding-V2)",
+    )
+    teacher_temperature: float = Field(
+        default=0.5, gt=0, description="divides the fused scores, which lie between 0 and 2"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        weights, dimensions = self.matryoshka_weights, self.matryoshka_dimensions
+        if weights and len(weights) != len(dimensions):
+            raise ValueError(
+                f"matryoshka_weights: {len(weights)} given for {len(dimensions)}"
+                " matryoshka_dimensions; give one for each"
+            )
+        if any(weight <= 0 for weight in weights) or any(size < 1 for size in dimensions):
+            raise ValueError("matryoshka_dimensions and matryoshka_weights must be above 0")
+        if not (self.in_batch_negatives or self.hard_negatives or self.distillation_weight):
+            raise ValueError(
+                "loss has nothing to learn from: switch on in_batch_negatives, hard_negatives or"
+                " distillation_weight"
+            )
+        return self
+
+
+class ValidationConfig(BaseModel):
+    """How the training is watched, on the mixture's held-out examples and on a test set."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    every_batches: int = Field(default=100, ge=1)
+    test_set: str | None = Field(
+        default=None, description="name of a retrieval set of the recipe's evaluation: nDCG@10"
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="stop after so many looks without a better one, and take the best weights;"
+        " judged by the test set if there is one, else by the held-out loss",
+    )
 
 
 class TrainingConfig(BaseModel):
@@ -18,38 +107,23 @@ class TrainingConfig(BaseModel):
     # What changes the speed and not the result.
     UNFINGERPRINTED: ClassVar[tuple[str, ...]] = (
         "num_workers",
+        "min_workers",
         "use_gpu",
         "checkpoint_every_batches",
         "max_failures",
         "node_resource",
+        "tracking",
     )
 
     epochs: float = Field(default=3, gt=0)
     batch_size: int = Field(default=32, ge=2, description="examples in a batch, over all workers")
+    loss: LossConfig = LossConfig()
     learning_rate: float = Field(default=1e-4, gt=0, description="highest, after the warm-up")
     warmup_ratio: float = Field(
         default=0.1, ge=0, lt=1, description="share of batches with a rising learning rate"
     )
     weight_decay: float = Field(default=0.01, ge=0)
     max_gradient_norm: float = Field(default=1.0, gt=0)
-    temperature: float = Field(default=0.05, gt=0, description="GTR used 0.01; the paper is silent")
-    same_tower_negatives: bool = Field(
-        default=True, description="the batch's other queries are negatives (Gecko, equation 3)"
-    )
-    same_tower_margin: float | None = Field(
-        default=None,
-        ge=0,
-        description="leave out same-tower negatives more similar than the positive by more than "
-        "this (Qwen3-Embedding: 0.1)",
-    )
-    mask_duplicates: bool = Field(
-        default=False,
-        description="an example with the same query or positive is no negative (Gemini Embedding)",
-    )
-    matryoshka_dimensions: tuple[int, ...] = Field(
-        default=(),
-        description="also train the first so many dimensions; Gecko: 256 beside the full 768",
-    )
     max_query_tokens: int = Field(default=64, ge=8)
     max_passage_tokens: int = Field(default=256, ge=8)
     dropout: bool = Field(default=True, description="use the model's own dropout")
@@ -58,8 +132,24 @@ class TrainingConfig(BaseModel):
         description="of the matrix products, weights stay float32; auto is bfloat16 where the "
         "hardware multiplies it faster",
     )
+    gradient_cache_tokens: int | None = Field(
+        default=None,
+        ge=64,
+        description="keep the activations of only so many tokens at a time, and compute them twice"
+        " (GradCache), for batches larger than memory",
+    )
+    soup_checkpoints: int = Field(
+        default=1, ge=1, description="average the weights of the last so many checkpoints"
+    )
+    soup_every_batches: int | None = Field(
+        default=None, ge=1, description="how far apart those are; default: a tenth of the batches"
+    )
+    validation: ValidationConfig | None = None
     seed: int = 0
     num_workers: int = Field(default=1, ge=1, description="Ray Train workers, one GPU each if any")
+    min_workers: int | None = Field(
+        default=None, ge=1, description="go on with so few after losing workers; default: wait"
+    )
     use_gpu: bool = False
     node_resource: str | None = Field(
         default=None, description="custom resource that steers workers to one node type"
@@ -67,4 +157,7 @@ class TrainingConfig(BaseModel):
     checkpoint_every_batches: int = Field(default=100, ge=1)
     max_failures: int = Field(
         default=2, ge=0, description="restarts from the last checkpoint after a lost worker"
+    )
+    tracking: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        default=("tensorboard",), description="beside metrics.jsonl"
     )

@@ -4,37 +4,63 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import UserError
-from cluster.storage import Storage, open_storage, read_table
+from cluster.storage import Storage, join, open_storage, read_table
 
-_COLUMNS = ["batch", "query", "positive", "negatives", "query_id", "positive_id", "symmetric"]
+_COLUMNS = [
+    "batch",
+    "dataset",
+    "query_tokens",
+    "positive_tokens",
+    "negative_tokens",
+    "teacher_scores",
+    "query_id",
+    "positive_id",
+    "symmetric",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The examples of one global batch; lists of equal length.
+    """The examples of one global batch, all of one data set; lists of equal length.
 
     Attributes:
         number: Its place in the training, from 0.
-        queries: Formatted texts.
-        positives: Formatted texts.
-        negatives: Formatted texts of each example's hard negatives, as many as it has.
+        dataset: The set's name.
+        queries: Token ids of the formatted texts, an integer array each.
+        positives: As `queries`.
+        negatives: Of each example's hard negatives, as many as it has.
+        teacher_scores: The LLM's scores of the positive and the negatives; empty: it gave none.
         query_ids: Equal for equal queries.
         positive_ids: Equal for equal positives.
-        symmetric: Whether an example's targets are formatted like queries.
+        symmetric: Whether the set's targets are formatted like queries.
     """
 
     number: int
-    queries: list[str]
-    positives: list[str]
-    negatives: list[list[str]]
+    dataset: str
+    queries: list[np.ndarray]
+    positives: list[np.ndarray]
+    negatives: list[list[np.ndarray]]
+    teacher_scores: list[list[float]]
     query_ids: list[str]
     positive_ids: list[str]
-    symmetric: list[bool]
+    symmetric: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all its texts, without padding."""
+        texts = chain(self.queries, self.positives, chain.from_iterable(self.negatives))
+        return sum(map(len, texts))
+
+
+VALIDATION = "validation"
 
 
 def count_batches(uri: str) -> int:
@@ -79,17 +105,34 @@ def iterate_batches(uri: str, start: int = 0) -> Iterator[Batch]:
         yield _batch(number, rest)
 
 
+def iterate_validation(uri: str) -> Iterator[Batch]:
+    """Yields the batches that were held out; none where the mixture holds nothing out."""
+    yield from iterate_batches(join(uri, VALIDATION))
+
+
 def _batch(number: int, table: pa.Table) -> Batch:
-    columns = table.to_pydict()
+    negatives = table["negative_tokens"].combine_chunks()
     return Batch(
         number=number,
-        queries=columns["query"],
-        positives=columns["positive"],
-        negatives=columns["negatives"],
-        query_ids=columns["query_id"],
-        positive_ids=columns["positive_id"],
-        symmetric=columns["symmetric"],
+        dataset=table["dataset"][0].as_py(),
+        queries=_rows(table["query_tokens"].combine_chunks()),
+        positives=_rows(table["positive_tokens"].combine_chunks()),
+        negatives=_split(_rows(negatives.flatten()), negatives),
+        teacher_scores=table["teacher_scores"].to_pylist(),
+        query_ids=table["query_id"].to_pylist(),
+        positive_ids=table["positive_id"].to_pylist(),
+        symmetric=table["symmetric"][0].as_py(),
     )
+
+
+def _rows(lists: pa.ListArray) -> list[np.ndarray]:
+    return _split(lists.flatten().to_numpy(), lists)
+
+
+def _split(values: Any, lists: pa.ListArray) -> list[Any]:
+    """Returns the part of the flattened `values` that each of the lists holds."""
+    ends = [0, *np.cumsum(lists.value_lengths().to_numpy()).tolist()]
+    return [values[start:end] for start, end in pairwise(ends)]
 
 
 def _shards(storage: Storage) -> list[str]:

@@ -6,7 +6,14 @@ For example i of a batch of B, with s the cosine similarity and tau the temperat
           ------------------------------------------------------------------------------------
           sum_j [ e^{s(q_i,p_j+)/tau} + 1[j != i] e^{s(q_i,q_j)/tau} ]  +  e^{s(q_i,p_i-)/tau}
 
-The last term is a sum where an example has several hard negatives.
+The last term is a sum where an example has several hard negatives. Each term has its switch in
+:class:`pipelines.training.config.LossConfig`. Two more may be added, each with its weight:
+
+    KL divergence from the LLM, over C_i = {p_i+, p_i-...} with fused scores f (KaLM-Embedding-V2,
+    arXiv 2506.20923):  sum_c P_c log(P_c / Q_c),  P = softmax(f / T),  Q = softmax(s(q_i,c) / tau)
+
+    spread-out regulariser (EmbeddingGemma, arXiv 2509.20354):
+    1/(B(B-1)) sum_{i != j} [ s(q_i,q_j)^2 + s(p_i+,p_j+)^2 ]
 
 Every worker computes the terms of its own examples against the whole batch; vectors are gathered
 with their gradient, so that the summed gradients are those of one process with the whole batch.
@@ -15,7 +22,7 @@ with their gradient, so that the summed gradients are those of one process with 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,33 +30,39 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from pipelines.training.config import TrainingConfig
+from pipelines.training.config import LossConfig
+
+_NEVER = float("-inf")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vectors:
-    """Unit vectors of a worker's examples.
+    """Unit vectors of a worker's examples, and what is known of them.
 
     Attributes:
         queries: ``[examples, dimensions]``.
         positives: ``[examples, dimensions]``.
         negatives: ``[examples, most, dimensions]``: each example's hard negatives, padded.
         has_negative: bool ``[examples, most]``: which of them are no padding.
+        teacher_scores: ``[examples, 1 + most]``: the LLM's scores of the positive and the
+            negatives, NaN for padding and where there are none; None: no example has any.
     """
 
     queries: torch.Tensor
     positives: torch.Tensor
     negatives: torch.Tensor
     has_negative: torch.Tensor
+    teacher_scores: torch.Tensor | None = None
 
 
 def contrastive_loss(
     vectors: Vectors,
-    config: TrainingConfig,
+    config: LossConfig,
     *,
     sizes: Sequence[int],
     rank: int = 0,
     related: torch.Tensor | None = None,
+    symmetric: bool = False,
 ) -> torch.Tensor:
     """Returns this worker's share of the batch's mean loss: the shares add up to the mean.
 
@@ -60,9 +73,13 @@ def contrastive_loss(
         rank: This worker's place among them.
         related: bool ``[batch, batch]`` of :func:`related_examples`, or None to mask nothing; its
             rows and columns are in the order of workers, then of each worker's examples.
+        symmetric: Whether the batch is of a symmetric set.
 
     Returns:
         A scalar with a gradient.
+
+    Raises:
+        ValueError: The vectors are shorter than a Matryoshka dimension.
     """
     first, own, batch = sum(sizes[:rank]), sizes[rank], sum(sizes)
     queries, positives = _gather(
@@ -71,23 +88,23 @@ def contrastive_loss(
     mine = torch.zeros(own, batch, dtype=torch.bool, device=queries.device)
     mine[torch.arange(own), first + torch.arange(own)] = True
     excluded = mine if related is None else related[first : first + own].to(mine.device) | mine
-    full = queries.shape[1]
-    dimensions = sorted({full, *config.matryoshka_dimensions})
-    if dimensions[-1] > full:
-        raise ValueError(
-            f"matryoshka_dimensions {dimensions[-1]}: the encoder has only {full} dimensions"
-        )
     losses = []
-    for size in dimensions:
-        cut = Vectors(
+    weights = _dimension_weights(queries.shape[1], config)
+    for size, weight in weights.items():
+        cut = replace(
+            vectors,
             queries=_cut(vectors.queries, size),
             positives=_cut(vectors.positives, size),
             negatives=_cut(vectors.negatives, size),
-            has_negative=vectors.has_negative,
         )
         pool = (_cut(queries, size), _cut(positives, size))
-        losses.append(_example_losses(cut, pool, mine, excluded, config).sum() / batch)
-    return torch.stack(losses).mean()
+        found = _example_losses(cut, pool, mine, excluded, config, symmetric)
+        if config.spread_out_weight and batch > 1:
+            squares = (cut.queries @ pool[0].T) ** 2 + (cut.positives @ pool[1].T) ** 2
+            spread = squares.masked_fill(mine, 0).sum(1) / (batch - 1)
+            found = found + config.spread_out_weight * spread
+        losses.append(weight * found.sum() / batch)
+    return torch.stack(losses).sum() / sum(weights.values())
 
 
 def related_examples(query_ids: Sequence[str], positive_ids: Sequence[str]) -> torch.Tensor:
@@ -106,27 +123,67 @@ def related_examples(query_ids: Sequence[str], positive_ids: Sequence[str]) -> t
     return torch.from_numpy(same | crossed | crossed.T)
 
 
+def _dimension_weights(full: int, config: LossConfig) -> dict[int, float]:
+    """Returns the sizes to train and what each weighs."""
+    sizes = config.matryoshka_dimensions
+    if sizes and max(sizes) > full:
+        raise ValueError(
+            f"matryoshka_dimensions {max(sizes)}: the encoder has only {full} dimensions"
+        )
+    return {full: 1.0} | dict(
+        zip(sizes, config.matryoshka_weights or [1.0] * len(sizes), strict=True)
+    )
+
+
 def _example_losses(
     vectors: Vectors,
     pool: tuple[torch.Tensor, torch.Tensor],
     mine: torch.Tensor,
     excluded: torch.Tensor,
-    config: TrainingConfig,
+    config: LossConfig,
+    symmetric: bool,
 ) -> torch.Tensor:
     """Returns the loss of each own example against the pool's (queries, positives)."""
-    never = float("-inf")
     own = (vectors.queries * vectors.positives).sum(1, keepdim=True)
-    to_positives = (vectors.queries @ pool[1].T).masked_fill(excluded & ~mine, never)
     to_negatives = (vectors.queries[:, None] * vectors.negatives).sum(2)
-    terms = [to_positives, to_negatives.masked_fill(~vectors.has_negative, never)]
-    if config.same_tower_negatives:
-        to_queries = vectors.queries @ pool[0].T
+
+    def others(similarity: torch.Tensor) -> torch.Tensor:
         left_out = excluded
-        if config.same_tower_margin is not None:
-            left_out = excluded | (to_queries > own + config.same_tower_margin)
-        terms.append(to_queries.masked_fill(left_out, never))
-    scores = torch.cat(terms, dim=1) / config.temperature
-    return torch.logsumexp(scores, dim=1) - own[:, 0] / config.temperature
+        if config.mask_margin is not None:
+            left_out = excluded | (similarity > own + config.mask_margin)
+        return similarity.masked_fill(left_out, _NEVER) / config.temperature
+
+    terms = [own / config.temperature]
+    if config.in_batch_negatives:
+        terms.append(others(vectors.queries @ pool[1].T))
+    if config.hard_negatives:
+        scores = to_negatives / config.temperature + config.hardness * to_negatives.detach()
+        terms.append(scores.masked_fill(~vectors.has_negative, _NEVER))
+    if config.same_tower_negatives == "all" or (
+        config.same_tower_negatives == "symmetric" and symmetric
+    ):
+        terms.append(others(vectors.queries @ pool[0].T))
+    losses = torch.logsumexp(torch.cat(terms, dim=1), dim=1) - terms[0][:, 0]
+    if config.distillation_weight and vectors.teacher_scores is not None:
+        similarity = torch.cat([own, to_negatives], dim=1)
+        losses = losses + config.distillation_weight * _divergence(
+            vectors.teacher_scores, similarity, config
+        )
+    return losses
+
+
+def _divergence(
+    teacher_scores: torch.Tensor, similarity: torch.Tensor, config: LossConfig
+) -> torch.Tensor:
+    """Returns each example's KL divergence; 0 for one without the teacher's scores."""
+    known = ~teacher_scores.isnan()
+    taught = known.sum(1) > 1  # a distribution over one candidate teaches nothing
+    known = known | ~taught[:, None]
+    teacher = torch.where(taught[:, None], teacher_scores, 0.0).masked_fill(~known, _NEVER)
+    target = torch.log_softmax(teacher / config.teacher_temperature, dim=1)
+    found = torch.log_softmax(similarity.masked_fill(~known, _NEVER) / config.temperature, dim=1)
+    terms = torch.where(known, target.exp() * (target - found), 0.0)
+    return torch.where(taught, terms.sum(1), 0.0)
 
 
 def _cut(vectors: torch.Tensor, dimensions: int) -> torch.Tensor:

@@ -6,14 +6,19 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from cluster.errors import TokayError, UserError
 from cluster.steps import Progress
 from cluster.storage import Storage, open_storage
-from pipelines.training.checkpoint import FOLDER
+from pipelines.training.checkpoint import WORK
 from pipelines.training.config import TrainingConfig
 from pipelines.training.examples import count_batches
-from pipelines.training.worker import Job, MetricsRow, read_metrics, train_worker
+from pipelines.training.metrics import MetricsRow, read_metrics, recent_loss
+from pipelines.training.worker import Job, train_worker
+
+if TYPE_CHECKING:
+    from pipelines.evaluation.dataset import RetrievalDataset
 
 _LOOK_EVERY_S = 1.0
 
@@ -25,6 +30,7 @@ def train(
     student: str,
     output: str,
     scratch: str,
+    test_set: RetrievalDataset | None = None,
     progress: Progress | None = None,
 ) -> list[MetricsRow]:
     """Trains the student on all batches, going on from the last checkpoint in `output`.
@@ -38,10 +44,12 @@ def train(
         output: URI of the folder that gets ``encoder/``, ``metrics.jsonl`` and, while it lasts,
             ``work/checkpoints/``.
         scratch: URI of a folder that every node reaches, for Ray Train's own files.
+        test_set: What `config.validation.test_set` names.
         progress: Told of batches done.
 
     Returns:
-        A row for each batch: batch, loss, learning_rate, examples_per_s.
+        A row for each batch: batch, dataset, loss, learning_rate, gradient_norm, examples_per_s,
+        tokens_per_s, and where the training looked, validation_loss and validation_ndcg_at_10.
 
     Raises:
         UserError: There are no examples, or the student does not load.
@@ -62,13 +70,14 @@ def train(
         student=student,
         output=output,
         num_batches=count_batches(examples),
+        test_set=test_set,
     )
     storage = open_storage(output)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
+            num_workers=_num_workers(config),
             use_gpu=config.use_gpu,
             resources_per_worker=_worker_resources(config),
         ),
@@ -84,8 +93,15 @@ def train(
             trainer.fit()
         except TrainingFailedError as error:
             raise _cause(error) from error
-    storage.delete(FOLDER)
+    storage.delete(WORK)
     return read_metrics(storage)
+
+
+def _num_workers(config: TrainingConfig) -> int | tuple[int, int]:
+    """Returns the number, or the fewest and the most where some may be missing."""
+    if config.min_workers is None:
+        return config.num_workers
+    return config.min_workers, config.num_workers
 
 
 def _worker_resources(config: TrainingConfig) -> dict[str, float]:
@@ -122,8 +138,7 @@ def _followed(storage: Storage, total: int, progress: Progress | None) -> Iterat
         rows = read_metrics(storage)
         if len(rows) != told:
             told = len(rows)
-            mean = sum(row["loss"] for row in rows[-20:]) / len(rows[-20:])
-            progress.update(len(rows), total, f"loss {mean:.3f}")
+            progress.update(len(rows), total, f"loss {recent_loss(rows):.3f}")
 
     def follow() -> None:
         while not done.wait(_LOOK_EVERY_S):

@@ -1,35 +1,38 @@
-"""The training loop that every Ray Train worker runs on its slice of each batch."""
+"""The training loop that every worker runs on its slice of each batch, with Ray Train or alone."""
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from cluster.storage import Storage, open_storage
-from pipelines.training.checkpoint import load_checkpoint, save_checkpoint
+from pipelines.training.checkpoint import (
+    SOUP,
+    average_weights,
+    load_checkpoint,
+    save_checkpoint,
+    save_weights,
+)
 from pipelines.training.config import TrainingConfig
-from pipelines.training.examples import Batch, iterate_batches
-from pipelines.training.loss import Vectors, contrastive_loss, related_examples
+from pipelines.training.examples import iterate_batches
+from pipelines.training.gradients import Slice, backward, slice_batch
+from pipelines.training.metrics import MetricsLog, MetricsRow, read_metrics
+from pipelines.training.validation import Validation
 
 if TYPE_CHECKING:
     from actors.encoder import Encoder
+    from pipelines.evaluation.dataset import RetrievalDataset
 
-METRICS = "metrics.jsonl"
 ENCODER = "encoder"
-_FLUSH_S = 1.0
 
-MetricsRow = dict[str, float]
 T = TypeVar("T")
 
 
@@ -43,6 +46,7 @@ class Job:
         student: Folder, hub id or ``embedded:NAME`` of the encoder to start from.
         output: URI of the folder for checkpoints, metrics and the trained encoder.
         num_batches: How many batches the examples hold.
+        test_set: What `config.validation.test_set` names, or None.
     """
 
     config: TrainingConfig
@@ -50,67 +54,115 @@ class Job:
     student: str
     output: str
     num_batches: int
+    test_set: RetrievalDataset | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Slice:
-    """A worker's part of one batch, as tokens, and where everybody's examples are."""
+class Place:
+    """A worker's place among the others, who have joined one ``torch.distributed`` group.
 
-    queries: list[list[int]]
-    positives: list[list[int]]
-    negatives: list[list[int]]
-    num_negatives: torch.Tensor  # of each example
-    sizes: list[int]
-    related: torch.Tensor | None
+    Attributes:
+        rank: From 0.
+        world: Number of workers.
+        local_world: Number of workers on this machine.
+        device: The GPU if there is one when None.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_world: int = 1
+    device: str | None = None
 
 
 def train_worker(told: dict[str, Job]) -> None:
-    """Trains on this worker's slices; rank 0 also writes metrics, checkpoints and the encoder."""
+    """What Ray Train calls on every worker."""
     import ray.train
     from ray.train.torch import get_device
 
+    context = ray.train.get_context()
+    place = Place(
+        rank=context.get_world_rank(),
+        world=context.get_world_size(),
+        local_world=context.get_local_world_size(),
+        device=str(get_device()),
+    )
+    run_training(told["job"], place, report=ray.train.report)
+
+
+def run_training(
+    job: Job, place: Place, *, report: Callable[[MetricsRow], None] | None = None
+) -> None:
+    """Trains on this worker's slices; rank 0 also writes metrics, checkpoints and the encoder.
+
+    Needs no Ray; ``run_training(job, Place())`` trains in this process.
+
+    Args:
+        job: What to train.
+        place: This worker's place.
+        report: Called at every checkpoint and at the end, by all workers.
+    """
     from actors.encoder import Encoder
 
-    job = told["job"]
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
-    config, storage = job.config, open_storage(job.output)
+    rank, world, config = place.rank, place.world, job.config
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world))
+    storage = open_storage(job.output)
     encoder = Encoder.load(
         job.student,
         max_tokens=max(config.max_query_tokens, config.max_passage_tokens),
-        device=str(get_device()),
+        device=place.device,
     )
     optimizer = _make_optimizer(encoder, config)
     done = load_checkpoint(storage, encoder.model, optimizer)
-    log = _MetricsLog(storage, done)
+    log = MetricsLog(storage, done, config.tracking) if rank == 0 else None
+    validation = None
+    if config.validation:
+        rows = [row for row in read_metrics(storage) if row["batch"] < done]
+        validation = Validation.open(config.validation, job.examples, job.test_set, rows)
+    soup = _soup_batches(config, job.num_batches)
     encoder.model.train(config.dropout)
     slices = (
-        (batch.number, _slice(batch, encoder, config, rank, world))
+        (batch, slice_batch(batch, config, rank, world))
         for batch in iterate_batches(job.examples, start=done)
     )
-    for number, part in _ahead(slices):
+    for batch, part in _ahead(slices):
         start = time.perf_counter()
-        rate = learning_rate(config, number, job.num_batches)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        torch.manual_seed((config.seed * job.num_batches + number) * world + rank)
-        loss = _train_batch(encoder, optimizer, part, config, rank)
+        rate = learning_rate(config, batch.number, job.num_batches)
+        torch.manual_seed((config.seed * job.num_batches + batch.number) * world + rank)
+        loss, norm = train_batch(encoder, optimizer, part, config, rate=rate, rank=rank)
+        seconds = time.perf_counter() - start
+        done = batch.number + 1
         row: MetricsRow = {
-            "batch": number,
+            "batch": batch.number,
+            "dataset": batch.dataset,
             "loss": round(loss, 6),
             "learning_rate": rate,
-            "examples_per_s": round(sum(part.sizes) / (time.perf_counter() - start), 2),
+            "gradient_norm": round(norm, 6),
+            "examples_per_s": round(len(batch.queries) / seconds, 2),
+            "tokens_per_s": round(batch.num_tokens / seconds, 2),
         }
-        done = number + 1
-        checkpoint = done % config.checkpoint_every_batches == 0 and done < job.num_batches
-        if rank == 0:
-            log.append(row, flush=checkpoint or done == job.num_batches)
+        stop = False
+        if validation and validation.is_due(done, job.num_batches):
+            found, stop = validation.look(
+                encoder, config, done=done, rank=rank, world=world, storage=storage
+            )
+            row |= found
+        ended = stop or done == job.num_batches
+        checkpoint = done % config.checkpoint_every_batches == 0 and not ended
+        if log:
+            log.append(row, flush=checkpoint or ended)
+            if done in soup:
+                save_weights(storage, SOUP, done, encoder.model)
             if checkpoint:
                 save_checkpoint(storage, done, encoder.model, optimizer)
-        if checkpoint or done == job.num_batches:
-            ray.train.report(row)
-    if rank == 0:
+        if report and (checkpoint or ended):
+            report(row)
+        if ended:
+            break
+    if log:
+        if validation and config.validation and config.validation.patience:
+            validation.take_best(storage, encoder.model)
+        elif soup:
+            average_weights(storage, encoder.model)
         _save_encoder(encoder, storage)
 
 
@@ -120,15 +172,6 @@ def learning_rate(config: TrainingConfig, batch: int, num_batches: int) -> float
     if batch < warmup:
         return config.learning_rate * (batch + 1) / warmup
     return config.learning_rate * (num_batches - batch) / (num_batches - warmup)
-
-
-def uses_bfloat16(config: TrainingConfig, device: torch.device) -> bool:
-    """Says whether matrix products are bfloat16 on this device; ``auto`` asks the hardware."""
-    if config.precision != "auto":
-        return config.precision == "bfloat16"
-    from actors.encoder import native_bfloat16
-
-    return native_bfloat16(device)
 
 
 def _make_optimizer(encoder: Encoder, config: TrainingConfig) -> torch.optim.AdamW:
@@ -143,87 +186,44 @@ def _make_optimizer(encoder: Encoder, config: TrainingConfig) -> torch.optim.Ada
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
 
-def _slice(batch: Batch, encoder: Encoder, config: TrainingConfig, rank: int, world: int) -> _Slice:
-    limits = (config.max_query_tokens, config.max_passage_tokens)
-
-    def tokens(texts: Sequence[str], symmetric: Sequence[bool]) -> list[list[int]]:
-        # A symmetric set's targets are queries, and a batch holds one set.
-        limit = limits[0] if all(symmetric) else limits[1]
-        return encoder.tokenize(texts, max_tokens=limit)
-
-    own = slice(rank, None, world)
-    negatives, symmetric = batch.negatives[own], batch.symmetric[own]
-    related = None
-    if config.mask_duplicates:
-        order = [slice(worker, None, world) for worker in range(world)]
-        related = related_examples(
-            list(chain.from_iterable(batch.query_ids[part] for part in order)),
-            list(chain.from_iterable(batch.positive_ids[part] for part in order)),
-        )
-    return _Slice(
-        queries=encoder.tokenize(batch.queries[own], max_tokens=limits[0]),
-        positives=tokens(batch.positives[own], symmetric),
-        negatives=tokens(list(chain.from_iterable(negatives)), symmetric),
-        num_negatives=torch.tensor([len(texts) for texts in negatives], dtype=torch.int64),
-        sizes=[len(range(worker, len(batch.queries), world)) for worker in range(world)],
-        related=related,
-    )
-
-
-def _train_batch(
+def train_batch(
     encoder: Encoder,
     optimizer: torch.optim.Optimizer,
-    part: _Slice,
+    part: Slice,
     config: TrainingConfig,
-    rank: int,
-) -> float:
-    """Takes one optimizer step and returns the whole batch's loss."""
-    device = encoder.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(config, device)):
-        embedded = encoder.embed_tokens([*part.queries, *part.positives, *part.negatives])
-    queries, positives, found = torch.split(
-        embedded, [len(part.queries), len(part.positives), len(part.negatives)]
-    )
-    counts = part.num_negatives.to(device)
-    places = torch.arange(int(counts.max()) if len(counts) else 0, device=device)
-    has_negative = places < counts[:, None]
-    negatives = queries.new_zeros(*has_negative.shape, queries.shape[1])
-    negatives[has_negative] = found
-    vectors = Vectors(
-        queries=queries, positives=positives, negatives=negatives, has_negative=has_negative
-    )
-    loss = contrastive_loss(vectors, config, sizes=part.sizes, rank=rank, related=part.related)
+    *,
+    rate: float,
+    rank: int = 0,
+) -> tuple[float, float]:
+    """Takes one optimizer step.
+
+    Returns:
+        The whole batch's loss, and the norm of its gradient before clipping.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate
     optimizer.zero_grad(set_to_none=False)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss = backward(encoder, part, config, rank)
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    total = loss.detach()
-    if len(part.sizes) > 1:
-        _add_up_gradients(weights)
-        dist.all_reduce(total)
-    torch.nn.utils.clip_grad_norm_(weights, config.max_gradient_norm)
+    norm = torch.nn.utils.clip_grad_norm_(weights, config.max_gradient_norm)
     optimizer.step()
-    return float(total)
+    return loss, float(norm)
 
 
-def _add_up_gradients(weights: Sequence[torch.nn.Parameter]) -> None:
-    """Sums every weight's gradient over the workers, in one message."""
-    gradients = [
-        weight.grad if weight.grad is not None else torch.zeros_like(weight) for weight in weights
-    ]
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    dist.all_reduce(flat)
-    parts = torch.split(flat, [weight.numel() for weight in weights])
-    for weight, summed in zip(weights, parts, strict=True):
-        weight.grad = summed.view_as(weight)
+def _soup_batches(config: TrainingConfig, num_batches: int) -> set[int]:
+    """Returns after which batches the weights are kept; the last ones are there anyway."""
+    apart = config.soup_every_batches or max(1, num_batches // 10)
+    points = (num_batches - number * apart for number in range(1, config.soup_checkpoints))
+    return {point for point in points if point > 0}
 
 
-def _ahead(source: Iterator[T]) -> Iterator[T]:
-    """Yields the same items, each made on a thread while the one before is at work."""
+def _ahead(source: Iterator[T], depth: int = 4) -> Iterator[T]:
+    """Yields the same items, made on a thread while those before are at work."""
     with ThreadPoolExecutor(max_workers=1) as pool:
-        coming = pool.submit(next, source, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, source, None)
-            yield item
+        coming = [pool.submit(next, source, None) for _ in range(depth)]
+        while (found := coming.pop(0).result()) is not None:
+            coming.append(pool.submit(next, source, None))
+            yield found
 
 
 def _save_encoder(encoder: Encoder, storage: Storage) -> None:
@@ -232,32 +232,3 @@ def _save_encoder(encoder: Encoder, storage: Storage) -> None:
         for file in sorted(Path(folder).rglob("*")):
             if file.is_file():
                 storage.upload(file, f"{ENCODER}/{file.relative_to(folder).as_posix()}")
-
-
-class _MetricsLog:
-    """The rows of metrics.jsonl, each batch once, readable while the training runs."""
-
-    def __init__(self, storage: Storage, done: int) -> None:
-        self._storage = storage
-        self._rows = [row for row in read_metrics(storage) if row["batch"] < done]
-        self._flushed = 0.0
-        self._pause_s = _FLUSH_S
-
-    def append(self, row: MetricsRow, *, flush: bool) -> None:
-        """Adds a row, and writes the file now and then; storage has no append."""
-        self._rows.append(row)
-        start = time.monotonic()
-        if flush or start - self._flushed > self._pause_s:
-            lines = "".join(json.dumps(row) + "\n" for row in self._rows)
-            self._storage.write_bytes(METRICS, lines.encode())
-            self._flushed = time.monotonic()
-            self._pause_s = max(_FLUSH_S, 50 * (self._flushed - start))
-
-
-def read_metrics(storage: Storage) -> list[MetricsRow]:
-    """Returns what metrics.jsonl holds, nothing if it is not there yet."""
-    try:
-        content = storage.read_bytes(METRICS)
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in content.splitlines()]

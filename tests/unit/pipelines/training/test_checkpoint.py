@@ -4,9 +4,19 @@ import pytest
 import torch
 
 from cluster.storage import LocalStorage, Storage, open_storage
-from pipelines.training.checkpoint import FOLDER, load_checkpoint, save_checkpoint
+from pipelines.training.checkpoint import (
+    BEST,
+    FOLDER,
+    SOUP,
+    average_weights,
+    load_checkpoint,
+    restore_weights,
+    save_checkpoint,
+    save_weights,
+)
 from pipelines.training.config import TrainingConfig
-from pipelines.training.worker import learning_rate, uses_bfloat16
+from pipelines.training.gradients import uses_bfloat16
+from pipelines.training.worker import learning_rate
 
 
 def small() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -53,6 +63,29 @@ def test_only_the_last_checkpoint_is_kept_and_half_a_one_is_not_seen(tmp_path: P
     assert len(storage.list(FOLDER)) == 1
     (tmp_path / FOLDER / ".000000009.safetensors.x.unfinished").write_bytes(b"half")
     assert load_checkpoint(storage, model, optimizer) == 4
+
+
+def test_soup_is_the_mean_of_the_written_weights_and_the_models_own(tmp_path: Path):
+    storage, (model, optimizer) = LocalStorage(tmp_path), small()
+    written = []
+    for number in range(3):
+        step(model, optimizer, number)
+        written.append([weights.detach().clone() for weights in model.parameters()])
+        if number < 2:
+            save_weights(storage, SOUP, number, model)
+    average_weights(storage, model)
+    for *parts, found in zip(*written, model.parameters(), strict=True):
+        torch.testing.assert_close(found.detach(), torch.stack(parts).mean(0))
+
+
+def test_restored_weights_are_those_that_were_written(tmp_path: Path):
+    storage, (model, optimizer) = LocalStorage(tmp_path), small()
+    before = [weights.detach().clone() for weights in model.parameters()]
+    save_weights(storage, BEST, 7, model)
+    step(model, optimizer, 0)
+    restore_weights(storage, BEST, 7, model)
+    for expected, found in zip(before, model.parameters(), strict=True):
+        assert torch.equal(expected, found)
 
 
 def test_learning_rate_rises_then_falls_to_nothing():

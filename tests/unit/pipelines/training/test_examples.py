@@ -7,7 +7,7 @@ from cluster.artifacts import shard_path
 from cluster.errors import UserError
 from cluster.storage import LocalStorage, write_table
 from pipelines.records import EXAMPLE
-from pipelines.training.examples import Batch, count_batches, iterate_batches
+from pipelines.training.examples import Batch, count_batches, iterate_batches, iterate_validation
 
 
 def write(folder: Path, shards: list[list[int]]) -> str:
@@ -20,9 +20,10 @@ def write(folder: Path, shards: list[list[int]]) -> str:
                 {
                     "batch": batch,
                     "dataset": "fret",
-                    "query": f"q{number}",
-                    "positive": f"p{number}",
-                    "negatives": [] if number % 2 else [f"n{number}"],
+                    "query_tokens": [number, 1],
+                    "positive_tokens": [number, 2, 2],
+                    "negative_tokens": [[number, 3]] * (number % 3),
+                    "teacher_scores": [] if number % 3 else [2.0],
                     "query_id": f"q{number}",
                     "positive_id": f"p{number}",
                     "symmetric": False,
@@ -35,7 +36,7 @@ def write(folder: Path, shards: list[list[int]]) -> str:
 
 
 def read(uri: str, start: int = 0) -> list[tuple[int, list[str]]]:
-    return [(batch.number, batch.queries) for batch in iterate_batches(uri, start)]
+    return [(batch.number, batch.query_ids) for batch in iterate_batches(uri, start)]
 
 
 def test_batches_come_in_order_across_shards(tmp_path: Path):
@@ -50,16 +51,23 @@ def test_batches_come_in_order_across_shards(tmp_path: Path):
 
 
 def test_batch_holds_its_columns(tmp_path: Path):
-    (batch,) = iterate_batches(write(tmp_path, [[0, 0]]))
-    assert batch == Batch(
-        number=0,
-        queries=["q0", "q1"],
-        positives=["p0", "p1"],
-        negatives=[["n0"], []],
-        query_ids=["q0", "q1"],
-        positive_ids=["p0", "p1"],
-        symmetric=[False, False],
-    )
+    _, batch = iterate_batches(write(tmp_path, [[0, 1, 1], [1]]))
+    assert isinstance(batch, Batch)
+    assert [row.tolist() for row in batch.queries] == [[1, 1], [2, 1], [3, 1]]
+    assert [row.tolist() for row in batch.positives] == [[1, 2, 2], [2, 2, 2], [3, 2, 2]]
+    negatives = [[row.tolist() for row in rows] for rows in batch.negatives]
+    assert negatives == [[[1, 3]], [[2, 3], [2, 3]], []]
+    assert batch.teacher_scores == [[], [], [2.0]]
+    assert (batch.number, batch.dataset, batch.symmetric) == (1, "fret", False)
+    assert (batch.query_ids, batch.positive_ids) == (["q1", "q2", "q3"], ["p1", "p2", "p3"])
+    assert batch.num_tokens == 6 + 9 + 6
+
+
+def test_held_out_batches_are_none_or_those_beside_the_shards(tmp_path: Path):
+    uri = write(tmp_path, [[0]])
+    assert list(iterate_validation(uri)) == []
+    write(tmp_path / "validation", [[0, 0, 1]])
+    assert [batch.query_ids for batch in iterate_validation(uri)] == [["q0", "q1"], ["q2"]]
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 4])

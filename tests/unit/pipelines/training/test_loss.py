@@ -1,53 +1,134 @@
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from pydantic import ValidationError
 
-from pipelines.training.config import TrainingConfig
+from pipelines.training.config import LossConfig
 from pipelines.training.loss import Vectors, contrastive_loss, related_examples
 
-GECKO = TrainingConfig(temperature=0.1)
+GECKO = LossConfig(temperature=0.1)
 BATCH, DIMENSIONS = 5, 8
 # The second example has none, the fourth two; the rest is padding.
 HAS_NEGATIVE = np.array([[1, 0], [0, 0], [1, 0], [1, 1], [0, 1]], dtype=bool)
+NONE = np.nan
+TEACHER = np.array(  # of the positive and its negatives; the fifth has none
+    [[2, 0.4, NONE], [1, NONE, NONE], [0.7, 1.1, NONE], [2, 0.5, 0.3], [NONE] * 3]
+)
+RELATED = np.eye(BATCH, dtype=bool)
+RELATED[0, 3] = RELATED[3, 0] = True
+# Every switch: what it sets in the configuration, and what contrastive_loss is told.
+SWITCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "no in-batch negatives": ({"in_batch_negatives": False}, {}),
+    "no hard negatives": ({"hard_negatives": False}, {}),
+    "no same-tower negatives": ({"same_tower_negatives": "none"}, {}),
+    "same-tower negatives where symmetric": ({"same_tower_negatives": "symmetric"}, {}),
+    "a symmetric batch": ({"same_tower_negatives": "symmetric"}, {"symmetric": True}),
+    "duplicates": ({}, {"related": RELATED}),
+    "margin": ({"mask_margin": 0.02}, {}),
+    "matryoshka": ({"matryoshka_dimensions": (3, 5)}, {}),
+    "weighted matryoshka": (
+        {"matryoshka_dimensions": (6, 4), "matryoshka_weights": (0.5, 2)},
+        {},
+    ),
+    "hardness": ({"hardness": 5}, {}),
+    "spread-out": ({"spread_out_weight": 0.3}, {}),
+    "distillation": ({"distillation_weight": 0.7, "teacher_temperature": 0.4}, {}),
+}
+EVERYTHING = (
+    {
+        "matryoshka_dimensions": (4,),
+        "matryoshka_weights": (0.5,),
+        "mask_margin": 0.1,
+        "hardness": 2,
+        "spread_out_weight": 0.3,
+        "distillation_weight": 0.7,
+    },
+    {"related": RELATED},
+)
+CASES = {
+    "equation 3": [({}, {})],
+    "everything": [EVERYTHING],
+    **{name: [switch] for name, switch in SWITCHES.items()},
+    **{
+        f"{first}, {second}": [SWITCHES[first], SWITCHES[second]]
+        for first, second in combinations(SWITCHES, 2)
+        if not SWITCHES[first][0].keys() & SWITCHES[second][0].keys()
+        and {first, second} != {"no in-batch negatives", "no hard negatives"}
+    },
+}
+
+
+def case(name: str) -> tuple[LossConfig, dict[str, Any]]:
+    settings: dict[str, Any] = {"temperature": 0.1}
+    told: dict[str, Any] = {}
+    for more, other in CASES[name]:
+        settings |= more
+        told |= other
+    return LossConfig(**settings), told
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
+def softmax(scores: list[float]) -> np.ndarray:
+    powers = np.exp(np.array(scores) - np.max(scores))
+    return powers / powers.sum()
+
+
 def plain_loss(
-    queries: np.ndarray,
-    positives: np.ndarray,
-    negatives: np.ndarray,
-    config: TrainingConfig,
-    related: np.ndarray | None = None,
+    arrays: list[np.ndarray],
+    config: LossConfig,
+    told: dict[str, Any],
+    frozen: list[np.ndarray] | None = None,
 ) -> float:
-    """Equation 3 term by term, with the options written out."""
-    means = []
-    for size in {DIMENSIONS, *config.matryoshka_dimensions}:
-        q, p, n = (unit(vectors[..., :size]) for vectors in (queries, positives, negatives))
+    """Equation 3 term by term, with the options written out; hardness is judged on `frozen`."""
+    related, tau = told.get("related"), config.temperature
+    same_tower = config.same_tower_negatives == "all" or (
+        config.same_tower_negatives == "symmetric" and told.get("symmetric", False)
+    )
+    weights = config.matryoshka_weights or [1] * len(config.matryoshka_dimensions)
+    total = 0.0
+    for size, weight in [(DIMENSIONS, 1), *zip(config.matryoshka_dimensions, weights, strict=True)]:
+        q, p, n = (unit(vectors[..., :size]) for vectors in arrays)
+        fixed_q, _, fixed_n = (unit(vectors[..., :size]) for vectors in frozen or arrays)
         losses = []
         for i in range(len(q)):
             own = q[i] @ p[i]
-            terms = [np.exp(own / config.temperature)]
-            for k in np.flatnonzero(HAS_NEGATIVE[i]):
-                terms.append(np.exp(q[i] @ n[i, k] / config.temperature))
+            terms = [np.exp(own / tau)]
+            for k in np.flatnonzero(HAS_NEGATIVE[i]) if config.hard_negatives else ():
+                hardness = np.exp(config.hardness * (fixed_q[i] @ fixed_n[i, k]))
+                terms.append(hardness * np.exp(q[i] @ n[i, k] / tau))
+            spread = 0.0
             for j in range(len(q)):
-                if j == i or (related is not None and related[i, j]):
+                if j == i:
                     continue
-                terms.append(np.exp(q[i] @ p[j] / config.temperature))
-                margin = config.same_tower_margin
-                too_near = margin is not None and q[i] @ q[j] > own + margin
-                if config.same_tower_negatives and not too_near:
-                    terms.append(np.exp(q[i] @ q[j] / config.temperature))
-            losses.append(-np.log(np.exp(own / config.temperature) / sum(terms)))
-        means.append(np.mean(losses))
-    return float(np.mean(means))
+                spread += ((q[i] @ q[j]) ** 2 + (p[i] @ p[j]) ** 2) / (len(q) - 1)
+                if related is not None and related[i, j]:
+                    continue
+                highest = np.inf if config.mask_margin is None else own + config.mask_margin
+                if config.in_batch_negatives and q[i] @ p[j] <= highest:
+                    terms.append(np.exp(q[i] @ p[j] / tau))
+                if same_tower and q[i] @ q[j] <= highest:
+                    terms.append(np.exp(q[i] @ q[j] / tau))
+            loss = -np.log(np.exp(own / tau) / sum(terms)) + config.spread_out_weight * spread
+            known = np.flatnonzero(~np.isnan(TEACHER[i]))
+            if config.distillation_weight and len(known) > 1:
+                candidates = [p[i], *n[i]]
+                wanted = softmax([TEACHER[i, c] / config.teacher_temperature for c in known])
+                found = softmax([q[i] @ candidates[c] / tau for c in known])
+                divergence = float((wanted * np.log(wanted / found)).sum())
+                loss += config.distillation_weight * divergence
+            losses.append(loss)
+        total += weight * np.mean(losses)
+    return float(total / (1 + sum(weights)))
 
 
 def sample() -> list[np.ndarray]:
@@ -64,61 +145,64 @@ def vectors_of(arrays: list[np.ndarray]) -> Vectors:
         positives=positives,
         negatives=negatives,
         has_negative=torch.from_numpy(HAS_NEGATIVE),
+        teacher_scores=torch.from_numpy(TEACHER),
     )
 
 
-RELATED = np.eye(BATCH, dtype=bool)
-RELATED[0, 3] = RELATED[3, 0] = True
-CASES = {
-    "gecko": (GECKO, None),
-    "without same-tower negatives": (
-        GECKO.model_copy(update={"same_tower_negatives": False}),
-        None,
-    ),
-    "margin": (GECKO.model_copy(update={"same_tower_margin": 0.05}), None),
-    "duplicates": (GECKO, RELATED),
-    "matryoshka": (GECKO.model_copy(update={"matryoshka_dimensions": (3, 5)}), None),
-    "everything": (
-        GECKO.model_copy(update={"matryoshka_dimensions": (4,), "same_tower_margin": 0.1}),
-        RELATED,
-    ),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_loss_and_gradients_equal_the_plain_version(case: str):
-    config, related = CASES[case]
-    arrays = sample()
-    vectors = vectors_of(arrays)
-    loss = contrastive_loss(
+def loss_of(vectors: Vectors, config: LossConfig, told: dict[str, Any]) -> torch.Tensor:
+    related = told.get("related")
+    return contrastive_loss(
         vectors,
         config,
         sizes=[BATCH],
         related=None if related is None else torch.from_numpy(related),
+        symmetric=told.get("symmetric", False),
     )
-    assert loss.item() == pytest.approx(plain_loss(*arrays, config, related), rel=1e-10)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_gradients_equal_the_plain_version(name: str):
+    config, told = case(name)
+    arrays = sample()
+    vectors = vectors_of(arrays)
+    loss = loss_of(vectors, config, told)
+    assert loss.item() == pytest.approx(plain_loss(arrays, config, told), rel=1e-10)
     loss.backward()
-    # Vectors arrive with unit length; the plain version renormalises, so compare tangents.
     tensors = (vectors.queries, vectors.positives, vectors.negatives)
-    step = 1e-5
+    rng, step = np.random.default_rng(1), 1e-5
     for place, (array, tensor) in enumerate(zip(arrays, tensors, strict=True)):
-        gradient = tensor.grad.numpy()
-        tangent = gradient - (gradient * array).sum(-1, keepdims=True) * array
-        for entry in np.ndindex(array.shape):
-            change = np.zeros_like(array)
-            change[entry] = step
+        gradient = np.zeros_like(array) if tensor.grad is None else tensor.grad.numpy()
+        for _ in range(4):
+            # Along the sphere: the plain version renormalises.
+            direction = rng.standard_normal(array.shape)
+            direction -= (direction * array).sum(-1, keepdims=True) * array
             ends = []
             for sign in (1, -1):
                 moved = list(arrays)
-                moved[place] = array + sign * change
-                ends.append(plain_loss(*moved, config, related))
-            assert tangent[entry] == pytest.approx((ends[0] - ends[1]) / (2 * step), abs=1e-6)
+                moved[place] = array + sign * step * direction
+                ends.append(plain_loss(moved, config, told, frozen=arrays))
+            slope = (ends[0] - ends[1]) / (2 * step)
+            assert (gradient * direction).sum() == pytest.approx(slope, abs=1e-6)
 
 
-def test_options_change_the_loss():
-    arrays = sample()
-    values = {plain_loss(*arrays, config, related) for config, related in CASES.values()}
-    assert len(values) == len(CASES)
+def test_every_switch_changes_the_loss():
+    values = [plain_loss(sample(), *case(name)) for name in ("equation 3", *SWITCHES)]
+    same = {"a symmetric batch": "equation 3"}
+    same |= {"same-tower negatives where symmetric": "no same-tower negatives"}
+    assert len(set(values)) == len(values) - len(same)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"matryoshka_dimensions": (4,), "matryoshka_weights": (1, 2)}, "one for each"),
+        ({"in_batch_negatives": False, "hard_negatives": False}, "nothing to learn from"),
+        ({"matryoshka_dimensions": (0,)}, "above 0"),
+    ],
+)
+def test_config_that_cannot_be_is_refused(settings: dict[str, Any], said: str):
+    with pytest.raises(ValidationError, match=said):
+        LossConfig(**settings)
 
 
 def test_missing_negative_is_ignored():
@@ -129,7 +213,7 @@ def test_missing_negative_is_ignored():
 
 
 def test_matryoshka_dimension_above_the_encoders_is_refused():
-    config = GECKO.model_copy(update={"matryoshka_dimensions": (16,)})
+    config = LossConfig(matryoshka_dimensions=(16,))
     with pytest.raises(ValueError, match="only 8 dimensions"):
         contrastive_loss(vectors_of(sample()), config, sizes=[BATCH])
 
@@ -157,6 +241,7 @@ def _rows(vectors: Vectors, rows: slice) -> Vectors:
         positives=vectors.positives.detach()[rows],
         negatives=vectors.negatives.detach()[rows],
         has_negative=vectors.has_negative[rows],
+        teacher_scores=vectors.teacher_scores[rows],
     )
 
 
@@ -170,7 +255,7 @@ def _worker(rank: int, folder: str, world: int, counts: list[int]) -> None:
         own = _rows(vectors_of(sample()), slice(rank, count, world))
         loss = contrastive_loss(
             _encoded(own, weight),
-            CASES["everything"][0],
+            case("everything")[0],
             sizes=[len(range(r, count, world)) for r in range(world)],
             rank=rank,
             related=torch.from_numpy(RELATED[np.ix_(order, order)]),
@@ -194,7 +279,7 @@ def test_two_processes_give_the_loss_and_gradient_of_one(tmp_path: Path):
         weight = torch.eye(DIMENSIONS, dtype=torch.float64, requires_grad=True)
         alone = contrastive_loss(
             _encoded(_rows(vectors_of(sample()), slice(count)), weight),
-            CASES["everything"][0],
+            case("everything")[0],
             sizes=[count],
             related=torch.from_numpy(RELATED[:count, :count]),
         )

@@ -1,0 +1,223 @@
+"""The loss and the gradients of one batch, all at once or with a gradient cache.
+
+With a cache (GradCache, arXiv 2101.06983) the batch may be larger than memory: vectors are computed
+without a graph, the loss gives each vector's gradient, and then each chunk of texts is computed
+again, with its graph, and given its vectors' gradients. The last chunk keeps its first graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipelines.training.config import TrainingConfig
+from pipelines.training.examples import Batch
+from pipelines.training.loss import Vectors, contrastive_loss, related_examples
+
+if TYPE_CHECKING:
+    from actors.encoder import Encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """A worker's part of one batch, and where everybody's examples are.
+
+    Attributes:
+        queries: Token ids of each text.
+        positives: As `queries`.
+        negatives: Of all its examples' hard negatives, one example's after the other's.
+        num_negatives: int64 ``[examples]``.
+        teacher_scores: ``[examples, 1 + most]`` with NaN where there are none, or None.
+        sizes: Number of examples of each worker.
+        related: What :func:`pipelines.training.loss.related_examples` found, or None.
+        symmetric: Whether the batch is of a symmetric set.
+    """
+
+    queries: Sequence[np.ndarray]
+    positives: Sequence[np.ndarray]
+    negatives: Sequence[np.ndarray]
+    num_negatives: torch.Tensor
+    teacher_scores: torch.Tensor | None
+    sizes: list[int]
+    related: torch.Tensor | None
+    symmetric: bool
+
+
+def slice_batch(batch: Batch, config: TrainingConfig, rank: int = 0, world: int = 1) -> Slice:
+    """Returns a worker's part of a batch: every so-manieth example."""
+    own = slice(rank, None, world)
+    negatives = batch.negatives[own]
+    related = None
+    if config.loss.mask_duplicates:
+        order = [slice(worker, None, world) for worker in range(world)]
+        related = related_examples(
+            list(chain.from_iterable(batch.query_ids[part] for part in order)),
+            list(chain.from_iterable(batch.positive_ids[part] for part in order)),
+        )
+    return Slice(
+        queries=batch.queries[own],
+        positives=batch.positives[own],
+        negatives=list(chain.from_iterable(negatives)),
+        num_negatives=torch.tensor([len(rows) for rows in negatives], dtype=torch.int64),
+        teacher_scores=_teacher_scores(batch.teacher_scores[own], negatives),
+        sizes=[len(range(worker, len(batch.queries), world)) for worker in range(world)],
+        related=related,
+        symmetric=batch.symmetric,
+    )
+
+
+def backward(encoder: Encoder, part: Slice, config: TrainingConfig, rank: int) -> float:
+    """Adds the whole batch's gradients to the weights and returns its loss."""
+    rows = [*part.queries, *part.positives, *part.negatives]
+    if config.gradient_cache_tokens is None:
+        loss = batch_loss(_embed(encoder, rows, config), part, config, rank)
+        loss.backward()  # type: ignore[no-untyped-call]
+    else:
+        loss = _cached_backward(encoder, rows, part, config, rank)
+    total = loss.detach()
+    if len(part.sizes) > 1:
+        _add_up_gradients([weight for weight in encoder.model.parameters() if weight.requires_grad])
+        dist.all_reduce(total)
+    return float(total)
+
+
+def batch_loss(
+    embedded: torch.Tensor, part: Slice, config: TrainingConfig, rank: int
+) -> torch.Tensor:
+    """Returns this worker's share of the loss.
+
+    Args:
+        embedded: ``[queries + positives + negatives, dimensions]``, unit length.
+        part: The texts that were embedded.
+        config: Its `loss` is used.
+        rank: This worker's place.
+    """
+    queries, positives, found = torch.split(
+        embedded, [len(part.queries), len(part.positives), len(part.negatives)]
+    )
+    counts = part.num_negatives.to(embedded.device)
+    places = torch.arange(int(counts.max()) if len(counts) else 0, device=embedded.device)
+    has_negative = places < counts[:, None]
+    negatives = queries.new_zeros(*has_negative.shape, queries.shape[1])
+    negatives[has_negative] = found
+    scores = part.teacher_scores
+    vectors = Vectors(
+        queries=queries,
+        positives=positives,
+        negatives=negatives,
+        has_negative=has_negative,
+        teacher_scores=None if scores is None else scores.to(embedded.device),
+    )
+    return contrastive_loss(
+        vectors,
+        config.loss,
+        sizes=part.sizes,
+        rank=rank,
+        related=part.related,
+        symmetric=part.symmetric,
+    )
+
+
+def evaluation_loss(encoder: Encoder, part: Slice, config: TrainingConfig, rank: int) -> float:
+    """Returns the whole batch's loss, without gradients."""
+    with torch.inference_mode():
+        rows = [*part.queries, *part.positives, *part.negatives]
+        loss = batch_loss(_embed(encoder, rows, config), part, config, rank)
+        if len(part.sizes) > 1:
+            dist.all_reduce(loss)
+    return float(loss)
+
+
+def uses_bfloat16(config: TrainingConfig, device: torch.device) -> bool:
+    """Says whether matrix products are bfloat16 on this device; ``auto`` asks the hardware."""
+    if config.precision != "auto":
+        return config.precision == "bfloat16"
+    from actors.encoder import native_bfloat16
+
+    return native_bfloat16(device)
+
+
+def _teacher_scores(scores: list[list[float]], negatives: list[Any]) -> torch.Tensor | None:
+    if not any(scores):
+        return None
+    most = max(len(rows) for rows in negatives)
+    table = torch.full((len(scores), 1 + most), float("nan"))
+    for place, row in enumerate(scores):
+        table[place, : len(row)] = torch.tensor(row)
+    return table
+
+
+def _embed(encoder: Encoder, rows: Sequence[np.ndarray], config: TrainingConfig) -> torch.Tensor:
+    device = encoder.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(config, device)):
+        return encoder.embed_tokens(rows)
+
+
+def _cached_backward(
+    encoder: Encoder, rows: Sequence[np.ndarray], part: Slice, config: TrainingConfig, rank: int
+) -> torch.Tensor:
+    assert config.gradient_cache_tokens is not None
+    chunks = _chunks([len(row) for row in rows], config.gradient_cache_tokens)
+    embed = [_replayable(encoder, [rows[row] for row in chunk], config) for chunk in chunks]
+    with torch.no_grad():
+        vectors = [again() for again in embed[:-1]]
+    last = [again() for again in embed[-1:]]
+    order = torch.tensor([row for chunk in chunks for row in chunk], dtype=torch.long)
+    found = torch.cat([*vectors, *last]) if rows else encoder.embed_tokens([])
+    leaf = torch.empty_like(found)
+    leaf[order.to(leaf.device)] = found.detach()
+    leaf.requires_grad_()
+    loss = batch_loss(leaf, part, config, rank)
+    loss.backward()  # type: ignore[no-untyped-call]
+    if leaf.grad is not None and rows:
+        gradients = leaf.grad[order.to(leaf.device)].split([len(chunk) for chunk in chunks])
+        last[0].backward(gradients[-1])  # type: ignore[no-untyped-call]
+        for again, gradient in zip(embed[:-1], gradients[:-1], strict=True):
+            again().backward(gradient)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def _chunks(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Cuts the rows, shortest first, into lists of at most so many tokens, padding counted.
+
+    The last and longest keeps its graph, so that nothing long is computed twice without need.
+    """
+    chunks: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        if not chunks or (len(chunks[-1]) + 1) * lengths[row] > max_tokens:
+            chunks.append([])
+        chunks[-1].append(row)
+    return chunks
+
+
+def _replayable(
+    encoder: Encoder, rows: Sequence[np.ndarray], config: TrainingConfig
+) -> Callable[[], torch.Tensor]:
+    """Returns a function that embeds the rows, with the same dropout each time it is called."""
+    seed = int(torch.randint(2**62, ()).item())
+    devices = [encoder.device] if encoder.device.type == "cuda" else []
+
+    def embed() -> torch.Tensor:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            return _embed(encoder, rows, config)
+
+    return embed
+
+
+def _add_up_gradients(weights: Sequence[torch.nn.Parameter]) -> None:
+    """Sums every weight's gradient over the workers, in one message."""
+    gradients = [
+        weight.grad if weight.grad is not None else torch.zeros_like(weight) for weight in weights
+    ]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    parts = torch.split(flat, [weight.numel() for weight in weights])
+    for weight, summed in zip(weights, parts, strict=True):
+        weight.grad = summed.view_as(weight)

@@ -1,0 +1,127 @@
+"""Watching a training: the loss of held-out examples, nDCG@10 of a test set, early stopping."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from cluster.errors import UserError
+from cluster.storage import Storage
+from pipelines.training.checkpoint import BEST, restore_weights, save_weights
+from pipelines.training.config import TrainingConfig, ValidationConfig
+from pipelines.training.examples import Batch, iterate_validation
+from pipelines.training.gradients import evaluation_loss, slice_batch
+from pipelines.training.metrics import MetricsRow
+
+if TYPE_CHECKING:
+    from actors.encoder import Encoder
+    from pipelines.evaluation.dataset import RetrievalDataset
+
+LOSS = "validation_loss"
+NDCG = "validation_ndcg_at_10"
+
+
+class Validation:
+    """What a training is judged by while it runs.
+
+    Attributes:
+        best: Number of batches behind the best weights so far; 0 before the first look.
+    """
+
+    def __init__(
+        self,
+        config: ValidationConfig,
+        batches: Sequence[Batch],
+        test_set: RetrievalDataset | None,
+        rows: Sequence[MetricsRow],
+    ) -> None:
+        """Goes on where the rows of an earlier part of the training end."""
+        if not batches and test_set is None:
+            raise UserError(
+                "training.validation has nothing to look at: set mixture.validation_examples or"
+                " training.validation.test_set"
+            )
+        self._config = config
+        self._batches = batches
+        self._test_set = test_set
+        self.best = 0
+        self._highest = float("-inf")
+        for row in rows:
+            if LOSS in row or NDCG in row:
+                self._judge(row, int(row["batch"]) + 1)
+
+    @classmethod
+    def open(
+        cls,
+        config: ValidationConfig,
+        examples: str,
+        test_set: RetrievalDataset | None,
+        rows: Sequence[MetricsRow],
+    ) -> Validation:
+        """Reads the held-out examples."""
+        return cls(config, list(iterate_validation(examples)), test_set, rows)
+
+    def is_due(self, done: int, num_batches: int) -> bool:
+        """Says whether to look after so many batches."""
+        return done % self._config.every_batches == 0 or done == num_batches
+
+    def look(
+        self,
+        encoder: Encoder,
+        config: TrainingConfig,
+        *,
+        done: int,
+        rank: int,
+        world: int,
+        storage: Storage,
+    ) -> tuple[MetricsRow, bool]:
+        """Measures the encoder; rank 0 keeps the best weights where patience is asked for.
+
+        Returns:
+            What to add to the batch's row, and whether to stop; the same for all workers.
+        """
+        encoder.model.eval()
+        try:
+            found = self._measure(encoder, config, rank, world)
+        finally:
+            encoder.model.train(config.dropout)
+        if self._judge(found, done) and self._config.patience and rank == 0:
+            save_weights(storage, BEST, done, encoder.model)
+        looks_since = (done - self.best) // self._config.every_batches
+        return found, bool(self._config.patience and looks_since >= self._config.patience)
+
+    def take_best(self, storage: Storage, model: torch.nn.Module) -> None:
+        """Sets the model's weights to the best ones."""
+        restore_weights(storage, BEST, self.best, model)
+
+    def _measure(
+        self, encoder: Encoder, config: TrainingConfig, rank: int, world: int
+    ) -> MetricsRow:
+        found: MetricsRow = {}
+        if self._batches:
+            shares = [
+                evaluation_loss(encoder, slice_batch(batch, config, rank, world), config, rank)
+                for batch in self._batches
+            ]
+            found[LOSS] = round(sum(shares) / len(shares), 6)
+        if self._test_set is not None:
+            score = torch.zeros((), dtype=torch.float64, device=encoder.device)
+            if rank == 0:
+                from pipelines.evaluation.evaluate import evaluate
+
+                score += evaluate(encoder, self._test_set).ndcg_at_10.mean
+            if world > 1:
+                dist.all_reduce(score)
+            found[NDCG] = round(float(score), 6)
+        return found
+
+    def _judge(self, found: MetricsRow, done: int) -> bool:
+        """Takes a look into account and says whether it was the best so far."""
+        value = found[NDCG] if NDCG in found else -found[LOSS]
+        better = value > self._highest
+        if better:
+            self._highest, self.best = value, done
+        return bool(better)

@@ -1,0 +1,215 @@
+"""The training loop in this process, without Ray: its steps, its end, and going on."""
+
+import struct
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboardX.proto import event_pb2
+
+from actors.encoder import Encoder
+from cluster.errors import UserError
+from cluster.storage import open_storage
+from pipelines.training.config import LossConfig, TrainingConfig, ValidationConfig
+from pipelines.training.examples import iterate_batches
+from pipelines.training.gradients import backward, slice_batch
+from pipelines.training.metrics import TENSORBOARD, read_metrics
+from pipelines.training.worker import Job, Place, run_training
+
+NUM_BATCHES = 12
+CONFIG = TrainingConfig(
+    batch_size=16,
+    max_query_tokens=32,
+    max_passage_tokens=32,
+    learning_rate=3e-3,
+    checkpoint_every_batches=3,
+    tracking=(),
+)
+EVERY_TERM = LossConfig(
+    matryoshka_dimensions=(16,),
+    mask_duplicates=True,
+    mask_margin=0.1,
+    hardness=1,
+    spread_out_weight=0.1,
+    distillation_weight=0.1,
+)
+
+
+class Killed(Exception):
+    pass
+
+
+def run(
+    examples: str, student: str, output: Path, *, kill_after: int | None = None, **settings: Any
+) -> list[dict[str, Any]]:
+    """Trains in this process, perhaps broken off at a checkpoint, and returns the rows."""
+    job = Job(
+        config=CONFIG.model_copy(update=settings),
+        examples=examples,
+        student=student,
+        output=str(output),
+        num_batches=NUM_BATCHES,
+    )
+
+    def report(row: dict[str, Any]) -> None:
+        if kill_after is not None and row["batch"] + 1 >= kill_after:
+            raise Killed
+
+    if kill_after is None:
+        run_training(job, Place(device="cpu"), report=report)
+    else:
+        with pytest.raises(Killed):
+            run_training(job, Place(device="cpu"), report=report)
+    return read_metrics(open_storage(output))
+
+
+def weights(output: Path) -> list[torch.Tensor]:
+    return list(Encoder.load(str(output / "encoder"), device="cpu").model.parameters())
+
+
+def losses(rows: list[dict[str, Any]]) -> list[float]:
+    return [row["loss"] for row in rows]
+
+
+@pytest.mark.parametrize("settings", [{}, {"precision": "bfloat16", "loss": EVERY_TERM}])
+def test_resumed_training_equals_an_undisturbed_one_to_the_last_bit(
+    examples: str, student: str, tmp_path: Path, settings: dict[str, Any]
+):
+    whole = run(examples, student, tmp_path / "whole", **settings)
+    run(examples, student, tmp_path / "cut", kill_after=6, **settings)
+    resumed = run(examples, student, tmp_path / "cut", **settings)
+    assert [row["batch"] for row in resumed] == list(range(NUM_BATCHES))
+    assert losses(resumed) == losses(whole)
+    for expected, found in zip(weights(tmp_path / "whole"), weights(tmp_path / "cut"), strict=True):
+        assert torch.equal(expected, found)
+    assert np.mean(losses(whole)[-4:]) < 0.8 * np.mean(losses(whole)[:4])
+
+
+@pytest.mark.parametrize("dropout", [True, False])
+@pytest.mark.parametrize("loss", [LossConfig(), EVERY_TERM], ids=["equation 3", "every term"])
+@pytest.mark.parametrize("max_tokens", [64, 700, 100_000])
+def test_gradient_cache_changes_neither_loss_nor_gradients(
+    examples: str, student: str, loss: LossConfig, max_tokens: int, dropout: bool
+):
+    config = CONFIG.model_copy(update={"loss": loss})
+    encoder = Encoder.load(student, device="cpu")
+    encoder.model.train(dropout)
+    (batch,) = islice(iterate_batches(examples), 1)
+    part = slice_batch(batch, config)
+    cached = config.model_copy(update={"gradient_cache_tokens": max_tokens})
+    found = []
+    for each in (cached, cached) if dropout else (config, cached):
+        encoder.model.zero_grad()
+        torch.manual_seed(0)
+        value = backward(encoder, part, each, 0)
+        gradients = [w.grad.clone() for w in encoder.model.parameters() if w.grad is not None]
+        found.append((value, gradients))
+    (expected, plain), (value, gradients) = found
+    assert value == pytest.approx(expected, rel=1e-5)
+    for one, other in zip(plain, gradients, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5)
+
+
+def test_gradient_cache_repeats_its_dropout(examples: str, student: str):
+    """The gradient along a step predicts the change of the loss, under one seed's dropout."""
+    config = CONFIG.model_copy(update={"gradient_cache_tokens": 300})
+    encoder = Encoder.load(student, device="cpu")
+    encoder.model.train()
+    (batch,) = islice(iterate_batches(examples), 1)
+    part = slice_batch(batch, config)
+
+    def loss() -> float:
+        encoder.model.zero_grad()
+        torch.manual_seed(3)
+        return backward(encoder, part, config, 0)
+
+    loss()
+    weight = encoder.model.encoder.layer[1].output.dense.weight
+    direction = weight.grad.clone() / weight.grad.norm()
+    slope, step, ends = float(weight.grad.norm()), 0.02, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight += sign * step * direction
+        ends.append(loss())
+        with torch.no_grad():
+            weight -= sign * step * direction
+    assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope, rel=0.05)
+
+
+def test_soup_averages_the_last_checkpoints(examples: str, student: str, tmp_path: Path):
+    settings = {"soup_checkpoints": 3, "soup_every_batches": 2}
+    run(examples, student, tmp_path / "soup", **settings)
+    run(examples, student, tmp_path / "cut", kill_after=9, **settings)
+    run(examples, student, tmp_path / "cut", **settings)
+    run(examples, student, tmp_path / "plain")
+    changed = 0
+    for soup, cut, plain in zip(
+        *(weights(tmp_path / name) for name in ("soup", "cut", "plain")), strict=True
+    ):
+        assert torch.equal(soup, cut)
+        changed += not torch.equal(soup, plain)
+    assert changed > 10
+
+
+def test_early_stopping_takes_the_best_weights(examples: str, student: str, tmp_path: Path):
+    # So high a rate that the held-out loss soon rises.
+    settings = {"learning_rate": 0.1, "checkpoint_every_batches": 1}
+    validation = ValidationConfig(every_batches=2, patience=2)
+    rows = run(examples, student, tmp_path / "early", validation=validation, **settings)
+    looks = {row["batch"] + 1: row["validation_loss"] for row in rows if "validation_loss" in row}
+    best = min(looks, key=lambda done: looks[done])
+    assert len(rows) == best + 4 < NUM_BATCHES
+
+    run(examples, student, tmp_path / "cut", kill_after=best, **settings)
+    (checkpoint,) = (tmp_path / "cut/work/checkpoints").iterdir()
+    stored = load_file(checkpoint)
+    model = Encoder.load(str(tmp_path / "early/encoder"), device="cpu").model
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, stored[f"model/{name}"])
+
+
+def test_validation_of_nothing_is_refused(examples: str, student: str, tmp_path: Path):
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples/shards").symlink_to(Path(examples) / "shards")
+    with pytest.raises(UserError, match="nothing to look at"):
+        run(
+            str(tmp_path / "examples"),
+            student,
+            tmp_path / "output",
+            validation=ValidationConfig(),
+        )
+
+
+def read_events(folder: Path) -> list[event_pb2.Event]:
+    """Reads TensorBoard's records: a length, its checksum, the event, its checksum."""
+    (file,) = folder.iterdir()
+    content, events = file.read_bytes(), []
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        events.append(event_pb2.Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    return events
+
+
+def test_metrics_and_tensorboard_hold_every_batch_once(examples: str, student: str, tmp_path: Path):
+    settings: dict[str, Any] = {"tracking": ("tensorboard",)}
+    run(examples, student, tmp_path, kill_after=6, **settings)
+    rows = run(examples, student, tmp_path, **settings)
+    assert {row["dataset"] for row in rows} == {"titles", "more-titles"}
+    assert all(row["gradient_norm"] > 0 and row["tokens_per_s"] > 0 for row in rows)
+    events = read_events(tmp_path / TENSORBOARD)
+    found = {
+        tag: {
+            e.step: value.simple_value
+            for e in events
+            for value in e.summary.value
+            if value.tag == tag
+        }
+        for tag in ("training/loss", "loss/more-titles")
+    }
+    assert found["training/loss"] == pytest.approx({row["batch"]: row["loss"] for row in rows})
+    assert list(found["loss/more-titles"]) == [0, 3, 6, 9]
