@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -28,24 +28,59 @@ class StudentConfig(EncoderConfig):
     layers: tuple[int, ...] | None = Field(
         default=None, description="keep only these layers of the model, from 0"
     )
+    pooling: Literal["mean", "cls", "lasttoken"] | None = Field(
+        default=None, description="the model's own if null; mean for a bidirectional decoder"
+    )
+    bidirectional: bool = Field(
+        default=False, description="let every token of a decoder see those behind it too"
+    )
+    projection: int | None = Field(
+        default=None, ge=1, description="dimensions of a linear layer behind the pooling"
+    )
 
 
 def make_student(config: StudentConfig, context: StepContext) -> dict[str, Json]:
-    """Saves the starting point, so that `before` and `after` are files of the same kind."""
-    from actors.encoder import cut_layers
+    """Saves the starting point, so that `before` and `after` are files of the same kind.
 
-    encoder = load_encoder(config.model_copy(update={"dtype": "float32"}))  # to be trained
-    if config.layers is not None:
-        try:
-            encoder = cut_layers(encoder, config.layers)
-        except ValueError as error:
-            raise UserError(f"student.layers: {error}") from error
-    card = f"# Student before training\n\nCut from {config.model}, layers {config.layers}.\n"
-    _save(encoder, card, context.storage)
+    Raises:
+        UserError: The model cannot be cut, seen through or pooled so.
+    """
+    encoder = load_student(config)
+    parts = [f"`{config.model}`"]
+    parts += [f"layers {list(config.layers)}"] if config.layers is not None else []
+    parts += [f"a projection to {config.projection} dimensions"] if config.projection else []
+    parts += ["bidirectional attention"] if config.bidirectional else []
+    parts.append(f"{encoder.pooling} pooling")
+    _save(encoder, f"# Student before training\n\nMade of {', '.join(parts)}.\n", context.storage)
     return {
         "num_parameters": encoder.num_parameters,
         "dimensions": encoder.dimensions,
     }
+
+
+def load_student(config: StudentConfig) -> Encoder:
+    """Loads the model and makes the student of it.
+
+    Raises:
+        UserError: The model cannot be cut, seen through or pooled so.
+    """
+    from actors.encoder import add_projection, cut_layers, see_both_ways
+
+    encoder = load_encoder(config.model_copy(update={"dtype": "float32"}))  # to be trained
+    try:
+        if config.layers is not None:
+            encoder = cut_layers(encoder, config.layers)
+    except ValueError as error:
+        raise UserError(f"student.layers: {error}") from error
+    try:
+        if config.bidirectional:
+            see_both_ways(encoder)
+    except ValueError as error:
+        raise UserError(f"student.bidirectional: {error}") from error
+    encoder.pooling = config.pooling or ("mean" if config.bidirectional else encoder.pooling)
+    if config.projection is not None:
+        add_projection(encoder, config.projection)
+    return encoder
 
 
 def export_student(
@@ -54,24 +89,30 @@ def export_student(
     """Writes the trained student as a sentence-transformers folder and proves its parity.
 
     Raises:
-        TokayError: sentence-transformers embeds the texts differently from Tokay.
+        TokayError: Somebody who runs the folder gets other vectors than the trained encoder's.
     """
-    from actors.encoder import Encoder, check_parity
+    from actors.encoder import Encoder
+    from actors.parity import DIFFICULT, ParityText, check_parity
 
-    encoder = Encoder.load(join(context.input("training").uri, "encoder"))
+    training = context.input("training")
+    encoder = Encoder.load(join(training.uri, "encoder"), device="cpu")
+    sizes = training.manifest.config.get("matryoshka_dimensions", [])
     fret = context.input("fret").manifest.metrics
     mixture = context.input("mixture").manifest
-    card = _model_card(recipe_name, base_model, encoder, fret, mixture.metrics)
+    card = _model_card(recipe_name, base_model, encoder, sizes, fret, mixture.metrics)
+    texts = [*DIFFICULT, *(ParityText(kind="passage", text=text) for text in parity_texts)]
     with tempfile.TemporaryDirectory() as temporary:
         encoder.save(temporary, model_card=card)
-        parity = check_parity(temporary, parity_texts)
-        if parity < MIN_PARITY:
+        agreements = check_parity(temporary, texts, dimensions=sizes, trained=encoder)
+        worst = min(agreements, key=lambda each: each.cosine)
+        if not worst.cosine >= MIN_PARITY:
             raise TokayError(
-                f"the export differs from the trained encoder: sentence-transformers' vectors have"
-                f" a cosine of {parity:.5f} with ours, and {MIN_PARITY} is asked for"
+                f"the export differs from the trained encoder: {worst.way} gives a {worst.kind}"
+                f" text's vector, at {worst.dimensions} dimensions, a cosine of"
+                f" {worst.cosine:.5f} with ours, and {MIN_PARITY} is asked for"
             )
         _upload(Path(temporary), context.storage)
-    return {"parity_cosine": round(parity, 6), "dimensions": encoder.dimensions}
+    return {"parity_cosine": round(worst.cosine, 6), "dimensions": encoder.dimensions}
 
 
 def model_folder(artifact: Artifact) -> str:
@@ -95,9 +136,17 @@ def _model_card(
     recipe_name: str,
     base_model: str,
     encoder: Encoder,
+    sizes: list[int],
     fret: dict[str, Json],
     mixture: dict[str, Json],
 ) -> str:
+    smaller = sorted((size for size in sizes if size < encoder.dimensions), reverse=True)
+    cut = ""
+    if smaller:
+        cut = f"""
+The first {" or ".join(map(str, smaller))} dimensions were trained to be used alone (Matryoshka):
+cut the vectors and normalise them again, or give `truncate_dim={smaller[0]}`.
+"""
     sets = ", ".join(f"{name} ({rows} examples)" for name, rows in mixture["sets"].items())
     return f"""---
 library_name: sentence-transformers
@@ -110,7 +159,7 @@ tags: [sentence-transformers, feature-extraction, tokay]
 
 Recipe `{recipe_name}`; {encoder.dimensions} dimensions, at most {encoder.max_tokens} tokens,
 {encoder.pooling} pooling, unit vectors. Started from `{base_model}`.
-
+{cut}
 Trained on: {sets}. FRet examples were written and labelled by a large language model
 (Gecko, arXiv 2403.20327): {fret["num_queries"]} queries, {fret["num_kept"]} kept. Queries that
 overlap with the run's {fret["num_evaluation_queries"]} evaluation queries were taken out; the

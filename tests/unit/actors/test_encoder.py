@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,14 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from actors.encoder import Encoder, PromptTemplates, check_parity, cut_layers
+from actors.encoder import (
+    Encoder,
+    PromptTemplates,
+    add_projection,
+    cut_layers,
+    see_both_ways,
+)
+from actors.parity import ParityText, check_parity
 from cluster.errors import UserError
 
 TEXTS = [
@@ -39,6 +47,11 @@ def export(student: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     student.save(folder, model_card="# A student\n", task="search result")
     return folder
+
+
+def parity(folder: Path) -> float:
+    found = check_parity(folder, [ParityText(kind="text", text=text) for text in TEXTS])
+    return min(each.cosine for each in found)
 
 
 def cosines(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
@@ -114,7 +127,7 @@ def test_export_equals_sentence_transformers(student: Encoder, export: Path):
     theirs = SentenceTransformer(str(export), device="cpu")
     ours = student.encode(TEXTS)
     assert cosines(ours, theirs.encode(TEXTS)).min() > 0.99999
-    assert check_parity(export, TEXTS) > 0.99999
+    assert parity(export) > 0.99999
     queries = student.encode_queries(TEXTS, task="search result")
     assert cosines(queries, theirs.encode_query(TEXTS)).min() > 0.99999
     passages = student.encode_passages(TEXTS)
@@ -174,29 +187,11 @@ def test_cut_layers_keeps_the_named_layers_and_the_original(encoder: Encoder, st
     np.testing.assert_array_equal(everything.encode(["x"]), encoder.encode(["x"]))
 
 
-def small_decoder(folder: Path) -> None:
-    """A plain folder of a tiny decoder with MiniLM's tokenizer."""
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
-
-    from actors.embedded import embedded_model
-
-    tokenizer = AutoTokenizer.from_pretrained(embedded_model("embedded:all-MiniLM-L6-v2"))
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+TinyModel = Callable[..., Path]
 
 
-def test_decoder_is_pooled_at_its_last_token_and_exported(tmp_path: Path):
-    small_decoder(tmp_path / "plain")
-    decoder = Encoder.load(str(tmp_path / "plain"), device="cpu")
+def test_decoder_is_pooled_at_its_last_token_and_exported(tiny_model: TinyModel, tmp_path: Path):
+    decoder = Encoder.load(str(tiny_model("qwen3", tmp_path / "plain")), device="cpu")
     assert decoder.pooling == "lasttoken"
     alone = np.concatenate([decoder.encode([text]) for text in TEXTS])
     np.testing.assert_allclose(decoder.encode(TEXTS), alone, atol=1e-5)
@@ -206,17 +201,102 @@ def test_decoder_is_pooled_at_its_last_token_and_exported(tmp_path: Path):
     expected = torch.nn.functional.normalize(last, dim=0).numpy()
     np.testing.assert_allclose(decoder.encode(["one two three"])[0], expected, atol=1e-5)
     decoder.save(tmp_path / "export", model_card="")
-    assert check_parity(tmp_path / "export", TEXTS) > 0.99999
-    with pytest.raises(ValueError, match="BERT-like"):
-        cut_layers(decoder, [0])
+    assert parity(tmp_path / "export") > 0.9999
+
+
+@pytest.mark.parametrize("kind", ["modernbert", "qwen3", "gemma3_text", "mpnet"])
+def test_layers_are_cut_from_any_stack_and_exported(
+    kind: str, tiny_model: TinyModel, tmp_path: Path
+):
+    whole = Encoder.load(str(tiny_model(kind, tmp_path / "plain")), device="cpu")
+    student = cut_layers(whole, [0, 2])
+    assert student.num_parameters < whole.num_parameters
+    student.save(tmp_path / "export", model_card="")
+    restored = Encoder.load(str(tmp_path / "export"), device="cpu")
+    np.testing.assert_allclose(restored.encode(TEXTS), student.encode(TEXTS), atol=1e-6)
+    assert (whole.encode(TEXTS) * student.encode(TEXTS)).sum(1).max() < 0.999
+    assert parity(tmp_path / "export") > 0.9999
+
+
+def test_modernbert_keeps_its_first_layer(tiny_model: TinyModel, tmp_path: Path):
+    encoder = Encoder.load(str(tiny_model("modernbert", tmp_path)), device="cpu")
+    with pytest.raises(ValueError, match="keep layer 0"):
+        cut_layers(encoder, [1, 2])
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "llama"])
+@pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
+def test_decoder_that_sees_both_ways_is_exported(
+    kind: str, pooling: str, tiny_model: TinyModel, tmp_path: Path
+):
+    decoder = Encoder.load(str(tiny_model(kind, tmp_path / "plain")), device="cpu")
+    decoder.pooling = pooling
+    before = decoder.encode(TEXTS)
+    see_both_ways(decoder)
+    after = decoder.encode(TEXTS)
+    assert cosines(before, after).min() < 0.99
+    decoder.packed = False
+    np.testing.assert_allclose(decoder.encode(TEXTS), after, atol=1e-5)
+    decoder.save(tmp_path / "export", model_card="")
+    restored = Encoder.load(str(tmp_path / "export"), device="cpu")
+    np.testing.assert_allclose(restored.encode(TEXTS), after, atol=1e-5)
+    assert parity(tmp_path / "export") > 0.9999
+
+
+def test_encoder_that_sees_both_ways_already_is_refused(student: Encoder):
+    with pytest.raises(ValueError, match="both ways already"):
+        see_both_ways(student)
+
+
+def test_projection_is_trained_exported_and_restored(encoder: Encoder, tmp_path: Path):
+    projected = cut_layers(encoder, [0])
+    full = projected.encode(TEXTS)
+    add_projection(projected, 96)
+    assert projected.dimensions == 96
+    small = projected.encode(TEXTS)
+    kept = np.corrcoef((full @ full.T).ravel(), (small @ small.T).ravel())[0, 1]
+    assert kept > 0.9  # random orthogonal directions keep similarities, more or less
+    projected.embed(["a", "b c"])[:, 0].sum().backward()
+    assert projected.model.projection[0].weight.grad.abs().sum() > 0
+    projected.save(tmp_path, model_card="")
+    assert (tmp_path / "2_Dense/model.safetensors").is_file()
+    restored = Encoder.load(str(tmp_path), device="cpu")
+    assert restored.dimensions == 96
+    assert restored.num_parameters == projected.num_parameters
+    np.testing.assert_allclose(restored.encode(TEXTS), small, atol=1e-6)
+    assert parity(tmp_path) > 0.99999
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"activation_function": "os.system"}, {"use_residual": True}, {"module_input_name": "x"}],
+)
+def test_projection_that_does_more_is_refused(
+    encoder: Encoder, tmp_path: Path, change: dict[str, object]
+):
+    projected = cut_layers(encoder, [0])
+    add_projection(projected, 8)
+    projected.save(tmp_path, model_card="")
+    path = tmp_path / "2_Dense/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match="no plain projection"):
+        Encoder.load(str(tmp_path))
+
+
+def test_equal_texts_get_equal_vectors(encoder: Encoder):
+    texts = ["wing", "lift", "wing", "drag", "lift"]
+    vectors = encoder.encode(texts)
+    np.testing.assert_array_equal(vectors[[0, 1]], vectors[[2, 4]])
+    alone = np.concatenate([encoder.encode([text]) for text in texts])
+    np.testing.assert_allclose(vectors, alone, atol=1e-6)
 
 
 def test_unknown_module_is_refused(student: Encoder, tmp_path: Path):
     student.save(tmp_path, model_card="")
     modules = json.loads((tmp_path / "modules.json").read_text())
-    modules[2]["type"] = "sentence_transformers.models.Dense"
+    modules[2]["type"] = "sentence_transformers.models.LSTM"
     (tmp_path / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(UserError, match="module 'Dense'"):
+    with pytest.raises(UserError, match="module 'LSTM'"):
         Encoder.load(str(tmp_path))
 
 

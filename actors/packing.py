@@ -1,0 +1,181 @@
+"""Batches without padding: the tokens of all texts in one row, each text attending to itself.
+
+Linear layers, norms and activations do not mind where a text ends; only attention and positions do.
+So a model's own code runs over ``[1, tokens]``, and its attention is replaced by one that attends
+inside groups of equally long texts, where no mask is needed. Dropout, gradients and gradient
+checkpointing stay the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+ATTENTION = "tokay_packed"
+# Kinds of transformers whose code hands keyword arguments down to the attention and whose
+# attention knows nothing but a mask, causality and a window; with RoBERTa's, positions begin
+# behind the padding token's number.
+_ROBERTA = ("camembert", "roberta", "xlm-roberta")
+_KINDS = (*_ROBERTA, "bert", "electra", "gemma3_text", "llama", "modernbert", "qwen2", "qwen3")
+# Attention weights of so many texts at once that they stay in a core's cache.
+_CACHED_WEIGHTS = 2**19
+
+TokenRows = Sequence[Sequence[int] | np.ndarray]
+Groups = list[tuple[int, int]]  # (number of texts, tokens in each), in the order of the tokens
+
+
+def use_packing(model: Any) -> bool:
+    """Lets a transformer take packed batches, if it is of a kind that can; says whether it is."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) not in _KINDS:
+        return False
+    if config._attn_implementation not in ("sdpa", ATTENTION):
+        return False
+    AttentionInterface.register(ATTENTION, packed_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    model.set_attn_implementation(ATTENTION)
+    return True
+
+
+def packed_forward(
+    model: Any, rows: TokenRows, options: dict[str, bool]
+) -> tuple[torch.Tensor, Groups]:
+    """Runs a model over token ids without padding.
+
+    Args:
+        model: One that :func:`use_packing` accepted.
+        rows: Token ids of each text; equally long ones should be neighbours.
+        options: Further arguments of the model.
+
+    Returns:
+        The last hidden states ``[tokens, hidden]`` of all texts in their order, and where they are.
+    """
+    first = model.config.pad_token_id + 1 if model.config.model_type in _ROBERTA else 0
+    groups = [(len(list(same)), length) for length, same in groupby(map(len, rows))]
+    ids = torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]))
+    places = torch.cat([torch.arange(first, first + length).repeat(n) for n, length in groups])
+    # transformers leaves a mask of four dimensions as it is, and packed attention needs none.
+    no_mask = torch.zeros(1, 1, 1, 1, device=model.device)
+    output = model(
+        input_ids=ids[None].to(model.device),
+        position_ids=places[None].to(model.device),
+        attention_mask=no_mask,
+        packed_groups=groups,
+        **options,
+    )
+    return output.last_hidden_state[0], groups
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    packed_groups: Groups | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as transformers calls it, inside each text of a packed batch.
+
+    A batch that is not packed gets transformers' own attention.
+
+    Args:
+        module: The layer that asks.
+        query: ``[1, heads, tokens, size]``.
+        key: ``[1, key heads, tokens, size]``.
+        value: ``[1, key heads, tokens, size]``.
+        attention_mask: Not looked at in a packed batch.
+        packed_groups: Where the texts are.
+        dropout: Share of the weights that are dropped.
+        scaling: Factor of the products.
+        is_causal: Whether a token sees only those before it; the layer's own if None.
+        sliding_window: How far a token sees.
+        **others: What other implementations want.
+
+    Returns:
+        ``[1, tokens, heads, size]`` and no weights.
+    """
+    if packed_groups is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        plain = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **others
+        )
+        return cast(tuple[torch.Tensor, None], plain)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if sliding_window is not None and is_causal is False:
+        sliding_window += 1  # transformers' window of a decoder made bidirectional includes its end
+    shared = query.shape[1] // key.shape[1]
+    if shared > 1:
+        key, value = (each.repeat_interleave(shared, dim=1) for each in (key, value))
+    found, start = [], 0
+    for num_texts, length in packed_groups:
+        size = num_texts * length
+        own = slice(start, start + size)
+        texts = [
+            each[0, :, own].view(-1, num_texts, length, each.shape[-1]).transpose(0, 1)
+            for each in (query, key, value)
+        ]
+        mask = _window(length, causal, sliding_window, query.device)
+        attended = _attend(texts, mask, causal and mask is None, dropout, scaling)
+        found.append(attended.transpose(1, 2).reshape(size, *attended.shape[1::2]))
+        start += size
+    return torch.cat(found)[None], None
+
+
+def pool_packed(hidden: torch.Tensor, groups: Groups, pooling: str) -> torch.Tensor:
+    """Returns one vector ``[texts, hidden]`` for each text of ``[tokens, hidden]``."""
+    found, start = [], 0
+    for num_texts, length in groups:
+        texts = hidden[start : start + num_texts * length].view(num_texts, length, -1)
+        start += num_texts * length
+        if pooling == "mean":
+            found.append(texts.mean(1))
+        else:
+            found.append(texts[:, -1 if pooling == "lasttoken" else 0])
+    return torch.cat(found)
+
+
+def _window(
+    length: int, causal: bool, size: int | None, device: torch.device
+) -> torch.Tensor | None:
+    """Returns who sees whom, None where the window is wider than the text."""
+    if size is None or size >= length:
+        return None
+    ahead = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    near = ahead.abs() < size
+    return near & (ahead >= 0) if causal else near
+
+
+def _attend(
+    texts: Sequence[torch.Tensor],
+    mask: torch.Tensor | None,
+    causal: bool,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attention inside texts of one length: ``[texts, heads, tokens, size]`` each and back."""
+    query, key, value = texts
+    plain = mask is None and not causal and not torch.is_grad_enabled()
+    if not plain or query.dtype != torch.bfloat16 or query.device.type != "cpu":
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
+        )
+    # PyTorch's fused kernel for the CPU takes twice the time of oneDNN's products in bfloat16.
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    size = max(1, _CACHED_WEIGHTS // (query.shape[1] * query.shape[2] ** 2))
+    parts = zip(*(torch.split(each, size) for each in (query * scale, key, value)), strict=True)
+    return torch.cat([(q @ k.transpose(-1, -2)).softmax(-1) @ v for q, k, v in parts])

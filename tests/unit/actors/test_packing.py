@@ -1,0 +1,120 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from actors.encoder import Encoder
+from actors.packing import ATTENTION
+
+KINDS = ["bert", "electra", "roberta", "xlm-roberta", "modernbert", "qwen3", "gemma3_text", "llama"]
+TEXTS = [
+    "the boundary layer of a flat plate in a supersonic stream",
+    "x",
+    "",
+    "naïve café — 雪が降る",
+    "a passage that is much longer than the window of a local layer " * 3,
+    "y",
+    "two of one length",
+    "two of same length",
+]
+TinyModel = Callable[..., Path]
+
+
+def one_by_one(folder: Path, encoder: Encoder) -> torch.Tensor:
+    """Last hidden states of transformers' own eager attention, a text at a time, pooled."""
+    from transformers import AutoModel
+
+    plain = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    pooled = []
+    for row in encoder.tokenize(TEXTS):
+        hidden = plain(input_ids=torch.tensor([row])).last_hidden_state[0]
+        pooled.append({"mean": hidden.mean(0), "lasttoken": hidden[-1]}[encoder.pooling])
+    return torch.nn.functional.normalize(torch.stack(pooled), dim=-1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_vectors_equal_those_of_texts_alone(
+    kind: str, tiny_model: TinyModel, tmp_path: Path
+):
+    encoder = Encoder.load(str(tiny_model(kind, tmp_path)), device="cpu")
+    assert encoder.packed
+    with torch.no_grad():
+        alone = one_by_one(tmp_path, encoder)
+        with_gradient = encoder.embed(TEXTS, batch_tokens=40)
+    np.testing.assert_allclose(encoder.encode(TEXTS), alone, atol=2e-5)
+    np.testing.assert_allclose(encoder.encode(TEXTS, batch_tokens=40), alone, atol=2e-5)
+    np.testing.assert_allclose(with_gradient, alone, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "qwen3"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_gradients_equal_padded_ones(
+    kind: str, checkpointing: bool, tiny_model: TinyModel, tmp_path: Path
+):
+    encoder = Encoder.load(str(tiny_model(kind, tmp_path)), device="cpu")
+    target = torch.randn(len(TEXTS), encoder.dimensions, generator=torch.manual_seed(1))
+
+    def gradients() -> dict[str, torch.Tensor]:
+        encoder.model.zero_grad()
+        (encoder.embed(TEXTS) * target).sum().backward()
+        return {
+            name: weight.grad.clone()
+            for name, weight in encoder.model.named_parameters()
+            if weight.grad is not None
+        }
+
+    encoder.packed = False
+    padded = gradients()
+    encoder.packed = True
+    if checkpointing:
+        encoder.model.gradient_checkpointing_enable({"use_reentrant": False})
+        encoder.model.train()  # dropout is set to nothing below; eval would not checkpoint
+        for module in encoder.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    packed = gradients()
+    assert packed.keys() == padded.keys() and len(packed) > 15
+    for name, gradient in packed.items():
+        largest = padded[name].abs().max().item()
+        torch.testing.assert_close(gradient, padded[name], atol=2e-5 + 1e-4 * largest, rtol=0)
+
+
+def test_packed_training_drops_what_the_model_drops(tiny_model: TinyModel, tmp_path: Path):
+    folder = tiny_model("bert", tmp_path, attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0)
+    encoder = Encoder.load(str(folder), device="cpu")
+    encoder.model.train()
+    with torch.no_grad():
+        first, second = encoder.embed(TEXTS), encoder.embed(TEXTS)
+        mean = torch.stack([encoder.embed(TEXTS) for _ in range(300)]).mean(0)
+    assert (first - second).abs().max() > 0.01
+    kept = torch.nn.functional.cosine_similarity(mean, torch.from_numpy(encoder.encode(TEXTS)))
+    assert kept.min() > 0.95
+    encoder.model.eval()
+    assert torch.equal(encoder.embed(TEXTS), encoder.embed(TEXTS))
+
+
+def test_padded_batches_of_a_packed_model_keep_their_masks(tiny_model: TinyModel, tmp_path: Path):
+    encoder = Encoder.load(str(tiny_model("qwen3", tmp_path)), device="cpu")
+    assert encoder.model.config._attn_implementation == ATTENTION
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    with torch.no_grad():
+        both = encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        short = encoder.model(input_ids=ids[1:, :2]).last_hidden_state
+    torch.testing.assert_close(both[1, :2], short[0], atol=1e-5, rtol=0)
+
+
+def test_kind_that_cannot_be_packed_is_padded(tiny_model: TinyModel, tmp_path: Path):
+    encoder = Encoder.load(str(tiny_model("mpnet", tmp_path)), device="cpu")
+    assert not encoder.packed
+    np.testing.assert_allclose(
+        encoder.encode(TEXTS), one_by_one(tmp_path, encoder).detach(), atol=2e-5
+    )
+
+
+def test_bfloat16_stays_near_float32(tiny_model: TinyModel, tmp_path: Path):
+    folder = str(tiny_model("bert", tmp_path))
+    rough = Encoder.load(folder, device="cpu", dtype="bfloat16").encode(TEXTS)
+    assert (rough * Encoder.load(folder, device="cpu").encode(TEXTS)).sum(1).min() > 0.995
