@@ -35,6 +35,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program t
 Address = Annotated[
     str, typer.Option(help="The cluster's dashboard.", envvar="RAY_API_SERVER_ADDRESS")
 ]
+TestFolders = Annotated[
+    list[Path] | None, typer.Option(help="A folder of test data; may be repeated.")
+]
 RecipeFile = Annotated[str, typer.Argument(help="A YAML file, or laptop, gpu or cluster.")]
 LOCAL_DASHBOARD = "http://127.0.0.1:8265"
 
@@ -138,29 +141,63 @@ def inspect(
 
 @app.command("eval")
 def eval_command(
-    model: Annotated[str, typer.Argument(help="A run, an export folder, a hub id or an endpoint.")],
-    beir: Annotated[list[Path] | None, typer.Option(help="A BEIR folder; may be repeated.")] = None,
+    models: Annotated[
+        list[str], typer.Argument(help="Runs, export folders, hub ids or endpoints.")
+    ],
+    beir: TestFolders = None,
+    sts: TestFolders = None,
+    pairs: TestFolders = None,
+    classification: TestFolders = None,
+    clustering: TestFolders = None,
+    rerank: TestFolders = None,
     mteb: Annotated[list[str] | None, typer.Option(help="An mteb task's name.")] = None,
-    split: Annotated[str, typer.Option(help="The qrels of a BEIR folder.")] = "test",
+    split: Annotated[str, typer.Option(help="Of the folders.")] = "test",
     task: Annotated[str | None, typer.Option(help="The {task} of the query template.")] = None,
+    dimensions: Annotated[
+        str | None, typer.Option(help="Cut the vectors to these, such as 768,256.")
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="Keep mteb's results here, and measure nothing again [default: not]."),
+    ] = None,
+    actors: Annotated[int, typer.Option(min=1, help="Ray actors to encode with; 1: no Ray.")] = 1,
     max_tokens: Annotated[int, typer.Option(help="For models that do not say.")] = 256,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a model with mteb on BEIR folders or mteb's own tasks."""
+    """Evaluate models with mteb on folders of test data or mteb's own tasks."""
     from cluster.session import silence
-    from pipelines.evaluation.command import run_eval
+    from pipelines.evaluation.command import (
+        EvalOptions,
+        folder_test_set,
+        name_models,
+        read_dimensions,
+        run_eval,
+    )
     from pipelines.execute import find_models
 
     silence(None)
-    run_eval(
-        find_models(model),
-        beir=beir or [],
-        mteb=mteb or [],
-        split=split,
-        task=task,
-        as_json=as_json,
+    given = {
+        "retrieval": beir,
+        "sts": sts,
+        "pairs": pairs,
+        "classification": classification,
+        "clustering": clustering,
+        "rerank": rerank,
+        "mteb": mteb,
+    }
+    test_sets = [
+        folder_test_set(kind, str(path), split, task)
+        for kind, paths in given.items()
+        for path in paths or ()
+    ]
+    options = EvalOptions(
+        dimensions=read_dimensions(dimensions),
+        results=results,
+        num_actors=actors,
         max_tokens=max_tokens,
+        as_json=as_json,
     )
+    run_eval(name_models({model: find_models(model) for model in models}), test_sets, options)
 
 
 @app.command()

@@ -1,7 +1,7 @@
-"""How sure a mean over a few hundred queries is.
+"""How sure a score over a few hundred items is.
 
 Two models a point apart on 200 queries are often the same model; every figure therefore comes with
-an interval, and two models are compared query by query.
+an interval, and two models are compared item by item.
 """
 
 from collections.abc import Sequence
@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipelines.evaluation.items import Sample
+
 NUM_RESAMPLES = 2000
 
 
 class Estimate(NamedTuple):
-    """A mean over queries with its 95 % interval."""
+    """A score, or the difference of two, with its 95 % interval."""
 
     mean: float
     low: float
@@ -21,19 +23,35 @@ class Estimate(NamedTuple):
 
 
 def bootstrap(
-    scores: Sequence[float] | np.ndarray, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+    samples: Sequence[Sample],
+    *,
+    before: Sequence[Sample] = (),
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
 ) -> Estimate:
-    """Returns the mean and its percentile bootstrap interval (Efron, 1979).
+    """Returns the score and its percentile bootstrap interval (Efron, 1979).
 
     Args:
-        scores: One for each query.
-        num_resamples: Draws of as many queries, with replacement.
-        seed: Of the draws; the same seed draws the same queries for every metric.
+        samples: Of each split and language of a test set; the score is the mean over them.
+        before: Another model's on the same items, whose score is taken away: the interval is then
+            that of the difference, both on the same draws.
+        num_resamples: Draws of as many items, with replacement, from each sample.
+        seed: Of the draws; the same seed draws the same items for every metric.
     """
-    values = np.asarray(scores, dtype=np.float64)
-    if values.ndim != 1 or not len(values):
-        raise ValueError(f"scores have shape {values.shape}: give one number for each query")
-    rng = np.random.default_rng(seed)
-    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(num_resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Estimate(float(values.mean()), float(low), float(high))
+    if not samples or not all(sample.rows.size for sample in samples):
+        raise ValueError("no items to draw from: give at least one score")
+    drawn = []
+    for place, new in enumerate(samples):
+        rng = np.random.default_rng(seed)
+        num_items = new.rows.shape[1]
+        scores = []
+        for _ in range(num_resamples):
+            items = rng.integers(0, num_items, size=(num_items,))
+            taken_away = before[place].score(items) if before else 0.0
+            scores.append(new.score(items) - taken_away)
+        drawn.append(scores)
+    # A draw of equal items has no correlation.
+    low, high = np.nanpercentile(np.mean(drawn, axis=0), [2.5, 97.5])
+    score = np.mean([sample.score() for sample in samples])
+    minus = np.mean([sample.score() for sample in before]) if before else 0.0
+    return Estimate(float(score - minus), float(low), float(high))

@@ -1,10 +1,12 @@
-"""What `tokay eval` does: models times test sets, as a table for people or JSON for programs."""
+"""What `tokay eval` does: models times test sets, as tables for people or JSON for programs."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +18,94 @@ from rich.text import Text
 from cluster.errors import UserError
 from pipelines.encoders import EncoderConfig, load_encoder
 from pipelines.evaluation.bootstrap import Estimate
-from pipelines.evaluation.dataset import RetrievalDataset, read_beir
-from pipelines.evaluation.evaluate import RetrievalResult, difference, evaluate
-from pipelines.evaluation.mteb_model import TextEncoder, quiet_mteb
-from pipelines.evaluation.mteb_tasks import MtebResult, evaluate_mteb, find_mteb_tasks
+from pipelines.evaluation.compare import averages, compare
+from pipelines.evaluation.evaluate import Result, evaluate_at
+from pipelines.evaluation.fingerprint import encoder_fingerprint
+from pipelines.evaluation.model_card import training_sets
+from pipelines.evaluation.mteb_model import ModelIdentity, TextEncoder, quiet_mteb
+from pipelines.evaluation.tasks import find_mteb_task
+from pipelines.evaluation.test_set import MTEB, TestSet, load_test_set
 
-# The model of a run that the others are compared with.
-STUDENT_AFTER = "student_after"
+Location = str | EncoderConfig
+# mteb's types as the papers' tables head them.
+_SHORT = {
+    "Classification": "Cls",
+    "Clustering": "Clu",
+    "PairClassification": "Pair",
+    "Reranking": "Rer",
+    "Retrieval": "Ret",
+    "Summarization": "Sum",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """How `tokay eval` measures.
+
+    Attributes:
+        dimensions: Cut the vectors to each of these; empty: as long as they are.
+        results: Folder of mteb's results, read and written; None: neither.
+        num_actors: Ray actors that share the encoding; 1: in this process, without Ray.
+        max_tokens: Longer texts are cut.
+        as_json: Print JSON instead of tables.
+    """
+
+    dimensions: tuple[int, ...] = ()
+    results: Path | None = None
+    num_actors: int = 1
+    max_tokens: int = 256
+    as_json: bool = False
+
+
+def folder_test_set(kind: str, path: str, split: str = "test", task: str | None = None) -> TestSet:
+    """Returns the test set that a folder, or mteb's name, on the command line means."""
+    name = path if kind == MTEB else Path(path).resolve().name
+    return TestSet.model_validate(
+        {"name": name, "path": path, "kind": kind, "split": split, "task": task}
+    )
+
+
+def read_dimensions(given: str | None) -> tuple[int, ...]:
+    """Returns ``768,256`` as numbers.
+
+    Raises:
+        UserError: It is something else.
+    """
+    if not given:
+        return ()
+    parts = given.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"--dimensions {given!r}: give whole numbers with commas, such as 768,256")
+    return tuple(map(int, parts))
+
+
+def name_models(given: Mapping[str, Mapping[str, Location]]) -> dict[str, Location]:
+    """Returns the models of several runs and folders, each under its own name.
+
+    Args:
+        given: Run, folder or id -> its models by name; two runs have models of the same names,
+            which then stand behind the run's.
+    """
+    names = [_short_name(name) for models in given.values() for name in models]
+    twice = {name for name in names if names.count(name) > 1}
+    return {
+        f"{Path(source).resolve().name}/{name}" if _short_name(name) in twice else name: location
+        for source, models in given.items()
+        for name, location in models.items()
+    }
 
 
 def run_eval(
-    models: Mapping[str, str | EncoderConfig],
-    *,
-    beir: Sequence[Path] = (),
-    mteb: Sequence[str] = (),
-    split: str = "test",
-    task: str | None = None,
-    as_json: bool = False,
-    max_tokens: int = 256,
+    models: Mapping[str, Location],
+    test_sets: Sequence[TestSet],
+    options: EvalOptions | None = None,
 ) -> list[dict[str, Any]]:
-    """Measures models on BEIR folders and mteb tasks and prints what it found.
+    """Measures models on test sets and prints what it found.
 
     Args:
         models: Name -> model folder, hub id, ``embedded:NAME`` or endpoint ``http(s)://HOST/v1``.
-        beir: Folders in BEIR's layout.
-        mteb: mteb's names of tasks.
-        split: Which qrels of the folders.
-        task: For the query template; Gecko's for each test set if None.
-        as_json: Print JSON instead of a table.
-        max_tokens: Longer texts are cut.
+        test_sets: Folders and mteb's tasks.
+        options: How.
 
     Returns:
         The results as they stand in the JSON.
@@ -53,62 +114,72 @@ def run_eval(
         UserError: Nothing to measure on, a bad folder, name or model; before anything is encoded
             wherever it can be known.
     """
-    if not beir and not mteb:
-        raise UserError("nothing to measure on: give --beir FOLDER or --mteb NAME")
-    datasets = [read_beir(folder, split) for folder in beir]
-    if mteb:
+    options = options or EvalOptions()
+    if not test_sets:
+        raise UserError(
+            "nothing to measure on: give a folder (--beir, --sts, --pairs, --classification, "
+            "--clustering, --rerank) or --mteb NAME"
+        )
+    if any(test_set.kind == MTEB for test_set in test_sets):
         with quiet_mteb():
-            find_mteb_tasks(mteb)
-    retrieval: list[RetrievalResult] = []
-    named: list[MtebResult] = []
-    with _progress(shown=not as_json) as show:
+            for test_set in test_sets:
+                if test_set.kind == MTEB:
+                    find_mteb_task(test_set.path)
+    results: list[Result] = []
+    data = [load_test_set(test_set) for test_set in test_sets]
+    with _progress(shown=not options.as_json) as show:
         for given, location in models.items():
             name = _short_name(given)
-            encoder = _load(location, max_tokens)
-            for dataset in datasets:
-                advance = show(f"{name} on {dataset.name}", _num_texts(dataset))
-                retrieval.append(
-                    evaluate(encoder, dataset, task=task, model=name, on_progress=advance)
-                )
-            for mteb_name in mteb:
-                advance = show(f"{name} on {mteb_name}", None)
-                named += evaluate_mteb(encoder, [mteb_name], model=name, on_progress=advance)
-    rows = [result.to_json(per_query=False) for result in retrieval]
-    rows += [result.to_json() for result in named]
-    compared = compare(retrieval)
-    if as_json:
-        print(json.dumps({"results": rows, "differences": compared}, indent=2))
+            with _loaded(location, options) as encoder:
+                model = _identify(name, location, encoder)
+                for test_set, each in zip(test_sets, data, strict=True):
+                    results += evaluate_at(
+                        encoder,
+                        each,
+                        model=model,
+                        task=test_set.task,
+                        dimensions=options.dimensions or (None,),
+                        results=options.results,
+                        on_progress=show(
+                            f"{name} on {test_set.name}", getattr(each, "num_texts", None)
+                        ),
+                    )
+    rows = [result.to_json(items=False) for result in results]
+    compared, means = compare(results), averages(results)
+    if options.as_json:
+        print(json.dumps({"results": rows, "differences": compared, "averages": means}, indent=2))
     else:
-        _print_tables(retrieval, named, compared)
+        _print_tables(results, compared, means)
     return rows
 
 
-def compare(results: Sequence[RetrievalResult]) -> list[dict[str, Any]]:
-    """Returns the trained student less each other model of its run, on every test set."""
-    rows: list[dict[str, Any]] = []
-    for after in results:
-        if after.model != STUDENT_AFTER:
-            continue
-        for before in results:
-            same = (before.dataset, before.split) == (after.dataset, after.split)
-            if before.model == after.model or not same:
-                continue
-            gain = difference(before, after)
-            rows.append(
-                {
-                    "before": before.model,
-                    "after": after.model,
-                    "dataset": after.dataset,
-                    "split": after.split,
-                    "metric": "ndcg_at_10",
-                    "difference": gain.mean,
-                    "interval": [gain.low, gain.high],
-                }
-            )
-    return rows
+def _identify(name: str, location: Location, encoder: TextEncoder) -> ModelIdentity:
+    card = Path(location.model if isinstance(location, EncoderConfig) else location) / "README.md"
+    return ModelIdentity(
+        name=name,
+        revision=encoder_fingerprint(encoder),
+        num_parameters=getattr(encoder, "num_parameters", None),
+        training_sets=training_sets(card.read_text(encoding="utf-8")) if card.is_file() else (),
+    )
 
 
-def _load(location: str | EncoderConfig, max_tokens: int) -> TextEncoder:
+@contextmanager
+def _loaded(location: Location, options: EvalOptions) -> Iterator[TextEncoder]:
+    if options.num_actors == 1:
+        yield _load(location, options.max_tokens)
+        return
+    from pipelines.evaluation.encoder_actors import EncoderActors
+
+    actors = EncoderActors(partial(_load, location, options.max_tokens), options.num_actors)
+    with quiet_mteb():
+        pass  # imported while the actors load
+    try:
+        yield actors
+    finally:
+        actors.close()
+
+
+def _load(location: Location, max_tokens: int) -> TextEncoder:
     if isinstance(location, EncoderConfig):
         return load_encoder(location)
     if location.startswith(("http://", "https://")):
@@ -123,10 +194,6 @@ def _load(location: str | EncoderConfig, max_tokens: int) -> TextEncoder:
 def _short_name(model: str) -> str:
     """Returns the last part of a folder's path, and any other name as it is."""
     return Path(model).resolve().name if Path(model).is_dir() else model
-
-
-def _num_texts(dataset: RetrievalDataset) -> int:
-    return len(dataset.passages) + len(dataset.qrels)
 
 
 @contextmanager
@@ -150,52 +217,76 @@ def _progress(*, shown: bool) -> Iterator[Callable[[str, int | None], Callable[[
 
 
 def _print_tables(
-    retrieval: Sequence[RetrievalResult],
-    named: Sequence[MtebResult],
+    results: Sequence[Result],
     compared: Sequence[Mapping[str, Any]],
+    means: Sequence[Mapping[str, Any]],
 ) -> None:
     console = Console()
-    if retrieval:
-        table = _table("model", "test set")
-        for heading in ("nDCG@10", "recall@10", "texts/s"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for result in sorted(retrieval, key=lambda result: result.dataset):
-            table.add_row(
-                result.model,
-                result.dataset,
-                _show(result.ndcg_at_10),
-                _show(result.recall_at_10),
-                f"{result.texts_per_s:,.0f}",
-            )
-        console.print(table)
-    for row in compared:
-        low, high = row["interval"]
-        console.print(
-            f"{row['after']} - {row['before']} on {row['dataset']}: nDCG@10 "
-            f"{row['difference']:+.3f} [{low:+.3f}, {high:+.3f}]",
-            markup=False,
-            highlight=False,
+    for dataset, task_type in dict.fromkeys((each.dataset, each.task_type) for each in results):
+        measured = [e for e in results if (e.dataset, e.task_type) == (dataset, task_type)]
+        size = ", ".join(
+            f"{count:,} {name.removeprefix('num_')}" for name, count in measured[0].counts.items()
         )
-    if retrieval:
-        console.print("In brackets: 95 % bootstrap intervals over queries.", style="dim")
-    if named:
-        table = _table("model", "mteb task", "type", "metric")
-        table.add_column("score", justify="right")
-        for outcome in named:
-            table.add_row(
-                outcome.model,
-                outcome.dataset,
-                outcome.task_type,
-                outcome.metric,
-                f"{outcome.score:.3f}",
-            )
-        console.print(table)
+        console.print(Text.assemble("\n", (dataset, "bold"), f"  {task_type}  ", (size, "dim")))
+        console.print(_scores(measured))
+        for row in compared:
+            if row["dataset"] == dataset and row["metric"] == measured[0].metric:
+                console.print(_difference(row))
+    if any(not _unknown(result.score) for result in results):
+        console.print("In brackets: 95 % bootstrap intervals.", style="dim")
+    if any(result.seen for result in results):
+        console.print("* the model was trained on a set of this name", style="dim")
+    if any(row["num_test_sets"] > 1 for row in means):
+        console.print(_means(means))
+
+
+def _scores(results: Sequence[Result]) -> Table:
+    table = _table("model", "dim")
+    shown = [results[0].metric]
+    if results[0].task_type == "Retrieval":
+        shown += [name for name in ("recall_at_10",) if name in results[0].estimates]
+    for heading in (*shown, "texts/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for result in results:
+        speed = f"{result.texts_per_s:,.0f}" if result.texts_per_s else ""
+        name = result.model + ("*" if result.seen else "")
+        estimates = [_show(result.estimates[metric]) for metric in shown]
+        table.add_row(name, str(result.dimensions), *estimates, speed)
+    return table
+
+
+def _difference(row: Mapping[str, Any]) -> Text:
+    names = []
+    for side in ("after", "before"):
+        cut = row["after_dimensions"] != row["before_dimensions"]
+        names.append(row[side] + (f" ({row[f'{side}_dimensions']})" if cut else ""))
+    low_high = f" [{row['interval'][0]:+.3f}, {row['interval'][1]:+.3f}]" if row["interval"] else ""
+    return Text(f"{names[0]} - {names[1]}: {row['metric']} {row['difference']:+.3f}{low_high}")
+
+
+def _means(means: Sequence[Mapping[str, Any]]) -> Table:
+    types = dict.fromkeys(name for row in means for name in row["types"])
+    table = _table("model", "dim")
+    for heading in (*(_SHORT.get(name, name) for name in types), "mean (tasks)", "mean (types)"):
+        table.add_column(heading, justify="right")
+    for row in means:
+        figures = [row["types"].get(name) for name in types]
+        figures += [row["mean_task"], row["mean_task_type"]]
+        shown = ["" if figure is None else f"{figure:.3f}" for figure in figures]
+        table.add_row(row["model"], str(row["dimensions"]), *shown)
+    return table
 
 
 def _table(*headings: str) -> Table:
     return Table(*headings, box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
 
 
+def _unknown(estimate: Estimate) -> bool:
+    return estimate.low != estimate.low
+
+
 def _show(estimate: Estimate) -> Text:
+    if _unknown(estimate):
+        return Text(f"{estimate.mean:.3f}")
     interval = f"[{estimate.low:.3f}, {estimate.high:.3f}]"
     return Text.assemble(f"{estimate.mean:.3f} ", (interval, "dim"))

@@ -6,9 +6,10 @@ has a mistake in it than not, and a wrong qrels file looks just like a weak mode
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +36,8 @@ class RetrievalDataset:
         passages: Passage id -> passage.
         queries: Query id -> text; only those with qrels are evaluated.
         qrels: Query id -> passage id -> relevance, 0 for judged and not relevant.
+        candidates: Query id -> ids of the only passages to rank for it (reranking); None to search
+            them all.
     """
 
     name: str
@@ -42,6 +45,7 @@ class RetrievalDataset:
     passages: Mapping[str, Passage]
     queries: Mapping[str, str]
     qrels: Mapping[str, Mapping[str, int]]
+    candidates: Mapping[str, Sequence[str]] | None = None
 
     def __post_init__(self) -> None:
         for what in ("passages", "queries", "qrels"):
@@ -66,6 +70,39 @@ class RetrievalDataset:
                 "test set %r: %d of %d judged passages are not in the corpus, such as %r",
                 *(self.name, len(missing), len(judged), min(missing)),
             )
+
+    @property
+    def kind(self) -> str:
+        """``retrieval`` or ``rerank``."""
+        return "retrieval" if self.candidates is None else "rerank"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What a table says of its size."""
+        return {"num_queries": len(self.qrels), "num_passages": len(self.passages)}
+
+    @property
+    def num_texts(self) -> int:
+        """Texts that a model has to encode."""
+        return len(self.qrels) + len(self.passages)
+
+    def judged_texts(self) -> list[str]:
+        """Returns the texts that training must not have seen: the queries."""
+        return list(self.queries.values())
+
+    def revision(self) -> str:
+        """Returns a hash of the content."""
+        return content_hash([self.passages, self.queries, self.qrels, self.candidates])
+
+
+def content_hash(parts: Sequence[Mapping[str, object] | None]) -> str:
+    """Returns a hash of mappings of plain values, row by row to keep memory small."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(b"\n")
+        for item in (part or {}).items():
+            digest.update(json.dumps(item).encode())
+    return digest.hexdigest()[:16]
 
 
 def read_beir(folder: str | Path, split: str = "test") -> RetrievalDataset:
@@ -105,7 +142,7 @@ def read_beir(folder: str | Path, split: str = "test") -> RetrievalDataset:
     )
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     """Yields ``file:line`` and the line, blank ones left out."""
     try:
         with path.open(encoding="utf-8-sig") as lines:
@@ -113,22 +150,27 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
                 if line.strip():
                     yield f"{path}:{number}", line
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; a BEIR folder needs it") from None
+        raise UserError(f"{path} is missing; a test set needs it") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error.reason}); convert it") from None
 
 
-def _rows(path: Path) -> Iterator[tuple[str, str, dict[str, object]]]:
-    """Yields ``file:line``, the id and the object of each line."""
-    for at, line in _lines(path):
+def read_objects(path: Path) -> Iterator[tuple[str, object]]:
+    """Yields ``file:line`` and the JSON value of each line."""
+    for at, line in read_lines(path):
         try:
-            row = json.loads(line)
+            yield at, json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{at}: not JSON ({error.msg}, column {error.colno}); write one object a line"
             ) from None
+
+
+def _rows(path: Path) -> Iterator[tuple[str, str, dict[str, object]]]:
+    """Yields ``file:line``, the id and the object of each line."""
+    for at, row in read_objects(path):
         if not isinstance(row, dict) or not isinstance(row.get("_id"), str | int):
             raise UserError(f'{at}: no "_id"; write {{"_id": "...", "text": "..."}}')
         yield at, str(row["_id"]), row
@@ -145,7 +187,7 @@ def _text(row: dict[str, object], field: str, at: str) -> str:
 
 def _read_qrels(path: Path, queries: Mapping[str, str]) -> dict[str, dict[str, int]]:
     qrels: dict[str, dict[str, int]] = {}
-    for number, (at, line) in enumerate(_lines(path)):
+    for number, (at, line) in enumerate(read_lines(path)):
         columns = line.rstrip("\r\n").split("\t")
         try:
             query, passage, score = columns

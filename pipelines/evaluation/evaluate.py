@@ -1,176 +1,332 @@
-"""How good and how fast an encoder is at retrieval, and whether one is better than another."""
+"""How good an encoder is on a test set, and whether one is better than another.
+
+Every test set, ours or mteb's, goes the same way: an mteb task, mteb's evaluation, its result and
+the scores of single items.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from pipelines.evaluation.bootstrap import NUM_RESAMPLES, Estimate, bootstrap
 from pipelines.evaluation.dataset import RetrievalDataset
-from pipelines.evaluation.mteb_model import CHUNK_TEXTS, MtebEncoder, TextEncoder, quiet_mteb
+from pipelines.evaluation.folders import LabelledDataset, TestData
+from pipelines.evaluation.items import Sample, overhear
+from pipelines.evaluation.mteb_model import (
+    CHUNK_TEXTS,
+    ModelIdentity,
+    MtebEncoder,
+    TextEncoder,
+    TextVectors,
+    quiet_mteb,
+)
 from pipelines.evaluation.prompts import EvaluationPrompt, evaluation_prompt
-from pipelines.evaluation.retrieval_task import make_retrieval_task
+from pipelines.evaluation.tasks import fresh, make_task
 
-METRICS = ("ndcg_at_10", "recall_at_10", "mrr_at_10")
-TOP_RESULTS = 10
-
-
-class Hit(NamedTuple):
-    """A passage that a query found, and their cosine."""
-
-    passage: str
-    score: float
+# mteb rounds retrieval scores to five places.
+_ROUNDED = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrievalResult:
-    """One model on one test set.
+class Result:
+    """One model at one number of dimensions on one test set.
 
     Attributes:
         model: Name of the model.
-        dataset: Name of the test set.
-        split: Name of the qrels.
+        dataset: Name of the test set, or mteb's of its task.
+        task_type: mteb's type of the task, such as ``STS``.
+        split: Of the test set.
         task: What ``{task}`` of the query template said.
-        num_passages: Size of the corpus.
-        num_queries: Queries with qrels.
-        ndcg_at_10: Mean over queries, with its 95 % interval.
-        recall_at_10: As ``ndcg_at_10``.
-        mrr_at_10: As ``ndcg_at_10``.
-        per_query: Metric -> query id -> score.
-        top_results: Query id -> its best 10 passages, best first.
-        texts_per_s: Passages encoded in a second, tokenisation included, search and loading not.
+        dimensions: Of the vectors.
+        metric: The task's main score, such as ``ndcg_at_10``.
+        mteb_score: mteb's main score: the mean over splits and languages.
+        counts: Size of the test set: ``num_queries``, ``num_passages``, ``num_pairs``,
+            ``num_texts``.
+        texts_per_s: Distinct texts encoded in a second, tokenisation included, search and loading
+            not; 0 where the vectors were there already.
+        samples: Metric -> what single items scored, for each split and language. Retrieval has
+            ``recall_at_10`` and ``mrr_at_10`` beside the main score; a task whose score is not a
+            statistic of single items has none.
+        top_results: Query -> its best 10 passages, ``(id, cosine)``, best first.
+        seen: The model was trained on a set of this name.
     """
 
     model: str
     dataset: str
+    task_type: str
     split: str
     task: str
-    num_passages: int
-    num_queries: int
-    ndcg_at_10: Estimate
-    recall_at_10: Estimate
-    mrr_at_10: Estimate
-    per_query: Mapping[str, Mapping[str, float]]
-    top_results: Mapping[str, tuple[Hit, ...]]
+    dimensions: int
+    metric: str
+    mteb_score: float
+    counts: Mapping[str, int]
     texts_per_s: float
+    samples: Mapping[str, Sequence[Sample]] = field(compare=False)
+    top_results: Mapping[str, Sequence[tuple[str, float]]] = field(compare=False)
+    seen: bool = False
 
-    def to_json(self, *, per_query: bool = True) -> dict[str, Any]:
-        """Returns plain lists, dicts and numbers; without the queries' own if not ``per_query``."""
-        row: dict[str, Any] = {
-            name: getattr(self, name)
-            for name in ("model", "dataset", "split", "task", "num_passages", "num_queries")
+    @cached_property
+    def estimates(self) -> dict[str, Estimate]:
+        """Metric -> score with its 95 % interval, the main score first."""
+        found = {metric: bootstrap(samples) for metric, samples in self.samples.items()}
+        without = Estimate(self.mteb_score, math.nan, math.nan)
+        return {self.metric: found.pop(self.metric, without), **found}
+
+    @property
+    def score(self) -> Estimate:
+        """The main score; its interval is nan where there are no single items."""
+        return self.estimates[self.metric]
+
+    @property
+    def ndcg_at_10(self) -> Estimate:
+        """Of a retrieval test set."""
+        return self.estimates["ndcg_at_10"]
+
+    @property
+    def per_query(self) -> dict[str, dict[str, float]]:
+        """Metric -> query -> score, for retrieval in one language."""
+        return {
+            metric: dict(zip(samples[0].ids, samples[0].rows[0].tolist(), strict=True))
+            for metric, samples in self.samples.items()
+            if len(samples) == 1 and samples[0].ids
         }
-        for metric in METRICS:
-            mean, low, high = getattr(self, metric)
-            row |= {metric: mean, f"{metric}_interval": [low, high]}
-        row["texts_per_s"] = self.texts_per_s
-        if per_query:
-            row["per_query"] = {metric: dict(scores) for metric, scores in self.per_query.items()}
-            row["top_results"] = {
-                query: [list(hit) for hit in hits] for query, hits in self.top_results.items()
+
+    def to_json(self, *, items: bool = True) -> dict[str, Any]:
+        """Returns plain lists, dicts and numbers; without those of single items if not ``items``.
+
+        Each metric stands under its own name, with ``METRIC_interval`` beside it.
+        """
+        names = ("model", "dataset", "task_type", "split", "task", "dimensions", "metric")
+        row: dict[str, Any] = {name: getattr(self, name) for name in names}
+        row |= {"score": self.score.mean, "mteb_score": self.mteb_score, **self.counts}
+        for metric, (score, low, high) in self.estimates.items():
+            known = not math.isnan(low)
+            row |= {metric: score, f"{metric}_interval": [low, high] if known else None}
+        row |= {"texts_per_s": self.texts_per_s, "seen": self.seen}
+        if items:
+            row["counts"], row["per_query"] = dict(self.counts), self.per_query
+            row["samples"] = {
+                metric: [sample.to_json() for sample in samples]
+                for metric, samples in self.samples.items()
+                if metric not in row["per_query"]
             }
+            row["top_results"] = {query: list(hits) for query, hits in self.top_results.items()}
         return row
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> RetrievalResult:
-        """Reads what :meth:`to_json` wrote, the queries' own scores included."""
-        fields = {name: value for name, value in row.items() if not name.endswith("_interval")}
-        for metric in METRICS:
-            fields[metric] = Estimate(row[metric], *row[f"{metric}_interval"])
-        fields["top_results"] = {
-            query: tuple(Hit(*hit) for hit in hits) for query, hits in row["top_results"].items()
+    def from_json(cls, row: Mapping[str, Any]) -> Result:
+        """Reads what :meth:`to_json` wrote, that of single items included."""
+        samples = {
+            metric: [Sample(statistic="mean", rows=np.array([[*found.values()]]), ids=tuple(found))]
+            for metric, found in row["per_query"].items()
+        } | {
+            metric: [Sample.from_json(each) for each in found]
+            for metric, found in row["samples"].items()
         }
-        return cls(**fields)
+        hits = {query: [(i, s) for i, s in found] for query, found in row["top_results"].items()}
+        plain = {name: row[name] for name in cls.__dataclass_fields__ if name in row}
+        return cls(**(plain | {"samples": samples, "top_results": hits}))
 
 
 def evaluate(
     encoder: TextEncoder,
-    dataset: RetrievalDataset,
+    data: TestData | Any,
     *,
+    model: ModelIdentity | str = "model",
     task: str | None = None,
-    model: str = "model",
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
+    results: Path | None = None,
     on_progress: Callable[[int], None] | None = None,
-) -> RetrievalResult:
-    """Measures an encoder on a test set with mteb's retrieval task.
+) -> Result:
+    """Measures an encoder's full vectors; see :func:`evaluate_at`."""
+    (result,) = evaluate_at(
+        encoder, data, model=model, task=task, results=results, on_progress=on_progress
+    )
+    return result
+
+
+def evaluate_at(
+    encoder: TextEncoder,
+    data: TestData | Any,
+    *,
+    dimensions: Sequence[int | None] = (None,),
+    model: ModelIdentity | str = "model",
+    task: str | None = None,
+    results: Path | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[Result]:
+    """Measures an encoder on a test set with mteb.
 
     Args:
         encoder: The model.
-        dataset: From :func:`pipelines.evaluation.dataset.read_beir`, or made in memory.
-        task: For the query template; Gecko's for a test set of this name if None.
-        model: Name of the model.
-        num_resamples: Of the bootstrap over queries.
-        seed: Of the bootstrap.
-        on_progress: Called with the number of texts just encoded; ``len(dataset.qrels)`` queries
-            and ``len(dataset.passages)`` passages in all.
+        data: A test set, or an mteb task with its data loaded.
+        dimensions: Cut the vectors to each of these, and make them of unit length again; None, or
+            more than the model has, is all of them. Texts are encoded once for all.
+        model: Its name, or what is known of it.
+        task: For the query template; Gecko's for a test set of this type and name if None.
+        results: A folder in the layout of mteb's ``ResultCache``. What stands there of the same
+            model content, data and mteb is not measured again.
+        on_progress: Called with the number of texts just encoded.
+
+    Returns:
+        One result for each number of dimensions, without repetition.
     """
-    prompt = evaluation_prompt("Retrieval", dataset.name)
-    if task is not None:
-        prompt = EvaluationPrompt(task=task, symmetric=False)
+    identity = ModelIdentity(name=model) if isinstance(model, str) else model
     with quiet_mteb():
-        wrapped = MtebEncoder(encoder, name=model, prompt=prompt, on_progress=on_progress)
-        mteb_task = make_retrieval_task(dataset)
-        # What mteb.evaluate() calls, without its import of sentence-transformers (4 s).
-        mteb_task.evaluate(
-            wrapped,
-            dataset.split,
-            encode_kwargs={"batch_size": CHUNK_TEXTS, "show_progress_bar": False},
+        if isinstance(data, RetrievalDataset | LabelledDataset):
+            mteb_task, name, counts = make_task(data), data.name, data.counts
+        else:
+            mteb_task, name, counts = data, data.metadata.name, {}
+        metadata = mteb_task.metadata
+        prompt = evaluation_prompt(metadata.type, name)
+        if task is not None:
+            prompt = EvaluationPrompt(task=task, symmetric=prompt.symmetric)
+        full = getattr(encoder, "dimensions", None)
+        sizes = dict.fromkeys(
+            None if size is None or (full and size >= full) else size for size in dimensions
         )
-    judged = mteb_task.judged
-    queries = sorted(judged.scores)
-    per_query = {
-        metric: {query: float(judged.scores[query][spelled]) for query in queries}
-        for metric, spelled in zip(METRICS, ("ndcg_cut_10", "recall_10", "mrr_10"), strict=True)
-    }
-    estimates = {
-        metric: bootstrap(list(scores.values()), num_resamples=num_resamples, seed=seed)
-        for metric, scores in per_query.items()
-    }
-    return RetrievalResult(
-        model=model,
-        dataset=dataset.name,
-        split=dataset.split,
-        task=prompt.task,
-        num_passages=len(dataset.passages),
-        num_queries=len(queries),
-        ndcg_at_10=estimates["ndcg_at_10"],
-        recall_at_10=estimates["recall_at_10"],
-        mrr_at_10=estimates["mrr_at_10"],
-        per_query=per_query,
-        top_results={query: _best(judged.rankings[query]) for query in queries},
-        texts_per_s=wrapped.num_passages / wrapped.passages_s,
-    )
+        vectors = TextVectors(encoder, keep=len(sizes) > 1, on_progress=on_progress)
+        found = []
+        for size in sizes:
+            experiment = {"embed_dim": size, "task": task}
+            wrapped = MtebEncoder(
+                vectors,
+                model=identity,
+                prompt=prompt if task else None,
+                dimensions=size,
+                experiment={key: value for key, value in experiment.items() if value},
+            )
+            stored = _Stored(results, wrapped, mteb_task) if results else None
+            result = stored.read() if stored and identity.revision else None
+            if result is None:
+                result = _measure(wrapped, vectors, fresh(mteb_task), stored)
+            found.append(
+                replace(
+                    result,
+                    model=identity.name,
+                    dataset=name,
+                    task=prompt.task,
+                    counts=counts,
+                    seen=name in identity.training_sets,
+                )
+            )
+    return found
 
 
 def difference(
-    before: RetrievalResult,
-    after: RetrievalResult,
+    before: Result,
+    after: Result,
     *,
-    metric: str = "ndcg_at_10",
+    metric: str | None = None,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
     """Returns ``after - before`` with its paired bootstrap interval: both on the same draws.
 
+    Args:
+        before: One result.
+        after: Another on the same test set.
+        metric: The main score if None.
+        num_resamples: Of the bootstrap.
+        seed: Of the bootstrap.
+
     Raises:
-        ValueError: The two were not measured on the same queries.
+        ValueError: The two were not measured on the same items.
     """
-    if metric not in METRICS:
-        raise ValueError(f"metric {metric!r}: accepted are {', '.join(METRICS)}")
-    old, new = before.per_query[metric], after.per_query[metric]
-    if (before.dataset, before.split) != (after.dataset, after.split) or old.keys() != new.keys():
+    chosen = metric or after.metric
+    if chosen not in after.estimates:
+        raise ValueError(f"metric {chosen!r}: accepted are {', '.join(after.estimates)}")
+    old, new = (result.samples.get(chosen, ()) for result in (before, after))
+    same = [[(one.ids, one.rows.shape) for one in samples] for samples in (old, new)]
+    if (before.dataset, before.split) != (after.dataset, after.split) or same[0] != same[1]:
         raise ValueError(
-            f"{before.model!r} was measured on {before.dataset}/{before.split} "
-            f"({len(old)} queries), {after.model!r} on {after.dataset}/{after.split} "
-            f"({len(new)}): compare results on the same queries"
+            f"{before.model!r} was measured on {before.dataset}/{before.split}, {after.model!r} on "
+            f"{after.dataset}/{after.split}, or on other items: compare results on the same ones"
         )
-    gains = [new[query] - old[query] for query in sorted(old)]
-    return bootstrap(gains, num_resamples=num_resamples, seed=seed)
+    if not new:
+        return Estimate(after.mteb_score - before.mteb_score, math.nan, math.nan)
+    return bootstrap(new, before=old, num_resamples=num_resamples, seed=seed)
 
 
-def _best(ranking: Mapping[str, float]) -> tuple[Hit, ...]:
-    # Ties go to the larger id, as in pytrec_eval, so that the list is the one that was scored.
-    hits = sorted(ranking.items(), key=lambda item: (item[1], item[0]), reverse=True)
-    return tuple(Hit(passage, float(score)) for passage, score in hits[:TOP_RESULTS])
+def _measure(
+    encoder: MtebEncoder, vectors: TextVectors, mteb_task: Any, stored: _Stored | None
+) -> Result:
+    import mteb
+
+    items = overhear(mteb_task)
+    outcome = mteb.evaluate(
+        encoder,
+        mteb_task,
+        cache=stored.cache if stored else None,
+        overwrite_strategy="always",
+        co2_tracker=False,
+        encode_kwargs={"batch_size": CHUNK_TEXTS, "show_progress_bar": False},
+        show_progress_bar=False,
+    ).task_results[0]
+    score = float(outcome.get_score())
+    main = items.samples.get(items.metric)
+    # No interval is given around anything but mteb's own score.
+    if main and abs(np.mean([sample.score() for sample in main]) - score) > _ROUNDED:
+        del items.samples[items.metric]
+    result = Result(
+        model="",
+        dataset="",
+        task_type=mteb_task.metadata.type,
+        split="+".join(mteb_task.eval_splits),
+        task="",
+        dimensions=encoder.dimensions,
+        metric=items.metric,
+        mteb_score=score,
+        counts={},
+        texts_per_s=vectors.num_texts / vectors.seconds_s if vectors.num_texts else 0.0,
+        samples=items.samples,
+        top_results=items.top_results,
+    )
+    if stored:
+        stored.write(result)
+    return result
+
+
+class _Stored:
+    """Where a result of mteb's and its single items stand in a folder of results.
+
+    mteb's own files are as its `ResultCache` writes them; the items stand in a folder ``tokay``
+    beside them, where mteb does not look.
+
+    Attributes:
+        cache: mteb's.
+    """
+
+    def __init__(self, folder: Path, encoder: MtebEncoder, mteb_task: Any) -> None:
+        import mteb
+
+        self.cache = mteb.ResultCache(folder)
+        name, splits = mteb_task.metadata.name, mteb_task.eval_splits
+        path = self.cache.get_task_result_path(name, encoder.mteb_model_meta)
+        self._items = path.parent / "tokay" / f"{name}.json"
+        there = self.cache.load_task_result(name, encoder.mteb_model_meta)
+        # mteb itself does not see that data has changed.
+        self._fresh = (
+            there is not None
+            and set(splits) <= set(there.scores)
+            and there.dataset_revision == mteb_task.metadata.revision
+            and there.mteb_version == mteb.__version__
+        )
+
+    def read(self) -> Result | None:
+        """Returns the result if it is of the same model, data and mteb."""
+        if not (self._fresh and self._items.is_file()):
+            return None
+        return Result.from_json(json.loads(self._items.read_bytes()))
+
+    def write(self, result: Result) -> None:
+        """Keeps a result for the next run."""
+        self._items.parent.mkdir(parents=True, exist_ok=True)
+        self._items.write_text(json.dumps(result.to_json()))

@@ -13,22 +13,23 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partialmethod
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from pipelines.evaluation.prompts import EvaluationPrompt, evaluation_prompt
 
-# Texts between two calls of `on_progress`; many enough that sorting by length still pays.
+# Texts between two calls of `on_progress`; many enough to fill a GPU with short ones.
 CHUNK_TEXTS = 1024
 
 
 class TextEncoder(Protocol):
-    """What evaluation needs of a model: `actors.encoder.Encoder` or an `EndpointEncoder`."""
+    """What evaluation needs of a model: `actors.encoder.Encoder`, an `EndpointEncoder`."""
 
     def encode_queries(self, queries: Sequence[str], *, task: str) -> np.ndarray:
         """Returns float32 ``[queries, dimensions]``, unit length."""
@@ -37,6 +38,82 @@ class TextEncoder(Protocol):
         self, texts: Sequence[str], titles: Sequence[str | None] | None = None
     ) -> np.ndarray:
         """Returns float32 ``[texts, dimensions]``, unit length."""
+
+
+class Text(NamedTuple):
+    """A text in its role: a query of a task, or a passage (no task) with its title."""
+
+    text: str
+    task: str | None
+    title: str | None = None
+
+
+def encode_texts(encoder: TextEncoder, texts: Sequence[Text]) -> np.ndarray:
+    """Returns float32 ``[texts, dimensions]`` of texts that are all of one role and task."""
+    plain = [each.text for each in texts]
+    if texts[0].task is not None:
+        return encoder.encode_queries(plain, task=texts[0].task)
+    if texts[0].title is None:
+        return encoder.encode_passages(plain)
+    return encoder.encode_passages(plain, [each.title for each in texts])
+
+
+class TextVectors:
+    """Encodes each distinct text once, long ones first so that batches are of one length.
+
+    Attributes:
+        num_texts: Encoded so far.
+        seconds_s: Spent in encoding those.
+    """
+
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        *,
+        keep: bool = False,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Wraps an encoder.
+
+        Args:
+            encoder: One model, or an `EncoderActors`.
+            keep: Remember the vectors, for texts that come again.
+            on_progress: Called with the number of texts just encoded.
+        """
+        self.encoder = encoder
+        self._keep = keep
+        self._known: dict[Text, np.ndarray] = {}
+        self._on_progress = on_progress or (lambda num_texts: None)
+        self.num_texts = 0
+        self.seconds_s = 0.0
+
+    def __call__(self, texts: Sequence[Text]) -> np.ndarray:
+        """Returns float32 ``[texts, dimensions]``, in the order given."""
+        new = sorted({each for each in texts if each not in self._known}, key=_length, reverse=True)
+        self._on_progress(len(texts) - len(new))
+        encode_all: Callable[[list[list[Text]]], Iterable[tuple[int, np.ndarray]]]
+        encode_all = getattr(self.encoder, "encode_chunks", self._in_turn)
+        size = getattr(self.encoder, "chunk_texts", lambda num_texts: CHUNK_TEXTS)(len(new))
+        chunks = [new[start : start + size] for start in range(0, len(new), size)]
+        started = time.perf_counter()
+        for place, vectors in encode_all(chunks):
+            self._known |= zip(chunks[place], vectors, strict=True)
+            self._on_progress(len(vectors))
+        self.seconds_s += time.perf_counter() - started
+        self.num_texts += len(new)
+        found = np.stack([self._known[each] for each in texts])
+        if not self._keep:
+            self._known.clear()
+        return found
+
+    def _in_turn(self, chunks: list[list[Text]]) -> Iterator[tuple[int, np.ndarray]]:
+        for place, chunk in enumerate(chunks):
+            yield place, encode_texts(self.encoder, chunk)
+
+
+def _length(text: Text) -> tuple[int, Text]:
+    # The text itself makes the order, and so the batches, the same in every run.
+    return len(text.text) + len(text.title or ""), text
 
 
 @contextmanager
@@ -92,40 +169,64 @@ def quiet_mteb() -> Iterator[ModuleType]:
         torch.set_rng_state(states[2])
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelIdentity:
+    """Which model a result is of.
+
+    Attributes:
+        name: Shown in tables.
+        revision: Hash of weights, tokenizer and prompts; None where that cannot be known.
+        num_parameters: None where that cannot be known.
+        training_sets: Names of the data sets that it was trained on.
+    """
+
+    name: str
+    revision: str | None = None
+    num_parameters: int | None = None
+    training_sets: tuple[str, ...] = ()
+
+
 class MtebEncoder:
     """An encoder as mteb's ``EncoderProtocol`` wants it.
 
     Attributes:
-        num_passages: Texts encoded as passages so far.
-        passages_s: Seconds spent in encoding those, and in nothing else.
+        dimensions: Length of the vectors; 0 before the first are made.
         mteb_model_meta: mteb's description of the model.
     """
 
     def __init__(
         self,
-        encoder: TextEncoder,
+        vectors: TextVectors,
         *,
-        name: str,
+        model: ModelIdentity,
         prompt: EvaluationPrompt | None = None,
-        on_progress: Callable[[int], None] | None = None,
+        dimensions: int | None = None,
+        experiment: Mapping[str, object] | None = None,
     ) -> None:
         """Wraps an encoder.
 
         Args:
-            encoder: The model.
-            name: Shown in mteb's results.
+            vectors: Of the encoder.
+            model: What mteb's results say of it.
             prompt: Gecko's for the benchmark if None.
-            on_progress: Called with the number of texts just encoded.
+            dimensions: Cut the vectors to these and make them of unit length again.
+            experiment: What of the evaluation, other than the model, changes the scores.
         """
         from mteb.models.model_meta import ModelMeta
 
-        self._encoder = encoder
+        self._vectors = vectors
         self._prompt = prompt
-        self._on_progress = on_progress or (lambda num_texts: None)
-        self.num_passages = 0
-        self.passages_s = 0.0
+        self._cut = dimensions
+        self.dimensions = 0
         self.mteb_model_meta = ModelMeta.create_empty(
-            {"name": f"tokay/{name}", "revision": "local"}
+            {
+                "name": model.name if "/" in model.name else f"tokay/{model.name}",
+                "revision": model.revision or "unknown",
+                "n_parameters": model.num_parameters,
+                "embed_dim": dimensions,
+                "training_datasets": set(model.training_sets) or None,
+                "experiment_kwargs": dict(experiment) if experiment else None,
+            }
         )
 
     def encode(
@@ -141,23 +242,20 @@ class MtebEncoder:
         """Embeds the texts of a data loader: float32 ``[texts, dimensions]``."""
         prompt = self._prompt or evaluation_prompt(task_metadata.type, task_metadata.name)
         as_passages = prompt_type is not None and prompt_type.value == "document"
-        if prompt.symmetric or not as_passages:
-            queries = [text for batch in inputs for text in batch["text"]]
-            return self._in_chunks(
-                len(queries),
-                lambda part: self._encoder.encode_queries(queries[part], task=prompt.task),
-            )
-        titles: list[str] = []
-        texts: list[str] = []
+        texts: list[Text] = []
         for batch in inputs:
-            body = batch.get("body", batch["text"])
-            texts += body
-            titles += batch.get("title", [""] * len(body))
-        encode = self._passage_encoding(texts, titles)
-        started = time.perf_counter()
-        vectors = self._in_chunks(len(texts), encode)
-        self.passages_s += time.perf_counter() - started
-        self.num_passages += len(texts)
+            if prompt.symmetric or not as_passages:
+                texts += [Text(text, prompt.task) for text in batch["text"]]
+            else:
+                bodies = batch.get("body", batch["text"])
+                titles = batch.get("title", [""] * len(bodies))
+                texts += map(self._passage, bodies, titles)
+        vectors = self._vectors(texts)
+        if self._cut is not None and self._cut < vectors.shape[1]:
+            vectors = vectors[:, : self._cut]
+            lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+            vectors = vectors / np.maximum(lengths, 1e-12)
+        self.dimensions = vectors.shape[1]
         return vectors
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
@@ -169,19 +267,9 @@ class MtebEncoder:
         """Returns the cosines ``[n]`` of unit-length ``[n, d]`` and ``[n, d]``."""
         return np.asarray((np.asarray(embeddings1) * np.asarray(embeddings2)).sum(-1))
 
-    def _passage_encoding(
-        self, texts: list[str], titles: list[str]
-    ) -> Callable[[slice], np.ndarray]:
-        templates = getattr(self._encoder, "templates", None)
+    def _passage(self, text: str, title: str) -> Text:
+        templates = getattr(self._vectors.encoder, "templates", None)
         if templates is None or "{title}" in templates.passage:
-            return lambda part: self._encoder.encode_passages(texts[part], titles[part])
+            return Text(text, None, title)
         # mteb gives a model without a place for titles the title in front of the text.
-        joined = [f"{title} {text}".strip() for title, text in zip(titles, texts, strict=True)]
-        return lambda part: self._encoder.encode_passages(joined[part])
-
-    def _in_chunks(self, num_texts: int, encode: Callable[[slice], np.ndarray]) -> np.ndarray:
-        vectors = []
-        for start in range(0, num_texts, CHUNK_TEXTS):
-            vectors.append(encode(slice(start, start + CHUNK_TEXTS)))
-            self._on_progress(len(vectors[-1]))
-        return np.concatenate(vectors)
+        return Text(f"{title} {text}".strip(), None)

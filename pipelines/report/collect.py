@@ -11,7 +11,7 @@ from pipelines.report.costs import collect_costs
 from pipelines.report.examples import choose_examples
 from pipelines.report.labels import collect_labels
 from pipelines.report.run_folder import RunFolder
-from pipelines.report.test_sets import MODELS, collect_test_sets
+from pipelines.report.test_sets import MODELS, collect_scores, collect_test_sets
 
 # The filters of the step `fret` in the order in which it asks them, and what passed each.
 FILTERS = {
@@ -31,6 +31,7 @@ def collect(run: RunFolder) -> dict[str, Json]:
         "run": run.storage.uri,
         **{key: first.get(key) for key in (*MODELS, "difference")},
         "test_sets": test_sets,
+        "scores": collect_scores(run),
         "funnel": collect_funnel(run),
         "rejects": _rejects(run),
         "dropped_by": fret.get("dropped_by", {}),

@@ -15,8 +15,11 @@ RESULT_CHARACTERS = 160
 
 def print_evaluation(document: dict[str, Json], console: Console) -> None:
     """Prints each test set's table and chosen queries; made for 80 to 120 columns."""
-    if not document["test_sets"]:
+    if not document["test_sets"] and not document["scores"]:
         console.print("The run has no evaluation.", style="dim")
+    if document["scores"]:
+        console.print()
+        console.print(_all_scores(document["scores"]))
     for name, test_set in document["test_sets"].items():
         console.print()
         console.print(
@@ -50,6 +53,28 @@ def _scores(test_set: dict[str, Any]) -> Table:
             f"{row['num_parameters'] / 1e6:.1f} M",
             style="bold" if model == "student_after" else "",
         )
+    return table
+
+
+def _all_scores(scores: dict[str, Any]) -> Table:
+    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("test set", "type", "dim"):
+        table.add_column(heading)
+    for title in MODEL_NAMES.values():
+        table.add_column(title.removeprefix("Student "), justify="right")
+    for row in scores["rows"]:
+        figures = [f"{row[model]['score']:.3f}" if model in row else "" for model in MODEL_NAMES]
+        name = Text(row["dataset"])
+        table.add_row(name, row["task_type"], str(row["dimensions"]), *figures)
+    for kind in ("mean_task", "mean_task_type"):
+        means = {(row["dimensions"], row["model"]): row[kind] for row in scores["averages"]}
+        for size in dict.fromkeys(size for size, _ in means):
+            figures = [
+                f"{means[size, model]:.3f}" if (size, model) in means else ""
+                for model in MODEL_NAMES
+            ]
+            what = "test sets" if kind == "mean_task" else "types"
+            table.add_row(f"mean of {what}", "", str(size), *figures, style="bold")
     return table
 
 

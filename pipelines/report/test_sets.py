@@ -25,22 +25,65 @@ def collect_test_sets(run: RunFolder) -> dict[str, dict[str, Json]]:
     if evaluation is None:
         return {}
     document = json.loads(evaluation.storage.read_bytes("results.json"))
-    gains = {row["dataset"]: row for row in document["differences"]}
+    gains = {
+        row["dataset"]: row
+        for row in sorted(document["differences"], key=lambda row: row.get("after_dimensions", 0))
+        if _is_of_student(row) and row["metric"] == "ndcg_at_10"
+    }
     test_sets: dict[str, dict[str, Json]] = {}
-    for name in gains:
-        results = {row["model"]: row for row in document["results"] if row["dataset"] == name}
+    for name, gain in gains.items():
+        results = {
+            row["model"]: row
+            for row in sorted(document["results"], key=lambda row: row.get("dimensions", 0))
+            if row["dataset"] == name and row.get("task_type", "Retrieval") == "Retrieval"
+        }
+        if not results:
+            continue
         after = results["student_after"]
         test_sets[name] = {
             **{model: _scores(results[model], document) for model in MODELS},
-            "difference": {
-                "ndcg_at_10": gains[name]["difference"],
-                "interval": gains[name]["interval"],
-            },
+            "difference": {"ndcg_at_10": gain["difference"], "interval": gain["interval"]},
             **{key: after[key] for key in ("split", "task", "num_queries", "num_passages")},
             "changes": _changes(results),
             "queries": _queries(results, document, run),
         }
     return test_sets
+
+
+def collect_scores(run: RunFolder) -> dict[str, Json]:
+    """Returns every test set's main score by model and dimensions, and their means by type.
+
+    Empty where the test sets are all retrieval at one number of dimensions, of which
+    :func:`collect_test_sets` says more.
+    """
+    evaluation = run.artifacts.get("evaluation")
+    if evaluation is None:
+        return {}
+    document = json.loads(evaluation.storage.read_bytes("results.json"))
+    if "averages" not in document:
+        return {}
+    rows: dict[tuple[str, str, int], dict[str, Json]] = {}
+    for result in document["results"]:
+        metric, name = result["metric"], result["dataset"]
+        row = rows.setdefault(
+            (name, result["task_type"], result["dimensions"]),
+            {
+                "dataset": name,
+                "task_type": result["task_type"],
+                "dimensions": result["dimensions"],
+                "metric": metric,
+            },
+        )
+        row[result["model"]] = {"score": result[metric], "interval": result[f"{metric}_interval"]}
+    if len({key[1:] for key in rows}) == 1 and next(iter(rows))[1] == "Retrieval":
+        return {}
+    return {"rows": list(rows.values()), "averages": document["averages"]}
+
+
+def _is_of_student(row: dict[str, Any]) -> bool:
+    """Says whether a difference is what training has done."""
+    names = (row.get("before", "student_before"), row.get("after", "student_after"))
+    return names == ("student_before", "student_after")
 
 
 def choose_queries(before: dict[str, float], after: dict[str, float]) -> list[str]:

@@ -7,7 +7,14 @@ import pytest
 
 from actors.encoder import Encoder, cut_layers
 from cluster.errors import UserError
-from pipelines.evaluation.command import run_eval
+from pipelines.evaluation.command import (
+    EvalOptions,
+    folder_test_set,
+    name_models,
+    read_dimensions,
+    run_eval,
+)
+from pipelines.evaluation.test_set import TestSet
 
 MINILM = "embedded:all-MiniLM-L6-v2"
 ENTRIES = {
@@ -23,6 +30,10 @@ QUESTIONS = {
     "q3": ("read from a file on disk", "open"),
     "q4": ("largest element", "max"),
 }
+
+
+def beir(folder: Path) -> TestSet:
+    return folder_test_set("retrieval", str(folder))
 
 
 @pytest.fixture
@@ -44,7 +55,7 @@ def test_eval_of_a_run_prints_results_and_differences_as_json(
     student = tmp_path / "student"
     cut_layers(Encoder.load(MINILM, device="cpu"), [0]).save(student, model_card="cut")
     run_models = {"student_before": str(student), "student_after": MINILM}
-    rows = run_eval(run_models, beir=[folder], as_json=True)
+    rows = run_eval(run_models, [beir(folder)], EvalOptions(as_json=True))
     out, err = capfd.readouterr()
     document = json.loads(out)
     assert err == ""
@@ -64,7 +75,7 @@ def test_eval_of_one_model_prints_a_table(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    (row,) = run_eval({MINILM: MINILM}, beir=[folder])
+    (row,) = run_eval({MINILM: MINILM}, [beir(folder)])
     out = capsys.readouterr().out
     low, high = row["ndcg_at_10_interval"]
     assert f"{row['ndcg_at_10']:.3f} [{low:.3f}, {high:.3f}]" in out
@@ -74,26 +85,80 @@ def test_eval_of_one_model_prints_a_table(
 
 def test_eval_cuts_texts_at_max_tokens(folder: Path) -> None:
     cut, whole = (
-        run_eval({MINILM: MINILM}, beir=[folder], max_tokens=tokens, as_json=True)[0]
+        run_eval({MINILM: MINILM}, [beir(folder)], EvalOptions(max_tokens=tokens, as_json=True))[0]
         for tokens in (3, 256)
     )
     assert cut["ndcg_at_10"] < whole["ndcg_at_10"]
 
 
 @pytest.mark.parametrize(
-    ("model", "mteb", "beir", "message"),
+    ("model", "mteb", "folders", "message"),
     [
-        (MINILM, [], [], "give --beir FOLDER or --mteb NAME"),
+        (MINILM, [], [], "give a folder (--beir, --sts"),
         (MINILM, ["NFCorpusss"], [], "did you mean NFCorpus"),
-        (MINILM, [], ["nowhere"], "BEIR folder nowhere does not exist"),
+        (MINILM, [], ["nowhere"], "nowhere does not exist"),
         ("http://127.0.0.1:9/v1", [], None, "no endpoint answers at http://127.0.0.1:9/v1"),
     ],
 )
 def test_eval_of_nothing_or_nowhere_is_refused(
-    folder: Path, model: str, mteb: list[str], beir: list[str] | None, message: str
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    mteb: list[str],
+    folders: list[str] | None,
+    message: str,
 ) -> None:
-    folders = [folder] if beir is None else [Path(name) for name in beir]
+    monkeypatch.chdir(tmp_path)
+    test_sets = [beir(folder)] if folders is None else [beir(Path(name)) for name in folders]
+    test_sets += [folder_test_set("mteb", name) for name in mteb]
     with pytest.raises(UserError) as caught:
-        run_eval({model: model}, beir=folders, mteb=mteb)
+        run_eval({model: model}, test_sets)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_eval_at_two_dimensions_prints_both_and_means(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    sts = tmp_path / "pairs of words"
+    sts.mkdir()
+    pairs = [(5, "a cat", "a kitten"), (3, "a cat", "an animal"), (0, "a cat", "income tax")]
+    (sts / "test.tsv").write_text("".join(f"{s}\t{a}\t{b}\n" for s, a, b in pairs))
+    rows = run_eval(
+        {MINILM: MINILM},
+        [beir(folder), folder_test_set("sts", str(sts))],
+        EvalOptions(dimensions=(384, 16)),
+    )
+    out = capsys.readouterr().out
+    assert [(row["dataset"], row["dimensions"]) for row in rows] == [
+        ("builtins", 384),
+        ("builtins", 16),
+        ("pairs of words", 384),
+        ("pairs of words", 16),
+    ]
+    assert rows[2]["score"] == rows[2]["cosine_spearman"] == pytest.approx(1.0)
+    assert "mean (types)" in out
+    mean = (rows[0]["score"] + rows[2]["score"]) / 2
+    assert f"{mean:.3f}" in out
+
+
+def test_eval_names_the_models_of_two_runs_apart() -> None:
+    one = {"retriever": "r", "student_after": "a"}
+    named = name_models({"runs/x": one, "runs/y": one, MINILM: {MINILM: MINILM}})
+    assert list(named) == [
+        "x/retriever",
+        "x/student_after",
+        "y/retriever",
+        "y/student_after",
+        MINILM,
+    ]
+    assert list(name_models({"runs/x": one})) == ["retriever", "student_after"]
+
+
+def test_eval_reads_dimensions() -> None:
+    assert read_dimensions("768, 256") == (768, 256)
+    assert read_dimensions(None) == ()
+    for wrong in ("big", "768,", "0"):
+        with pytest.raises(UserError, match="whole numbers with commas"):
+            read_dimensions(wrong)

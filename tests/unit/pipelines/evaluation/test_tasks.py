@@ -7,9 +7,10 @@ import pytest
 
 from actors.encoder import Encoder
 from cluster.errors import UserError
-from pipelines.evaluation import mteb_tasks
+from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.mteb_model import quiet_mteb
-from pipelines.evaluation.mteb_tasks import evaluate_mteb, find_mteb_tasks
+from pipelines.evaluation.tasks import find_mteb_task
+from pipelines.evaluation.test_set import TestSet, load_test_set
 
 MINILM = "embedded:all-MiniLM-L6-v2"
 
@@ -40,25 +41,25 @@ def encoder() -> Encoder:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("module", "name", "heard"),
+    ("module", "name", "heard", "has_items"),
     [
-        ("sts", "MockSTSTask", {"semantic similarity"}),
-        ("classification", "MockClassificationTask", {"classification"}),
-        ("clustering", "MockClusteringTask", {"search result"}),
-        ("pair_classification", "MockPairClassificationTask", {"semantic similarity"}),
-        ("summarization", "MockSummarizationTask", {"search result"}),
-        ("bitext_mining", "MockBitextMiningTask", {"semantic similarity"}),
-        ("reranking", "MockRerankingTask", {"question answering", "passage"}),
-        ("retrieval", "MockRetrievalTask", {"question answering", "passage"}),
+        ("sts", "MockSTSTask", {"semantic similarity"}, True),
+        ("classification", "MockClassificationTask", {"classification"}, True),
+        ("clustering", "MockClusteringTask", {"search result"}, True),
+        ("pair_classification", "MockPairClassificationTask", {"semantic similarity"}, True),
+        ("summarization", "MockSummarizationTask", {"search result"}, False),
+        ("bitext_mining", "MockBitextMiningTask", {"semantic similarity"}, False),
+        ("reranking", "MockRerankingTask", {"question answering", "passage"}, True),
+        ("retrieval", "MockRetrievalTask", {"question answering", "passage"}, True),
     ],
 )
 def test_mteb_task_scores_as_with_sentence_transformers(
     encoder: Encoder,
-    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     module: str,
     name: str,
     heard: set[str],
+    has_items: bool,
 ) -> None:
     from importlib import import_module
 
@@ -75,39 +76,42 @@ def test_mteb_task_scores_as_with_sentence_transformers(
             co2_tracker=False,
             show_progress_bar=False,
         ).task_results[0]
-        monkeypatch.setattr(mteb_tasks, "find_mteb_tasks", lambda names: [make() for _ in names])
+        task = make()
+        task.load_data()
     listening = Listening(encoder)
     capfd.readouterr()
-    (result,) = evaluate_mteb(listening, [name], model="minilm")
+    result = evaluate(listening, task, model="minilm")
     assert capfd.readouterr() == ("", "")
     assert listening.heard == heard
     assert (result.model, result.dataset) == ("minilm", make.metadata.name)
     assert (result.task_type, result.metric) == (make.metadata.type, make.metadata.main_score)
-    assert result.score == pytest.approx(theirs.get_score(), abs=1e-4)
+    assert result.mteb_score == pytest.approx(theirs.get_score(), abs=1e-4)
+    assert result.score.mean == pytest.approx(theirs.get_score(), abs=1e-4)
+    assert bool(result.samples) == has_items
 
 
 def test_mteb_task_of_an_unknown_name_gets_names_like_it() -> None:
     with quiet_mteb():
         with pytest.raises(UserError, match=r"no task 'nfcorpu'; did you mean NFCorpus or "):
-            find_mteb_tasks(["SciFact", "nfcorpu"])
+            find_mteb_task("nfcorpu")
         with pytest.raises(UserError, match="see mteb's list"):
-            find_mteb_tasks(["%%%%"])
-        assert find_mteb_tasks(["SciFact"])[0].metadata.main_score == "ndcg_at_10"
+            find_mteb_task("%%%%")
+        assert find_mteb_task("SciFact").metadata.main_score == "ndcg_at_10"
 
 
 def test_mteb_task_of_images_is_refused() -> None:
     with quiet_mteb(), pytest.raises(UserError, match="text tasks only"):
-        find_mteb_tasks(["CIFAR10"])
+        find_mteb_task("CIFAR10")
 
 
 @pytest.mark.parametrize("name", ["NFCorpus", "STS12", "CQADupstackRetrieval"])
 def test_mteb_task_without_a_hub_says_so_in_one_line(
-    encoder: Encoder, monkeypatch: pytest.MonkeyPatch, name: str
+    monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     from huggingface_hub import constants
 
     # Otherwise the hub's client tries again for 23 s.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"cannot be fetched .* --beir") as caught:
-        evaluate_mteb(encoder, [name])
+        load_test_set(TestSet(name=name, path=name, kind="mteb"))
     assert "\n" not in str(caught.value)

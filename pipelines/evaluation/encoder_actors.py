@@ -1,0 +1,136 @@
+"""Several copies of one encoder at work on one test set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+
+from cluster.errors import UserError
+from cluster.session import connect
+from pipelines.evaluation.fingerprint import encoder_fingerprint
+from pipelines.evaluation.mteb_model import CHUNK_TEXTS, Text, TextEncoder, encode_texts
+
+# Chunks for each actor: more keep all busy to the end, fewer cost less on the way.
+_CHUNKS_EACH = 8
+_MIN_CHUNK_TEXTS = 16
+
+
+class EncoderActors:
+    """Ray actors with a copy of an encoder each: a core, or a GPU where the cluster has any."""
+
+    def __init__(self, load: Callable[[], TextEncoder], num_actors: int) -> None:
+        """Starts the actors, on the cluster of RAY_ADDRESS or on this machine.
+
+        Args:
+            load: Makes the encoder; called in each actor.
+            num_actors: How many.
+
+        Raises:
+            UserError: The cluster has fewer cores or GPUs than actors.
+        """
+        import ray
+
+        resources = connect()
+        there, what = (
+            (resources.num_gpus, "GPUs") if resources.num_gpus else (resources.num_cpus, "cores")
+        )
+        if not 1 <= num_actors <= there:
+            raise UserError(
+                f"{num_actors} actors: the cluster has {there} {what}; ask for 1 to {there}"
+            )
+        remote: Any = ray.remote(
+            num_cpus=1,
+            num_gpus=1 if resources.num_gpus else 0,
+            max_restarts=2,
+            max_task_retries=2,
+        )(_EncoderActor)
+        self._actors = [remote.remote(load) for _ in range(num_actors)]
+
+    @cached_property
+    def _description(self) -> dict[str, Any]:
+        import ray
+
+        described: dict[str, Any] = ray.get(self._actors[0].describe.remote())
+        return described
+
+    @property
+    def fingerprint(self) -> str | None:
+        """As :func:`pipelines.evaluation.fingerprint.encoder_fingerprint` gives it."""
+        return cast("str | None", self._description["fingerprint"])
+
+    @property
+    def templates(self) -> Any:
+        """The encoder's prompts; None where it has none of its own."""
+        return self._description["templates"]
+
+    @property
+    def dimensions(self) -> int | None:
+        """Length of its vectors; None where it does not say."""
+        return cast("int | None", self._description["dimensions"])
+
+    @property
+    def num_parameters(self) -> int | None:
+        """Its weights; None where it does not say."""
+        return cast("int | None", self._description["num_parameters"])
+
+    def encode_queries(self, queries: Sequence[str], *, task: str) -> np.ndarray:
+        """Returns float32 ``[queries, dimensions]``, unit length."""
+        return self._encode([Text(query, task) for query in queries])
+
+    def encode_passages(
+        self, texts: Sequence[str], titles: Sequence[str | None] | None = None
+    ) -> np.ndarray:
+        """Returns float32 ``[texts, dimensions]``, unit length."""
+        pairs = zip(texts, titles or [None] * len(texts), strict=True)
+        return self._encode([Text(text, None, title) for text, title in pairs])
+
+    def chunk_texts(self, num_texts: int) -> int:
+        """Returns how many of so many texts to give to an actor at once."""
+        share = math.ceil(num_texts / (_CHUNKS_EACH * len(self._actors)))
+        return min(CHUNK_TEXTS, max(_MIN_CHUNK_TEXTS, share))
+
+    def encode_chunks(self, chunks: Sequence[Sequence[Text]]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields each chunk's place and vectors as soon as an actor is done with it."""
+        from ray.util import ActorPool
+
+        pool = ActorPool(self._actors)
+        found = pool.map_unordered(
+            lambda actor, work: actor.encode.remote(*work), list(enumerate(chunks))
+        )
+        for place, vectors in found:
+            yield place, np.array(vectors)  # a copy: the object store is small
+
+    def close(self) -> None:
+        """Ends the actors."""
+        import ray
+
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def _encode(self, texts: list[Text]) -> np.ndarray:
+        size = self.chunk_texts(len(texts))
+        chunks = [texts[start : start + size] for start in range(0, len(texts), size)]
+        parts = dict(self.encode_chunks(chunks))
+        return np.concatenate([parts[place] for place in range(len(chunks))])
+
+
+class _EncoderActor:
+    """One copy of the encoder, on one core (what Ray gives it) or one GPU."""
+
+    def __init__(self, load: Callable[[], TextEncoder]) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        self._encoder = load()
+
+    def describe(self) -> dict[str, Any]:
+        names = ("templates", "dimensions", "num_parameters")
+        described = {name: getattr(self._encoder, name, None) for name in names}
+        return {**described, "fingerprint": encoder_fingerprint(self._encoder)}
+
+    def encode(self, place: int, texts: list[Text]) -> tuple[int, np.ndarray]:
+        return place, encode_texts(self._encoder, texts)

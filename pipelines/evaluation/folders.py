@@ -1,0 +1,197 @@
+"""Test sets other than retrieval, in folders of plain files, one file for each split.
+
+| kind | file | holds |
+|---|---|---|
+| ``sts`` | ``SPLIT.tsv`` | score, sentence1, sentence2 |
+| ``pairs`` | ``SPLIT.tsv`` | the same, the score being 1 (same meaning) or 0 |
+| ``classification`` | ``SPLIT.jsonl``, ``train.jsonl`` | text, label |
+| ``clustering`` | ``SPLIT.jsonl`` | text, label |
+| ``rerank`` | ``SPLIT.jsonl`` | query, positive [...], negative [...] |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import UserError
+from pipelines.evaluation.dataset import (
+    Passage,
+    RetrievalDataset,
+    content_hash,
+    read_beir,
+    read_lines,
+    read_objects,
+)
+
+TRAIN = "train"
+Columns = Mapping[str, list[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledDataset:
+    """Texts with labels, or pairs of texts with scores.
+
+    Attributes:
+        name: Shown in tables.
+        kind: ``sts``, ``pairs``, ``classification`` or ``clustering``.
+        split: The one that is evaluated.
+        columns: Split -> column -> values; ``text`` and ``label``, or ``sentence1``, ``sentence2``
+            and ``score``. Classification has ``train`` too.
+    """
+
+    name: str
+    kind: str
+    split: str = "test"
+    columns: Mapping[str, Columns]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What a table says of its size."""
+        what = "num_pairs" if self.kind in ("sts", "pairs") else "num_texts"
+        return {what: len(next(iter(self.columns[self.split].values())))}
+
+    @property
+    def num_texts(self) -> int:
+        """Texts that a model has to encode; for classification not all of ``train`` is drawn."""
+        return len(self.judged_texts())
+
+    def judged_texts(self) -> list[str]:
+        """Returns the texts of the evaluated split, which training must not have seen."""
+        columns = self.columns[self.split]
+        return [
+            text for name in ("text", "sentence1", "sentence2") for text in columns.get(name, ())
+        ]
+
+    def revision(self) -> str:
+        """Returns a hash of the content."""
+        return content_hash([self.columns])
+
+
+TestData = RetrievalDataset | LabelledDataset
+
+
+def read_folder(kind: str, folder: str | Path, split: str = "test") -> TestData:
+    """Reads a test set of one of :data:`KINDS`.
+
+    Raises:
+        UserError: The kind is unknown, or a file is missing or malformed; the message names the
+            file, the line and the mend.
+    """
+    if kind not in KINDS:
+        raise UserError(f"kind {kind!r} of a test set: accepted are {', '.join(KINDS)}")
+    if not Path(folder).is_dir() and kind != "retrieval":
+        raise UserError(f"{kind} folder {folder} does not exist; give one with {split}.* in it")
+    return KINDS[kind](Path(folder), split)
+
+
+def _read_pairs(kind: str) -> Callable[[Path, str], LabelledDataset]:
+    def read(folder: Path, split: str) -> LabelledDataset:
+        columns: dict[str, list[Any]] = {"score": [], "sentence1": [], "sentence2": []}
+        for number, (at, line) in enumerate(read_lines(_split_file(folder, split, "tsv"))):
+            fields = line.rstrip("\r\n").split("\t")
+            try:
+                value, first, second = fields
+                score = float(value)
+            except ValueError:
+                if number == 0 and len(fields) == 3:
+                    continue  # the header
+                raise UserError(
+                    f"{at}: {line.strip()[:80]!r} is not score, sentence1 and sentence2 with tabs "
+                    "between; mend the line"
+                ) from None
+            if kind == "pairs" and score not in (0, 1):
+                raise UserError(f"{at}: score {value}: a pair's is 0 or 1; or measure it as sts")
+            for column, field in zip(columns.values(), (score, first, second), strict=True):
+                column.append(field)
+        return _labelled(kind, folder, split, {split: columns})
+
+    return read
+
+
+def _read_labels(kind: str) -> Callable[[Path, str], LabelledDataset]:
+    def read(folder: Path, split: str) -> LabelledDataset:
+        splits = (TRAIN, split) if kind == "classification" else (split,)
+        read = {name: _texts_and_labels(_split_file(folder, name, "jsonl")) for name in splits}
+        return _labelled(kind, folder, split, read)
+
+    return read
+
+
+def _texts_and_labels(path: Path) -> Columns:
+    columns: dict[str, list[Any]] = {"text": [], "label": []}
+    for at, row in read_objects(path):
+        if (
+            not isinstance(row, dict)
+            or not isinstance(row.get("text"), str)
+            or not isinstance(row.get("label"), str | int)
+        ):
+            raise UserError(f'{at}: write {{"text": "...", "label": "..."}}')
+        columns["text"].append(row["text"])
+        columns["label"].append(str(row["label"]))
+    return columns
+
+
+def _labelled(
+    kind: str, folder: Path, split: str, columns: Mapping[str, Columns]
+) -> LabelledDataset:
+    for name, values in columns.items():
+        if not next(iter(values.values())):
+            raise UserError(f"{folder}: split {name!r} is empty; give at least one line")
+    return LabelledDataset(name=folder.resolve().name, kind=kind, split=split, columns=columns)
+
+
+def _read_rerank(folder: Path, split: str) -> RetrievalDataset:
+    passages: dict[str, Passage] = {}
+    queries: dict[str, str] = {}
+    qrels: dict[str, dict[str, int]] = {}
+    for number, (at, row) in enumerate(read_objects(_split_file(folder, split, "jsonl"))):
+        found = row if isinstance(row, dict) else {}
+        judged = {"positive": found.get("positive"), "negative": found.get("negative")}
+        if not isinstance(found.get("query"), str) or not all(
+            isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+            for texts in judged.values()
+        ):
+            raise UserError(f'{at}: write {{"query": "...", "positive": [...], "negative": [...]}}')
+        if not judged["positive"] or not judged["negative"]:
+            continue  # as mteb does: any order of such candidates is as good
+        query = f"{split}_query{number}"
+        queries[query] = found["query"]
+        qrels[query] = {}
+        # mteb's ids: positives come first where cosines are equal.
+        for what, relevance in (("positive", 1), ("negative", 0)):
+            for place, text in enumerate(found[what]):
+                id_ = f"{'a' * relevance}{what}_{query}_{place:05}"
+                passages[id_] = Passage("", text)
+                qrels[query][id_] = relevance
+    return RetrievalDataset(
+        name=folder.resolve().name,
+        split=split,
+        passages=passages,
+        queries=queries,
+        qrels=qrels,
+        candidates={query: list(judged) for query, judged in qrels.items()},
+    )
+
+
+def _split_file(folder: Path, split: str, ending: str) -> Path:
+    path = folder / f"{split}.{ending}"
+    if not path.is_file():
+        splits = sorted(each.stem for each in folder.glob(f"*.{ending}"))
+        raise UserError(
+            f"{folder} has no {split}.{ending}"
+            + (f": it has the splits {', '.join(splits)}" if splits else "; add it")
+        )
+    return path
+
+
+KINDS: dict[str, Callable[[Path, str], TestData]] = {
+    "retrieval": read_beir,
+    "sts": _read_pairs("sts"),
+    "pairs": _read_pairs("pairs"),
+    "classification": _read_labels("classification"),
+    "clustering": _read_labels("clustering"),
+    "rerank": _read_rerank,
+}

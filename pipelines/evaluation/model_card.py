@@ -1,0 +1,71 @@
+"""What a model card says to machines: mteb's results, and the data that the model has seen.
+
+The hub shows ``model-index`` beside a model, and mteb reads it; ``datasets`` names what the model
+was trained on, so that a reader can see which figures are not zero-shot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+_MARK = "---\n"
+
+
+def model_index(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the front matter with results: the tag ``mteb`` and ``model-index``.
+
+    mteb's `TaskResult.get_hf_eval_results` gives the same, but only for tasks that mteb knows.
+
+    Args:
+        name: The model's.
+        rows: Results as `Result.to_json` writes them, of this model.
+    """
+    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    results = [
+        EvalResult(
+            task_type=row["task_type"],
+            task_name=row["task_type"],
+            dataset_type=row["dataset"],
+            dataset_name=row["dataset"],
+            dataset_config="default",
+            dataset_split=row["split"],
+            # One metric can stand there once; another number of dimensions is another metric.
+            metric_type=row["metric"],
+            metric_name=f"{row['metric']} ({row['dimensions']} dimensions)",
+            metric_value=round(row["mteb_score"], 5),
+            source_name="MTEB",
+            source_url="https://github.com/embeddings-benchmark/mteb/",
+        )
+        for row in rows
+    ]
+    return {"tags": ["mteb"], "model-index": eval_results_to_model_index(name, results)}
+
+
+def add_to_card(card: str, told: Mapping[str, Any]) -> str:
+    """Returns a model card with more front matter; ``tags`` are added to those it has.
+
+    Args:
+        card: Text of a ``README.md``, with front matter or without.
+        told: Such as :func:`model_index` returns.
+    """
+    head, text = _split(card)
+    tags = [*head.get("tags", ()), *told.get("tags", ())]
+    head = {**head, **told} | ({"tags": list(dict.fromkeys(tags))} if tags else {})
+    return f"{_MARK}{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}{_MARK}{text}"
+
+
+def training_sets(card: str) -> tuple[str, ...]:
+    """Returns the data sets that a model card's ``datasets`` names."""
+    named = _split(card)[0].get("datasets") or ()
+    return (named,) if isinstance(named, str) else tuple(str(name) for name in named)
+
+
+def _split(card: str) -> tuple[dict[str, Any], str]:
+    parts = card.split(_MARK, 2)
+    head = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
+    return (head, parts[2]) if isinstance(head, dict) else ({}, card)

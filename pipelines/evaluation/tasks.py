@@ -1,0 +1,165 @@
+"""mteb's own tasks: over test sets that are already here, and by name from the hub.
+
+mteb's classes do the search, the ranking, the classifiers, the clusters and every metric.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from typing import Any
+
+from cluster.errors import UserError
+from pipelines.evaluation.dataset import RetrievalDataset
+from pipelines.evaluation.folders import LabelledDataset, TestData
+
+# Kind of test set -> mteb's type of task, and the main score that its tasks of that type have.
+TYPES = {
+    "retrieval": ("Retrieval", "ndcg_at_10"),
+    "rerank": ("Reranking", "map_at_1000"),
+    "sts": ("STS", "cosine_spearman"),
+    "pairs": ("PairClassification", "max_ap"),
+    "classification": ("Classification", "accuracy"),
+    "clustering": ("Clustering", "v_measure"),
+}
+
+
+def make_task(data: TestData) -> Any:
+    """Returns an mteb task over ``data``, with its data loaded.
+
+    Its name is the test set's with the kind behind it, such as ``cranfield-retrieval``, and the
+    split where that is not ``test``; its revision is a hash of the data. Call inside
+    :func:`pipelines.evaluation.mteb_model.quiet_mteb`.
+    """
+    from mteb import abstasks
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    mteb_type, main_score = TYPES[data.kind]
+    base: Any = {
+        "retrieval": abstasks.AbsTaskRetrieval,
+        "rerank": abstasks.AbsTaskRetrieval,
+        "sts": abstasks.AbsTaskSTS,
+        "pairs": abstasks.AbsTaskPairClassification,
+        "classification": abstasks.AbsTaskClassification,
+        "clustering": abstasks.AbsTaskClustering,
+    }[data.kind]
+    split = "" if data.split == "test" else f"-{data.split}"
+    metadata = TaskMetadata(
+        name=f"{data.name}-{data.kind}".replace("/", "-") + split,
+        description=f"A {data.kind} test set from a local folder.",
+        type=mteb_type,
+        category="t2c" if data.kind in ("classification", "clustering") else "t2t",
+        dataset={"path": f"local/{data.name}", "revision": data.revision()},
+        eval_splits=[data.split],
+        eval_langs=["und-Zyyy"],
+        main_score=main_score,
+    )
+    task = type("LocalTask", (base,), {"metadata": metadata})()
+    if isinstance(data, RetrievalDataset):
+        task.dataset = {"default": {data.split: _retrieval_split(data)}}
+    else:
+        _load_labelled(task, data)
+    task.data_loaded = True
+    return task
+
+
+def _retrieval_split(data: RetrievalDataset) -> dict[str, Any]:
+    from datasets import Dataset
+
+    passages = list(data.passages.values())
+    judged = list(data.qrels)
+    return {
+        "corpus": Dataset.from_dict(
+            {
+                "id": list(data.passages),
+                "title": [passage.title for passage in passages],
+                "text": [passage.text for passage in passages],
+            }
+        ),
+        "queries": Dataset.from_dict(
+            {"id": judged, "text": [data.queries[query] for query in judged]}
+        ),
+        "relevant_docs": {query: dict(data.qrels[query]) for query in judged},
+        "top_ranked": data.candidates and {query: list(data.candidates[query]) for query in judged},
+    }
+
+
+def _load_labelled(task: Any, data: LabelledDataset) -> None:
+    from datasets import Dataset, DatasetDict
+
+    splits = {split: dict(columns) for split, columns in data.columns.items()}
+    if data.kind in ("classification", "clustering"):
+        labels = sorted({label for columns in splits.values() for label in columns["label"]})
+        number = {label: place for place, label in enumerate(labels)}
+        for columns in splits.values():
+            columns["label"] = [number[label] for label in columns["label"]]
+    if data.kind == "clustering":
+        task.input_column_name, task.label_column_name = "text", "label"
+        # mteb's 4 % are for test sets of 100 thousand texts.
+        task.max_fraction_of_documents_to_embed = None
+    if data.kind == "pairs":
+        task.label_column_name = "score"
+        for columns in splits.values():
+            columns["score"] = [int(score) for score in columns["score"]]
+    if data.kind == "sts":
+        scores = splits[data.split]["score"]
+        task.min_score, task.max_score = min(scores), max(scores)
+    task.dataset = DatasetDict(
+        {split: Dataset.from_dict(columns) for split, columns in splits.items()}
+    )
+
+
+def fresh(task: Any) -> Any:
+    """Returns a task over the same data whose random draws begin anew.
+
+    mteb's tasks keep their generator's state, so that the second model measured with one would be
+    given other samples than the first.
+    """
+    from mteb._set_seed import _set_seed
+
+    again = copy.copy(task)
+    again.rng_state, again.np_rng = _set_seed(task.seed)
+    return again
+
+
+def find_mteb_task(name: str) -> Any:
+    """Returns mteb's task of this name; call inside ``quiet_mteb``.
+
+    Raises:
+        UserError: The name is unknown, with the names like it, or the task is not about text.
+    """
+    import mteb
+    from mteb.get_tasks import _TASKS_REGISTRY
+
+    if name not in _TASKS_REGISTRY:
+        by_lower = {known.lower(): known for known in _TASKS_REGISTRY}
+        close = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
+        meant = " or ".join(by_lower[match] for match in close)
+        raise UserError(
+            f"mteb {mteb.__version__} has no task {name!r}"
+            + (f"; did you mean {meant}?" if meant else "; see mteb's list of tasks")
+        )
+    task = mteb.get_task(name)
+    if set(task.metadata.modalities) != {"text"}:
+        raise UserError(
+            f"mteb task {name!r} is about {', '.join(task.metadata.modalities)}; "
+            "an encoder of texts can be measured on text tasks only"
+        )
+    return task
+
+
+def load_mteb_data(task: Any) -> None:
+    """Fetches a task's data from the hub or its local cache.
+
+    Raises:
+        UserError: It cannot be had.
+    """
+    for part in getattr(task, "tasks", [task]):  # several where mteb aggregates
+        try:
+            part.load_data()
+        except OSError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"data of mteb task {part.metadata.name!r} cannot be fetched ({reason}): check the "
+                "network and HF_ENDPOINT, or measure on a local folder with --beir"
+            ) from error
