@@ -17,12 +17,14 @@ from cluster.errors import Reject, UserError
 from cluster.storage import open_storage
 from pipelines.corpus.passages import passage_id
 from pipelines.mixture.config import LabelledSet
+from pipelines.mixture.decontamination import Decontamination
 from pipelines.mixture.formats import Example, Target
 from pipelines.mixture.rows import beir_files, jsonl_rows, read_rows
 
 if TYPE_CHECKING:
     from cluster.artifacts import Artifact
 
+MAX_LISTED = 100
 _UNIQUE_ID_LENGTH = 10  # hexadecimal characters: a million triples collide once or never
 
 
@@ -31,18 +33,35 @@ class Reading:
     """What became of a set's rows, filled while its examples are taken.
 
     Attributes:
+        decontamination: Knows the texts that the run is judged by.
         num_rows: Rows read.
         rejects: (place, reason, text) of the rows that could not be.
-        left_out: Reason -> rows, or texts, that are fine and give no example.
+        left_out: Reason -> rows that are fine and give no example.
+        decontaminated: Reason -> rows, or examples, that repeat an evaluation query.
+        contaminated: The first of their texts, each with the query that it repeats.
     """
 
+    decontamination: Decontamination
     num_rows: int = 0
     rejects: list[Reject] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
+    decontaminated: Counter[str] = field(default_factory=Counter)
+    contaminated: list[tuple[str, str]] = field(default_factory=list)
 
     def reject(self, where: str, reason: str, row: object) -> None:
         """Notes a row that cannot be read."""
         self.rejects.append((where, reason, json.dumps(row, default=str)[:200]))
+
+    def is_contaminated(self, *texts: str) -> bool:
+        """Says whether one of the texts repeats an evaluation query, and notes it."""
+        for text in texts:
+            if repeated := self.decontamination.repeated(text):
+                reason, query = repeated
+                self.decontaminated[reason] += 1
+                if len(self.contaminated) < MAX_LISTED:
+                    self.contaminated.append((text, query))
+                return True
+        return False
 
 
 def read_examples(
@@ -59,10 +78,15 @@ def read_examples(
         UserError: The set does not exist, is no file that is read here, or has one label only.
     """
     if labelled.kind == "retrieval":
-        yield from _retrieval(labelled, reading)
-        return
-    rows = _Rows(labelled, reading, passages)
-    yield from _KINDS[labelled.kind](labelled, rows, reading)
+        examples = _retrieval(labelled, reading)
+    else:
+        rows = _Rows(labelled, reading, passages)
+        examples = _KINDS[labelled.kind](labelled, rows, reading)
+    for example in examples:
+        # An asymmetric set's targets are passages, which a corpus may share with a test set.
+        targets = (example.positive, *example.negatives) if labelled.is_symmetric else ()
+        if not reading.is_contaminated(example.query, *[target.text for target in targets]):
+            yield example
 
 
 class _Rows:
@@ -121,7 +145,7 @@ def _nli(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Examp
             reading.reject(where, f"label is none of {', '.join(_NLI_LABELS)}", row)
         elif label not in ("entailment", "contradiction"):
             reading.left_out[f"label {label}"] += 1
-        else:
+        elif not reading.is_contaminated(premise, hypothesis):
             found = hypotheses.setdefault(premise, ({}, {}))[label == "contradiction"]
             if hypothesis in found:
                 reading.left_out["repeats another row"] += 1
@@ -145,8 +169,9 @@ def _classes(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[E
             reading.reject(where, "label is neither a text nor a whole number", row)
         elif text in by_label[str(label)]:
             reading.left_out["repeats another text of its label"] += 1
-        else:
+        elif not reading.is_contaminated(text):
             by_label[str(label)][text] = None
+    by_label = {label: members for label, members in by_label.items() if members}
     if len(by_label) == 1:
         raise UserError(
             f"labelled set {labelled.name!r} has the label {next(iter(by_label))!r} alone, and"

@@ -8,7 +8,7 @@ What was held out for validation lies beside it in `validation/`, in batches too
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,13 +22,12 @@ from cluster.storage import write_table
 from pipelines.mixture.config import LabelledSet, MixtureConfig, SetsConfig
 from pipelines.mixture.decontamination import Decontamination
 from pipelines.mixture.formats import Example, Formatter, Target
-from pipelines.mixture.labelled import Reading, read_examples
+from pipelines.mixture.labelled import MAX_LISTED, Reading, read_examples
 from pipelines.mixture.sampling import Rows, draw_batches
 from pipelines.records import EXAMPLE
 
 EXAMPLES_PER_SHARD = 8192
 VALIDATION = "validation/shards"
-MAX_LISTED = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +125,9 @@ class _Reader:
     def read(self, labelled: LabelledSet) -> Source:
         """Reads one set; raises TooManyRejects."""
         self._context.progress.update(0, None, f"reading {labelled.name}")
-        reading, dropped = Reading(), Counter[str]()
-        examples = read_examples(labelled, reading, self._context.inputs.get("passages"))
+        reading = Reading(decontamination=self._decontamination)
         texts = self._formatter.texts(
-            self._clean(examples, labelled, dropped),
+            read_examples(labelled, reading, self._context.inputs.get("passages")),
             dataset=labelled.name,
             symmetric=labelled.is_symmetric,
         )
@@ -139,8 +137,12 @@ class _Reader:
             "num_examples": texts.num_rows,
             "rejected": dict(Counter(reason for _, reason, _ in reading.rejects)),
             "left_out": dict(reading.left_out),
-            "decontaminated": dict(dropped),
+            "decontaminated": dict(reading.decontaminated),
         }
+        self._contaminated += [
+            {"set": labelled.name, "text": text, "evaluation_query": query}
+            for text, query in reading.contaminated
+        ]
         texts = _sample(texts, labelled.max_rows, labelled.name, self._config.seed)
         return Source(
             name=labelled.name,
@@ -154,27 +156,8 @@ class _Reader:
         return {
             "labelled": self._counts,
             "num_evaluation_queries": len(self._decontamination),
-            "contaminated": self._contaminated,
+            "contaminated": self._contaminated[:MAX_LISTED],
         }
-
-    def _clean(
-        self, examples: Iterable[Example], labelled: LabelledSet, dropped: Counter[str]
-    ) -> Iterator[Example]:
-        """Yields the examples that repeat no evaluation query."""
-        for example in examples:
-            texts = [example.query]
-            if labelled.is_symmetric:
-                texts += [target.text for target in (example.positive, *example.negatives)]
-            repeats = ((text, self._decontamination.repeated(text)) for text in texts)
-            found = next(((text, why) for text, why in repeats if why is not None), None)
-            if found is None:
-                yield example
-                continue
-            text, (reason, query) = found
-            dropped[reason] += 1
-            if len(self._contaminated) < MAX_LISTED:
-                row = {"set": labelled.name, "text": text, "evaluation_query": query}
-                self._contaminated.append(row)
 
     def _check(self, labelled: LabelledSet, reading: Reading) -> None:
         self.rejects += [

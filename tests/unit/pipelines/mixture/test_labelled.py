@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +8,19 @@ import pytest
 
 from cluster.errors import UserError
 from pipelines.mixture.config import LabelledSet
+from pipelines.mixture.decontamination import Decontamination
 from pipelines.mixture.formats import Example
 from pipelines.mixture.labelled import Reading, read_examples
 
 Rows = list[Any]
 
 
-def read(path: Path | str, kind: str, **keys: Any) -> tuple[list[Example], Reading]:
+def read(
+    path: Path | str, kind: str, judged_by: Sequence[str] = (), **keys: Any
+) -> tuple[list[Example], Reading]:
     labelled = LabelledSet.model_validate({"name": "a", "kind": kind, "path": str(path), **keys})
-    reading = Reading()
+    judge = Decontamination(judged_by, max_overlap=0.8, max_shared_words=8)
+    reading = Reading(decontamination=judge)
     return list(read_examples(labelled, reading)), reading
 
 
@@ -122,6 +127,15 @@ def test_classes_give_a_text_of_its_label_and_texts_of_others(tmp_path: Path, ki
     }
     assert [why for _, why, _ in reading.rejects] == ["label is neither a text nor a whole number"]
     assert found == read(tmp_path / "set.jsonl", kind, max_negatives=3)[0]
+
+
+def test_contaminated_text_is_taken_out_before_it_is_anybodys_negative(tmp_path: Path) -> None:
+    rows = [{"text": f"{label} {n}", "label": label} for label in "ab" for n in range(4)]
+    found, reading = read(jsonl(tmp_path, rows), "classification", ["a 2?", "B 0"])
+    assert [example.query for example in found] == ["a 0", "a 1", "a 3", "b 1", "b 2", "b 3"]
+    assert not {"a 2", "b 0"} & {text for row in triples(found) for text in (row[1], *row[2])}
+    assert reading.decontaminated == {"repeats an evaluation query": 2}
+    assert reading.contaminated == [("a 2", "a 2?"), ("b 0", "B 0")]
 
 
 def test_classes_of_one_label_are_a_mistake(tmp_path: Path) -> None:
