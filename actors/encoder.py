@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +30,7 @@ from actors.encoder_files import (
     write_settings,
 )
 from actors.linear import native_bfloat16, use_onednn
-from actors.packing import TokenRows, packed_forward, pool_packed, use_packing
+from actors.packing import TokenRows, embed_words, packed_forward, pool_packed, use_packing
 from actors.templates import PromptTemplates
 from cluster.errors import UserError
 
@@ -229,9 +230,11 @@ class Encoder:
         if not rows:
             return torch.zeros(0, self.dimensions, device=self.device)
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
-        embed = self._embed_packed if self.packed else self._embed_padded
-        batches = self._batches([rows[row] for row in order], batch_tokens)
-        vectors = torch.cat([embed(batch) for batch in batches])
+        batches = list(self._batches([rows[row] for row in order], batch_tokens))
+        if self.packed:
+            vectors = self._embed_packed(batches)
+        else:
+            vectors = torch.cat([self._embed_padded(batch) for batch in batches])
         back = torch.empty(len(order), dtype=torch.long)
         back[torch.tensor(order)] = torch.arange(len(order))
         return vectors[back.to(self.device)]
@@ -291,9 +294,16 @@ class Encoder:
             tokens += size
         yield rows[start:]
 
-    def _embed_packed(self, rows: TokenRows) -> torch.Tensor:
-        hidden, groups = packed_forward(self.model, rows, self._options)
-        return self._finish(pool_packed(hidden.float(), groups, self.pooling))
+    def _embed_packed(self, batches: Sequence[TokenRows]) -> torch.Tensor:
+        words: Sequence[torch.Tensor | None] = [None] * len(batches)
+        if torch.is_grad_enabled() and len(batches) > 1:
+            sizes = [sum(map(len, batch)) for batch in batches]
+            words = torch.split(embed_words(self.model, [*chain.from_iterable(batches)]), sizes)
+        pooled = []
+        for batch, embedded in zip(batches, words, strict=True):
+            hidden, groups = packed_forward(self.model, batch, self._options, embedded)
+            pooled.append(pool_packed(hidden.float(), groups, self.pooling))
+        return self._finish(torch.cat(pooled))
 
     def _embed_padded(self, rows: TokenRows) -> torch.Tensor:
         lengths = np.array([len(row) for row in rows])
