@@ -96,7 +96,7 @@ def export_student(
 
     training = context.input("training")
     encoder = Encoder.load(join(training.uri, "encoder"), device="cpu")
-    sizes = training.manifest.config.get("matryoshka_dimensions", [])
+    sizes = training.manifest.config["loss"]["matryoshka_dimensions"]
     fret = context.input("fret").manifest.metrics
     mixture = context.input("mixture").manifest
     card = _model_card(recipe_name, base_model, encoder, sizes, fret, mixture.metrics)
