@@ -174,7 +174,7 @@ class Encoder:
         Returns:
             float32 ``[texts, dimensions]``, every row of length 1.
         """
-        training = self.model.training
+        modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         places: dict[str, int] = {}
         rows = [places.setdefault(text, len(places)) for text in texts]
@@ -182,8 +182,34 @@ class Encoder:
             with torch.inference_mode():
                 vectors = self.embed(list(places), batch_tokens=batch_tokens).cpu().numpy()
         finally:
-            self.model.train(training)
+            for module, training in modes:
+                module.training = training
         return vectors if len(places) == len(rows) else vectors[rows]
+
+    def set_training(self, *, dropout: bool, checkpointing: bool = False) -> None:
+        """Sets the model to train.
+
+        Args:
+            dropout: Drop as the model's configuration says; nothing if false.
+            checkpointing: Keep each layer's input alone and compute the layer again for its
+                gradient: less memory, a third more work, the same gradients.
+
+        Raises:
+            UserError: The model has no layers that can be computed again.
+        """
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        model = cast(Any, self.model)
+        model.train(dropout)
+        if not checkpointing:
+            model.gradient_checkpointing_disable()
+            return
+        if not model.supports_gradient_checkpointing:
+            raise UserError(f"a {type(model).__name__} has no gradient checkpointing: leave it out")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in model.modules():  # a layer is computed again where it is said to train
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
 
     def encode_queries(self, queries: Sequence[str], *, task: str) -> np.ndarray:
         """Embeds queries of one task; see :meth:`encode`."""

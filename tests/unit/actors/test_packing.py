@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from actors.encoder import Encoder
 from actors.packing import ATTENTION
@@ -68,13 +69,18 @@ def test_packed_gradients_equal_padded_ones(
     encoder.packed = False
     padded = gradients()
     encoder.packed = True
-    if checkpointing:
-        encoder.model.gradient_checkpointing_enable({"use_reentrant": False})
-        encoder.model.train()  # dropout is set to nothing below; eval would not checkpoint
-        for module in encoder.model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+    runs: list[object] = []
+    layer = next(m for m in encoder.model.modules() if isinstance(m, GradientCheckpointingLayer))
+    layer.register_forward_pre_hook(lambda *_: runs.append(layer))
     packed = gradients()
+    assert len(runs) > 1
+    if checkpointing:
+        passes = len(runs)
+        encoder.set_training(dropout=False, checkpointing=True)
+        encoder.encode(["leaves the mode as it is"])
+        runs.clear()
+        packed = gradients()
+        assert len(runs) == 2 * passes
     assert packed.keys() == padded.keys() and len(packed) > 15
     for name, gradient in packed.items():
         largest = padded[name].abs().max().item()
