@@ -30,11 +30,18 @@ def encoder_fingerprint(encoder: Any) -> str | None:
                 flat = tensor.detach().cpu().contiguous().flatten()
                 digest.update(flat.view(torch.uint8).numpy())
         elif name == "tokenizer":
-            backend = getattr(value, "backend_tokenizer", None)
-            digest.update((backend.to_str() if backend else repr(value)).encode())
+            digest.update(_tokenizer(value).encode())
         else:
             digest.update(repr(value).encode())
     return digest.hexdigest()[:16]
+
+
+def _tokenizer(tokenizer: Any) -> str:
+    """Returns what a tokenizer does, less how long the texts were that it was last given."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    known = json.loads(backend.to_str()) if backend else {"vocabulary": tokenizer.get_vocab()}
+    told = {key: value for key, value in known.items() if key not in ("truncation", "padding")}
+    return json.dumps(told, sort_keys=True)
 
 
 def _config(module: Any) -> str:

@@ -114,7 +114,10 @@ def test_fingerprint_is_of_the_content_and_not_of_the_place(
     marks = set()
     for name in "ab":
         encoder.save(tmp_path / name, model_card=name)
-        marks.add(encoder_fingerprint(Encoder.load(str(tmp_path / name), device="cpu")))
+        loaded = Encoder.load(str(tmp_path / name), device="cpu")
+        marks.add(encoder_fingerprint(loaded))
+        loaded.encode(["one text", "another " * 50])
+        marks.add(encoder_fingerprint(loaded))
     assert len(marks) == 1
     assert encoder_fingerprint(Hashing()) is None
 
