@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from actors.dropout import use_fast_dropout
 from actors.embedded import resolve_model
 from actors.encoder_files import (
     POOLINGS,
@@ -74,6 +75,7 @@ class Encoder:
         self.packed = False
         if self.device.type == "cpu":  # a GPU wants few large kernels more than no padding
             use_onednn(model)
+            use_fast_dropout(model)
             self.packed = use_packing(model)
 
     @property

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from actors.dropout import drop
+
 ATTENTION = "tokay_packed"
 # Kinds of transformers whose code hands keyword arguments down to the attention and whose
 # attention knows nothing but a mask, causality and a window; with RoBERTa's, positions begin
@@ -201,8 +203,9 @@ def _attend(
     # with dropout that kernel does the same, with more care.
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     size = max(1, _CACHED_WEIGHTS // (query.shape[1] * query.shape[2] ** 2))
-    parts = zip(*(torch.split(each, size) for each in (query * scale, key, value)), strict=True)
-    weighted = [
-        functional.dropout((q @ k.transpose(-1, -2)).softmax(-1), dropout) @ v for q, k, v in parts
-    ]
-    return torch.cat(weighted)
+    found = []
+    pieces = (torch.split(each, size) for each in (query * scale, key, value))
+    for part, keys, values in zip(*pieces, strict=True):
+        weights = (part @ keys.transpose(-1, -2)).softmax(-1)
+        found.append((drop(weights, dropout) if dropout else weights) @ values)
+    return torch.cat(found)
