@@ -267,7 +267,9 @@ class _Writer:
             progress.update(0, len(batches), f"tokenising {source.name}")
             drawn = [rows for place, rows in batches if place == number]
             used = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *drawn]))
-            texts = source.texts.take(pa.array(used))
+            texts = source.texts
+            if len(used) < texts.num_rows:
+                texts = texts.take(pa.array(used))
             table = self.formatter.with_tokens(texts, symmetric=source.symmetric)
             tables.append(table.combine_chunks())
             places.append(used)

@@ -82,7 +82,7 @@ def beir_files(labelled: LabelledSet) -> tuple[str, str, str]:
 
 def jsonl_rows(storage: Storage, path: str) -> Iterator[Row | Reject]:
     """Yields the objects of a file of JSON lines."""
-    for number, line in enumerate(storage.read_bytes(path).split(b"\n"), start=1):
+    for number, line in enumerate(io.BytesIO(storage.read_bytes(path)), start=1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
@@ -99,10 +99,10 @@ def jsonl_rows(storage: Storage, path: str) -> Iterator[Row | Reject]:
 def tsv_rows(storage: Storage, path: str) -> Iterator[Row | Reject]:
     """Yields the rows of a file with a line of column names, and tabs between; no quoting."""
     header: list[str] = []
-    for number, line in enumerate(storage.read_bytes(path).split(b"\n"), start=1):
+    for number, line in enumerate(io.BytesIO(storage.read_bytes(path)), start=1):
         where = f"{path}:{number}"
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r")
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError:
             yield where, "not UTF-8", line[:200].decode("utf-8", "replace")
             continue
