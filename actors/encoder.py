@@ -31,7 +31,14 @@ from actors.encoder_files import (
     write_settings,
 )
 from actors.linear import native_bfloat16, use_onednn
-from actors.packing import TokenRows, embed_words, packed_forward, pool_packed, use_packing
+from actors.packing import (
+    TokenRows,
+    embed_words,
+    first_position,
+    packed_forward,
+    pool_packed,
+    use_packing,
+)
 from actors.templates import PromptTemplates
 from cluster.errors import UserError
 
@@ -138,10 +145,11 @@ class Encoder:
         if projection is not None:
             transformer.add_module("projection", projection.to(getattr(torch, dtype)))
         sentence = read_json(folder / "sentence_bert_config.json")
+        positions = getattr(transformer.config, "max_position_embeddings", None)
         limits = [
             max_tokens,
             tokenizer.model_max_length,
-            getattr(transformer.config, "max_position_embeddings", None),
+            positions and positions - first_position(transformer.config),
             sentence.get("max_seq_length"),
             read_json(folder / "tokay.json").get("max_tokens"),
         ]

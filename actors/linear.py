@@ -2,7 +2,8 @@
 
 PyTorch gives float32 products to MKL, which on an AMD processor leaves the AVX-512 units unused:
 oneDNN, which PyTorch carries too and uses for bfloat16, was 2.2 times as fast there. A weight that
-oneDNN has laid out for itself beforehand gives another tenth. Nothing is rounded differently.
+oneDNN has laid out for itself beforehand gives another tenth, at the price of a second copy of it
+once a model embeds without gradients.
 """
 
 from __future__ import annotations

@@ -33,18 +33,24 @@ Groups = list[tuple[int, int]]  # (number of texts, tokens in each), in the orde
 
 def use_packing(model: Any) -> bool:
     """Lets a transformer take packed batches, if it is of a kind that can; says whether it is."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.masking_utils import sdpa_mask
 
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "model_type", None) not in _KINDS:
+    own = type(model).__module__.startswith("transformers.models.")  # not code of the hub
+    if not own or not isinstance(model, PreTrainedModel):
         return False
-    if config._attn_implementation not in ("sdpa", ATTENTION):
+    config = model.config
+    if config.model_type not in _KINDS or config._attn_implementation not in ("sdpa", ATTENTION):
         return False
     AttentionInterface.register(ATTENTION, packed_attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     model.set_attn_implementation(ATTENTION)
     return True
+
+
+def first_position(config: Any) -> int:
+    """Returns the position of a text's first token: RoBERTa's kinds count the padding in."""
+    return int(config.pad_token_id) + 1 if config.model_type in _ROBERTA else 0
 
 
 def packed_forward(
@@ -64,7 +70,7 @@ def packed_forward(
     Returns:
         The last hidden states ``[tokens, hidden]`` of all texts in their order, and where they are.
     """
-    first = model.config.pad_token_id + 1 if model.config.model_type in _ROBERTA else 0
+    first = first_position(model.config)
     groups = [(len(list(same)), length) for length, same in groupby(map(len, rows))]
     words: dict[str, torch.Tensor]
     if embedded is None:

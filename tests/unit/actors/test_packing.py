@@ -1,3 +1,5 @@
+import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from actors.encoder import Encoder
-from actors.packing import ATTENTION
+from actors.packing import ATTENTION, use_packing
 
 KINDS = ["bert", "electra", "roberta", "xlm-roberta", "modernbert", "qwen3", "gemma3_text", "llama"]
 TEXTS = [
@@ -110,6 +112,25 @@ def test_padded_batches_of_a_packed_model_keep_their_masks(tiny_model: TinyModel
         both = encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state
         short = encoder.model(input_ids=ids[1:, :2]).last_hidden_state
     torch.testing.assert_close(both[1, :2], short[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "bert"])
+def test_texts_end_where_the_positions_do(kind: str, tiny_model: TinyModel, tmp_path: Path):
+    folder = tiny_model(kind, tmp_path)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["model_max_length"] = 10**30
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    encoder = Encoder.load(str(folder), device="cpu")
+    assert encoder.max_tokens == 64
+    vectors = encoder.encode(["word " * 200, "word " * 62])
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-6)
+
+
+def test_code_of_others_under_a_known_name_is_padded(tiny_model: TinyModel, tmp_path: Path):
+    encoder = Encoder.load(str(tiny_model("bert", tmp_path)), device="cpu")
+    other = copy.copy(encoder.model)
+    other.__class__ = type("JinaBert", (type(encoder.model),), {"__module__": "modeling_jina"})
+    assert not use_packing(other)
 
 
 def test_kind_that_cannot_be_packed_is_padded(tiny_model: TinyModel, tmp_path: Path):
