@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.artifacts import Artifact, Json
@@ -97,9 +98,13 @@ def column_vectors(column: pa.ChunkedArray) -> np.ndarray:
 class PassageTexts:
     """Titles and texts by passage id, held as Arrow columns."""
 
-    def __init__(self, passages: Artifact) -> None:
-        """Reads the artifact's shards into memory."""
-        self._table = passages.read(["id", "title", "text"])
+    def __init__(self, passages: Artifact, ids: pa.ChunkedArray | None = None) -> None:
+        """Reads the artifact's passages into memory, those with these ids if any are given."""
+        tables = passages.tables(["id", "title", "text"])
+        if ids is not None:
+            tables = (table.filter(pc.is_in(table["id"], value_set=ids)) for table in tables)
+        schema = pa.schema([PASSAGE.field(name) for name in ("id", "title", "text")])
+        self._table = pa.concat_tables([schema.empty_table(), *tables])
         self._rows = {id_: row for row, id_ in enumerate(self._table["id"].to_pylist())}
 
     def __getitem__(self, passage_id: str) -> tuple[str, str]:

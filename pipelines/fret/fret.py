@@ -29,7 +29,7 @@ def make_fret(
     """Chooses each query's positive and hard negatives, and applies the filters."""
     candidates, scores = context.input("candidates"), QueryScores(context.input("scores"))
     dropped, metrics = _filter(config, evaluation_queries, candidates, scores)
-    texts = PassageTexts(context.input("passages"))
+    texts = PassageTexts(context.input("passages"), scores.passage_ids)
     totals: Counter[str] = Counter()
     for shard in candidates.shards:
         rows = []
@@ -52,6 +52,11 @@ class QueryScores:
         tables = [_one_row_a_pair(table) for table in scores.tables()]
         self._pairs = pa.concat_tables([_PAIR.empty_table(), *tables]).sort_by("query_id")
         self._query_ids = np.array(self._pairs["query_id"].to_pylist(), dtype=np.bytes_)
+
+    @property
+    def passage_ids(self) -> pa.ChunkedArray:
+        """The passages that were scored."""
+        return pc.unique(self._pairs["passage_id"])
 
     def of(self, query_id: str) -> dict[str, dict[str, Any]]:
         """Returns ql, rc and error by passage id; nothing for a query that was not scored."""
