@@ -6,6 +6,7 @@ holds nothing at all, is the user's mistake.
 
 import json
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -30,6 +31,9 @@ class CorpusConfig(BaseModel):
     path: str = Field(
         description="a file or folder, file:// or s3:// URI, or 'python-documentation'"
     )
+    include: tuple[str, ...] = Field(
+        default=("*",), description="of a folder: files like any of these, such as 'news/*'"
+    )
     format: Literal["auto", "beir", "jsonl", "parquet", "text", "python-documentation"] = "auto"
     text_field: str = "text"
     title_field: str = "title"
@@ -51,7 +55,13 @@ class Corpus:
         if PYTHON_DOCUMENTATION in (config.path, config.format):
             self.format = PYTHON_DOCUMENTATION
             return
-        self.storage, self.files = _find(config.path)
+        self.storage, found = _find(config.path)
+        self.files = [file for file in found if any(fnmatch(file, p) for p in config.include)]
+        if not self.files:
+            raise UserError(
+                f"corpus {config.path} has {len(found)} files and none like"
+                f" {' or '.join(config.include)}: correct corpus.include"
+            )
         if self.format == "auto":
             self.format = _guess(config.path, self.files)
         suffixes = _SUFFIXES[self.format]

@@ -52,6 +52,17 @@ def test_parquet_text_and_beir_are_recognised(tmp_path: Path) -> None:
     assert documents(tmp_path / "b") == [Document(name="d", title="", text="x")]
 
 
+def test_include_chooses_files_of_a_folder(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "corpus.jsonl").write_text(json.dumps({"_id": name, "text": "x"}))
+        (tmp_path / name / "queries.jsonl").write_text("")
+    found = documents(tmp_path, include=("a/*", "*c/*"))
+    assert [d.name for d in found if isinstance(d, Document)] == ["a", "c"]
+    with pytest.raises(UserError, match="has 6 files and none like d/"):
+        documents(tmp_path, include=("d/*",))
+
+
 def test_corpus_is_read_from_s3(bucket: str) -> None:
     open_storage(bucket).write_bytes("c/x.jsonl", b'{"id": "1", "text": "far away"}')
     assert documents(f"{bucket}/c") == [Document(name="1", title="", text="far away")]
