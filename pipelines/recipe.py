@@ -4,6 +4,8 @@ A recipe may name another one as its `base`, by name or file, and then holds onl
 """
 
 import difflib
+import os
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -192,7 +194,8 @@ def read_keys(source: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any
     if path in above:
         raise UserError(f"recipe {path} is its own base, by {' and '.join(map(str, above))}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.safe_load(_VARIABLE.sub(lambda found: _variable(found[1], path), text))
     except FileNotFoundError as error:
         known = ", ".join(recipe_names())
         raise UserError(
@@ -208,6 +211,19 @@ def read_keys(source: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any
     if base is None:
         return tree
     return _over(tree, read_keys(_beside(path, base), (*above, path)))
+
+
+# A place that differs from one machine to the next: ${NAME}, from the environment.
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+def _variable(name: str, path: Path) -> str:
+    value = os.environ.get(name)
+    if not value:
+        raise UserError(
+            f"recipe {path.stem} reads ${{{name}}}: set it in the environment, {name}=..."
+        )
+    return value
 
 
 def _beside(path: Path, name: str) -> str:

@@ -123,3 +123,15 @@ def test_command_answers_a_mistake_with_one_line_and_exit_code_two(tmp_path: Pat
         "tokay: corpus /no/such/corpus does not exist or is empty: correct corpus.path"
     ]
     assert "Traceback" not in answer.stdout
+
+
+def test_variables_come_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("base: laptop\ncorpus: {path: '${MY_TEXTS}/news'}\n")
+    monkeypatch.setenv("MY_TEXTS", "/texts")
+    assert load_recipe(recipe).corpus.path == "/texts/news"
+    monkeypatch.delenv("MY_TEXTS")
+    with pytest.raises(UserError, match=r"mine reads \$\{MY_TEXTS\}: set it"):
+        load_recipe(recipe)
