@@ -56,7 +56,12 @@ def main() -> None:
             cut_layers(Encoder.load(MODEL, device="cpu"), layers).save(path, model_card="")
             for precision in precisions:
                 figures[f"{name}, {precision}"] = compare(path, precision, texts, arguments.rounds)
-    machine = {"machine": platform.processor() or platform.machine(), "threads": arguments.threads}
+    able = torch.cpu.get_capabilities()
+    machine = {
+        "cpu": able.get("cpu_name", platform.machine()),
+        "threads": arguments.threads,
+        "torch": torch.__version__,
+    }
     lengths = [len(row) for row in Encoder.load(MODEL, device="cpu").tokenize(texts)]
     of_texts = {
         "num_texts": len(texts),
