@@ -138,6 +138,9 @@ class TrainingConfig(BaseModel):
         description="keep the activations of only so many tokens at a time, and compute them twice"
         " (GradCache), for batches larger than memory",
     )
+    gradient_checkpointing: bool = Field(
+        default=False, description="keep each layer's input alone, and compute the layer twice"
+    )
     soup_checkpoints: int = Field(
         default=1, ge=1, description="average the weights of the last so many checkpoints"
     )

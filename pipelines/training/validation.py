@@ -87,7 +87,9 @@ class Validation:
         try:
             found = self._measure(encoder, config, rank, world)
         finally:
-            encoder.model.train(config.dropout)
+            encoder.set_training(
+                dropout=config.dropout, checkpointing=config.gradient_checkpointing
+            )
         if self._judge(found, done) and self._config.patience and rank == 0:
             save_weights(storage, BEST, done, encoder.model)
         looks_since = (done - self.best) // self._config.every_batches

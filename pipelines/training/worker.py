@@ -119,7 +119,7 @@ def run_training(
         rows = [row for row in read_metrics(storage) if row["batch"] < done]
         validation = Validation.open(config.validation, job.examples, job.test_set, rows)
     soup = _soup_batches(config, job.num_batches)
-    encoder.model.train(config.dropout)
+    encoder.set_training(dropout=config.dropout, checkpointing=config.gradient_checkpointing)
     slices = (
         (batch, slice_batch(batch, config, rank, world))
         for batch in iterate_batches(job.examples, start=done)

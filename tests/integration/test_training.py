@@ -136,7 +136,7 @@ def test_one_worker_trains_as_two_do(
     tmp_path: Path,
 ):
     rows = train(
-        CONFIG.model_copy(update={"num_workers": 1}),
+        CONFIG.model_copy(update={"num_workers": 1, "min_workers": 1}),
         examples=examples,
         student=student,
         output=str(tmp_path / "output"),

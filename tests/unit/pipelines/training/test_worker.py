@@ -114,6 +114,12 @@ def test_gradient_cache_changes_neither_loss_nor_gradients(
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5)
 
 
+def test_gradient_checkpointing_changes_nothing(examples: str, student: str, tmp_path: Path):
+    plain = run(examples, student, tmp_path / "plain")
+    checkpointed = run(examples, student, tmp_path / "less", gradient_checkpointing=True)
+    assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-5)
+
+
 def test_gradient_cache_repeats_its_dropout(examples: str, student: str):
     """The gradient along a step predicts the change of the loss, under one seed's dropout."""
     config = CONFIG.model_copy(update={"gradient_cache_tokens": 300})
