@@ -165,7 +165,10 @@ def build_run(recipe: Recipe, uri: str) -> Run:
         Step(
             name="export",
             config={"recipe": recipe.name},
-            inputs=("training", "mixture", "fret", "passages"),
+            inputs=(
+                *("training", "mixture", "fret", "passages"),
+                *(("prefinetuning_mixture",) if recipe.prefinetuning else ()),
+            ),
             work=export,
         ),
         Step(
