@@ -13,10 +13,10 @@ from cluster.steps import Run
 from cluster.storage import LocalStorage, Storage, join, open_storage
 from pipelines.console import JsonLines, RunConsole
 from pipelines.encoders import EncoderConfig
-from pipelines.graph import build_run
+from pipelines.graph import ENCODER, build_run
 from pipelines.recipe import Recipe
 from pipelines.report.write import print_evaluation, write_report
-from pipelines.student import model_folder
+from pipelines.student import MODEL
 
 RECIPE = "recipe.yaml"
 
@@ -101,8 +101,8 @@ def find_models(model: str) -> dict[str, str | EncoderConfig]:
     """Returns names and places of the models that `tokay eval MODEL` means.
 
     Args:
-        model: A run folder (retriever, student_before, student_after), or anything an encoder is
-            loaded from.
+        model: A run folder (retriever, student_before, student_prefinetuned if there is that stage,
+            student_after), or anything an encoder is loaded from.
     """
     if not (model.startswith("s3://") or Path(model).is_dir()):
         return {model: model}
@@ -111,11 +111,14 @@ def find_models(model: str) -> dict[str, str | EncoderConfig]:
     if recipe is None:
         return {model: model}
     found: dict[str, str | EncoderConfig] = {"retriever": recipe.retriever}
-    for name, step in (("student_before", "student"), ("student_after", "export")):
+    steps = {"student_before": ("student", MODEL), "student_after": ("export", MODEL)}
+    if recipe.prefinetuning:
+        steps["student_prefinetuned"] = ("prefinetuning", ENCODER)
+    for name, (step, folder) in steps.items():
         artifact = Artifact.open(open_storage(join(storage.uri, step)))
         if artifact is None:
             raise UserError(
                 f"run {model} has no finished step {step!r} yet: run `tokay run` on it first"
             )
-        found[name] = model_folder(artifact)
+        found[name] = join(artifact.uri, folder)
     return found

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from cluster.artifacts import Artifact, Json
+from cluster.artifacts import Json
 from cluster.errors import TokayError, UserError
 from cluster.steps import StepContext
 from cluster.storage import join
@@ -98,8 +99,11 @@ def export_student(
     encoder = Encoder.load(join(training.uri, "encoder"), device="cpu")
     sizes = training.manifest.config["loss"]["matryoshka_dimensions"]
     fret = context.input("fret").manifest.metrics
-    mixture = context.input("mixture").manifest
-    card = _model_card(recipe_name, base_model, encoder, sizes, fret, mixture.metrics)
+    sets: dict[str, int] = {}
+    for name in ("prefinetuning_mixture", "mixture"):
+        if name in context.inputs:
+            sets |= context.inputs[name].manifest.metrics["sets"]
+    card = _model_card(recipe_name, base_model, encoder, sizes, fret, sets)
     texts = [*DIFFICULT, *(ParityText(kind="passage", text=text) for text in parity_texts)]
     with tempfile.TemporaryDirectory() as temporary:
         encoder.save(temporary, model_card=card)
@@ -113,11 +117,6 @@ def export_student(
             )
         _upload(Path(temporary), context.storage)
     return {"parity_cosine": round(worst.cosine, 6), "dimensions": encoder.dimensions}
-
-
-def model_folder(artifact: Artifact) -> str:
-    """Returns the folder or URI of the encoder that a `student` or `export` step wrote."""
-    return join(artifact.uri, MODEL)
 
 
 def _save(encoder: Encoder, card: str, storage: Storage) -> None:
@@ -138,7 +137,7 @@ def _model_card(
     encoder: Encoder,
     sizes: list[int],
     fret: dict[str, Json],
-    mixture: dict[str, Json],
+    sets: dict[str, int],
 ) -> str:
     smaller = sorted((size for size in sizes if size < encoder.dimensions), reverse=True)
     cut = ""
@@ -147,11 +146,12 @@ def _model_card(
 The first {" or ".join(map(str, smaller))} dimensions were trained to be used alone (Matryoshka):
 cut the vectors and normalise them again, or give `truncate_dim={smaller[0]}`.
 """
-    sets = ", ".join(f"{name} ({rows} examples)" for name, rows in mixture["sets"].items())
+    trained_on = ", ".join(f"{name} ({rows} examples)" for name, rows in sets.items())
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
 base_model: {base_model}
+datasets: {json.dumps(list(sets))}
 tags: [sentence-transformers, feature-extraction, tokay]
 ---
 
@@ -160,7 +160,7 @@ tags: [sentence-transformers, feature-extraction, tokay]
 Recipe `{recipe_name}`; {encoder.dimensions} dimensions, at most {encoder.max_tokens} tokens,
 {encoder.pooling} pooling, unit vectors. Started from `{base_model}`.
 {cut}
-Trained on: {sets}. FRet examples were written and labelled by a large language model
+Trained on: {trained_on}. FRet examples were written and labelled by a large language model
 (Gecko, arXiv 2403.20327): {fret["num_queries"]} queries, {fret["num_kept"]} kept. Queries that
 overlap with the run's {fret["num_evaluation_queries"]} evaluation queries were taken out; the
 highest word overlap left is {fret["highest_overlap_kept"]}.

@@ -13,6 +13,7 @@ TEMPLATE = "report.html"
 MODEL_NAMES = {
     "retriever": "Retriever",
     "student_before": "Student before",
+    "student_prefinetuned": "Student pre-finetuned",
     "student_after": "Student after",
 }
 
@@ -99,6 +100,7 @@ def _figures(document: dict[str, Json]) -> dict[str, Any]:
                 *test_set[model]["ndcg_at_10_interval"],
             )
             for model in MODELS
+            if model in test_set
         ]
         label = "nDCG@10 with 95 % interval"
         drawn[f"scores_{number}"] = figures.intervals(f"scores-{number}", label, scores)

@@ -44,8 +44,10 @@ class RunFolder:
 
     @property
     def unfinished(self) -> list[str]:
-        """Steps without a manifest; a recipe without test sets has no evaluation to miss."""
+        """Steps without a manifest; those that the recipe has no use for are not missed."""
         optional = set() if self.recipe.get("evaluation", True) else {"evaluation"}
+        if not self.recipe.get("prefinetuning"):
+            optional |= {"prefinetuning_mixture", "prefinetuning"}
         return [name for name in TITLES if name not in self.artifacts.keys() | optional]
 
     @property

@@ -44,6 +44,8 @@ def _scores(test_set: dict[str, Any]) -> Table:
     for heading in ("nDCG@10 [95 %]", "recall@10 [95 %]", "texts/s", "parameters"):
         table.add_column(Text(heading), justify="right")
     for model, title in MODEL_NAMES.items():
+        if model not in test_set:
+            continue
         row = test_set[model]
         table.add_row(
             title,

@@ -6,7 +6,7 @@ from typing import Any
 from cluster.artifacts import Json
 from pipelines.report.run_folder import RunFolder, find_documents, find_passages
 
-MODELS = ("retriever", "student_before", "student_after")
+MODELS = ("retriever", "student_before", "student_prefinetuned", "student_after")
 SCORES = (
     "ndcg_at_10",
     "ndcg_at_10_interval",
@@ -41,7 +41,7 @@ def collect_test_sets(run: RunFolder) -> dict[str, dict[str, Json]]:
             continue
         after = results["student_after"]
         test_sets[name] = {
-            **{model: _scores(results[model], document) for model in MODELS},
+            **{model: _scores(results[model], document) for model in MODELS if model in results},
             "difference": {"ndcg_at_10": gain["difference"], "interval": gain["interval"]},
             **{key: after[key] for key in ("split", "task", "num_queries", "num_passages")},
             "changes": _changes(results),
@@ -126,7 +126,7 @@ def _queries(
     results: dict[str, Any], document: dict[str, Any], run: RunFolder
 ) -> list[dict[str, Json]]:
     name = results["student_after"]["dataset"]
-    models = MODELS[1:]
+    models = ("student_before", "student_after")
     ndcg = {model: results[model]["per_query"]["ndcg_at_10"] for model in models}
     chosen = choose_queries(*ndcg.values())
     top = {

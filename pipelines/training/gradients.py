@@ -176,7 +176,8 @@ def _cached_backward(
     loss = batch_loss(leaf, part, config, rank)
     loss.backward()  # type: ignore[no-untyped-call]
     if leaf.grad is not None and rows:
-        gradients = leaf.grad[order.to(leaf.device)].split([len(chunk) for chunk in chunks])
+        sizes = [len(chunk) for chunk in chunks]
+        gradients = torch.split(leaf.grad[order.to(leaf.device)], sizes)
         last[0].backward(gradients[-1])  # type: ignore[no-untyped-call]
         for again, gradient in zip(embed[:-1], gradients[:-1], strict=True):
             again().backward(gradient)  # type: ignore[no-untyped-call]
