@@ -107,7 +107,7 @@ def test_mistake_in_a_recipe_names_the_key_and_the_mend(setting: str, message: s
 
 
 def test_missing_recipe_names_those_that_exist() -> None:
-    with pytest.raises(UserError, match="one of cluster, gpu, laptop"):
+    with pytest.raises(UserError, match="one of cluster, gecko-mini, gpu, laptop"):
         load_recipe("lptop")
 
 
