@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,7 +32,6 @@ from actors.encoder_files import (
 from actors.linear import native_bfloat16, use_onednn
 from actors.packing import (
     TokenRows,
-    embed_words,
     first_position,
     packed_forward,
     pool_packed,
@@ -331,13 +329,9 @@ class Encoder:
         yield rows[start:]
 
     def _embed_packed(self, batches: Sequence[TokenRows]) -> torch.Tensor:
-        words: Sequence[torch.Tensor | None] = [None] * len(batches)
-        if torch.is_grad_enabled() and len(batches) > 1:
-            sizes = [sum(map(len, batch)) for batch in batches]
-            words = torch.split(embed_words(self.model, [*chain.from_iterable(batches)]), sizes)
         pooled = []
-        for batch, embedded in zip(batches, words, strict=True):
-            hidden, groups = packed_forward(self.model, batch, self._options, embedded)
+        for batch in batches:
+            hidden, groups = packed_forward(self.model, batch, self._options)
             pooled.append(pool_packed(hidden.float(), groups, self.pooling))
         return self._finish(torch.cat(pooled))
 

@@ -57,7 +57,6 @@ def packed_forward(
     model: Any,
     rows: TokenRows,
     options: dict[str, bool],
-    embedded: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Groups]:
     """Runs a model over token ids without padding.
 
@@ -65,18 +64,12 @@ def packed_forward(
         model: One that :func:`use_packing` accepted.
         rows: Token ids of each text; equally long ones should be neighbours.
         options: Further arguments of the model.
-        embedded: What :func:`embed_words` gave for these rows, if it was asked.
 
     Returns:
         The last hidden states ``[tokens, hidden]`` of all texts in their order, and where they are.
     """
     first = first_position(model.config)
     groups = [(len(list(same)), length) for length, same in groupby(map(len, rows))]
-    words: dict[str, torch.Tensor]
-    if embedded is None:
-        words = {"input_ids": _ids(rows, model.device)[None]}
-    else:
-        words = {"inputs_embeds": embedded[None]}
     places = torch.cat([torch.arange(first, first + length).repeat(n) for n, length in groups])
     # transformers leaves a mask of four dimensions as it is, and packed attention needs none.
     no_mask = torch.zeros(1, 1, 1, 1, device=model.device)
@@ -84,20 +77,44 @@ def packed_forward(
         position_ids=places[None].to(model.device),
         attention_mask=no_mask,
         packed_groups=groups,
-        **words,
+        **_words(model, _ids(rows, model.device)),
         **options,
     )
     return output.last_hidden_state[0], groups
 
 
-def embed_words(model: Any, rows: TokenRows) -> torch.Tensor:
-    """Looks the tokens of all rows up at once: ``[tokens, hidden]``.
+def _words(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns what a model is given for its tokens: in training, their embeddings."""
+    table = model.get_input_embeddings()
+    plain = type(table) is torch.nn.Embedding and table.max_norm is None
+    if torch.is_grad_enabled() and plain and table.weight.requires_grad:
+        return {"inputs_embeds": cast(torch.Tensor, _LookUp.apply(table.weight, ids, table))[None]}  # type: ignore[no-untyped-call]
+    return {"input_ids": ids[None]}
 
-    With a gradient, each look-up makes one of the whole vocabulary's size; so a batch that goes
-    through the model in several passes wants a single one.
+
+class _LookUp(torch.autograd.Function):
+    """An embedding whose gradient is added to the looked up rows alone.
+
+    PyTorch's own makes a matrix of the whole vocabulary's size at every look-up, of which a batch
+    that goes through the model in several passes has many.
     """
-    found: torch.Tensor = model.get_input_embeddings()(_ids(rows, model.device))
-    return found
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: torch.Tensor, ids: torch.Tensor, table: torch.nn.Embedding
+    ) -> torch.Tensor:
+        ctx.table, ctx.ids = table, ids
+        return functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:
+        weight, ids = ctx.table.weight, ctx.ids
+        if ctx.table.padding_idx is not None:
+            gradient = gradient.masked_fill((ids == ctx.table.padding_idx)[:, None], 0)
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        weight.grad.index_add_(0, ids, gradient.to(weight.dtype))
+        return None, None, None
 
 
 def _ids(rows: TokenRows, device: torch.device) -> torch.Tensor:
