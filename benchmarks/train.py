@@ -94,6 +94,7 @@ def tokay(connection: Connection, task: Task) -> None:
             }
             for number, (query, positive) in enumerate(zip(*tokens, strict=True))
         ]
+        del encoder
         write_table(open_storage(folder), shard_path(0), pa.Table.from_pylist(rows, schema=EXAMPLE))
         job = Job(
             config=config,
