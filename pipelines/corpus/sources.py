@@ -4,6 +4,7 @@ A line that cannot be read is a reject with its reason; only a corpus that canno
 holds nothing at all, is the user's mistake.
 """
 
+import io
 import json
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -15,12 +16,11 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.artifacts import fingerprint
-from cluster.errors import UserError
+from cluster.errors import Reject, UserError
 from cluster.storage import Storage, open_storage
 from pipelines.corpus.passages import Document
 
 PYTHON_DOCUMENTATION = "python-documentation"
-Reject = tuple[str, str, str]  # id, reason, text
 
 
 class CorpusConfig(BaseModel):
@@ -96,18 +96,11 @@ class Corpus:
             yield from read(file)
 
     def _jsonl(self, file: str) -> Iterator[Document | Reject]:
-        for number, line in enumerate(self.storage.read_bytes(file).split(b"\n"), start=1):
-            if not line.strip():
-                continue
-            where = f"{file}:{number}"
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError:
-                yield where, "not UTF-8", line[:200].decode("utf-8", "replace")
-            except ValueError:
-                yield where, "malformed JSON", line[:200].decode("utf-8", "replace")
+        for row in read_jsonl(self.storage, file):
+            if len(row) == 3:
+                yield row
             else:
-                yield self._document(row, where)
+                yield self._document(row[1], row[0])
 
     def _parquet(self, file: str) -> Iterator[Document | Reject]:
         try:
@@ -147,6 +140,22 @@ class Corpus:
             )
         title = row.get(self.config.title_field)
         return Document(name=name, title=title if isinstance(title, str) else "", text=text)
+
+
+def read_jsonl(storage: Storage, path: str) -> Iterator[tuple[str, Any] | Reject]:
+    """Yields the place and the value of each line of JSON, or why it could not be read."""
+    for number, line in enumerate(io.BytesIO(storage.read_bytes(path)), start=1):
+        if not line.strip():
+            continue
+        where, line = f"{path}:{number}", line.rstrip(b"\n")
+        try:
+            value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError:
+            yield where, "not UTF-8", line[:200].decode("utf-8", "replace")
+        except ValueError:
+            yield where, "malformed JSON", line[:200].decode("utf-8", "replace")
+        else:
+            yield where, value
 
 
 _SUFFIXES = {

@@ -6,10 +6,10 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.artifacts import Json, write_rejects, write_shards
-from cluster.errors import UserError
+from cluster.errors import Reject, UserError
 from cluster.steps import StepContext
 from pipelines.corpus.passages import Passage, near_duplicates, passages_of, reject_reason
-from pipelines.corpus.sources import Corpus, Reject
+from pipelines.corpus.sources import Corpus
 from pipelines.records import PASSAGE
 
 PASSAGES_PER_SHARD = 1024

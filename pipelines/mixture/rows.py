@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 from cluster.artifacts import Json
 from cluster.errors import Reject, UserError
 from cluster.storage import Storage, open_storage
+from pipelines.corpus.sources import read_jsonl
 from pipelines.mixture.config import FIELDS, HUB, RUN_PASSAGES, LabelledSet
 
 if TYPE_CHECKING:
@@ -82,18 +82,11 @@ def beir_files(labelled: LabelledSet) -> tuple[str, str, str]:
 
 def jsonl_rows(storage: Storage, path: str) -> Iterator[Row | Reject]:
     """Yields the objects of a file of JSON lines."""
-    for number, line in enumerate(io.BytesIO(storage.read_bytes(path)), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError:
-            yield where, "not UTF-8", line[:200].decode("utf-8", "replace")
-        except ValueError:
-            yield where, "malformed JSON", line[:200].decode("utf-8", "replace")
+    for row in read_jsonl(storage, path):
+        if len(row) == 3 or isinstance(row[1], dict):
+            yield row
         else:
-            yield (where, row) if isinstance(row, dict) else (where, "no JSON object", str(row))
+            yield row[0], "no JSON object", str(row[1])
 
 
 def tsv_rows(storage: Storage, path: str) -> Iterator[Row | Reject]:

@@ -14,6 +14,7 @@ from tensorboardX.proto import event_pb2
 from actors.encoder import Encoder
 from cluster.errors import UserError
 from cluster.storage import open_storage
+from pipelines.training.checkpoint import FOLDER
 from pipelines.training.config import LossConfig, TrainingConfig, ValidationConfig
 from pipelines.training.examples import iterate_batches
 from pipelines.training.gradients import backward, slice_batch
@@ -171,7 +172,7 @@ def test_early_stopping_takes_the_best_weights(examples: str, student: str, tmp_
     assert len(rows) == best + 4 < NUM_BATCHES
 
     run(examples, student, tmp_path / "cut", kill_after=best, **settings)
-    (checkpoint,) = (tmp_path / "cut/work/checkpoints").iterdir()
+    (checkpoint,) = (tmp_path / "cut" / FOLDER).iterdir()
     stored = load_file(checkpoint)
     model = Encoder.load(str(tmp_path / "early/encoder"), device="cpu").model
     for name, weight in model.named_parameters():
