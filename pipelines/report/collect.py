@@ -1,6 +1,5 @@
 """The figures of a run, gathered from its manifests and artifacts into one JSON document."""
 
-import json
 from collections import Counter
 from typing import Any
 
@@ -12,6 +11,7 @@ from pipelines.report.examples import choose_examples
 from pipelines.report.labels import collect_labels
 from pipelines.report.run_folder import RunFolder
 from pipelines.report.test_sets import MODELS, collect_scores, collect_test_sets
+from pipelines.report.training import STAGES, collect_stage
 
 # The filters of the step `fret` in the order in which it asks them, and what passed each.
 FILTERS = {
@@ -46,7 +46,7 @@ def collect(run: RunFolder) -> dict[str, Json]:
         "costs": collect_costs(run),
         "seed_ranks": _seed_ranks(run.artifacts.get("fret")),
         "examples": choose_examples(run.artifacts.get("fret"), run.artifacts.get("passages")),
-        "training": _training(run),
+        **{step: collect_stage(run, step) for step in STAGES},
         "steps": [_step(name, artifact) for name, artifact in run.artifacts.items()],
         "unfinished": run.unfinished,
         "outdated": run.outdated,
@@ -111,22 +111,6 @@ def _seed_ranks(fret: Artifact | None) -> list[dict[str, int]]:
                     counter[entry["values"]] += entry["counts"]
     ranks = sorted(scored, key=lambda rank: (rank == 0, rank))
     return [{"rank": rank, "scored": scored[rank], "kept": kept[rank]} for rank in ranks]
-
-
-def _training(run: RunFolder) -> dict[str, Json] | None:
-    training = run.artifacts.get("training")
-    if training is None:
-        return None
-    try:
-        lines = training.storage.read_bytes("metrics.jsonl").splitlines()
-    except FileNotFoundError:
-        lines = []
-    loss = [[row["batch"], row["loss"]] for row in map(json.loads, lines)]
-    return {
-        "batches": _metrics(run, "mixture").get("num_batches", len(loss)),
-        "loss": loss,
-        "sets": _metrics(run, "mixture").get("sets", {}),
-    }
 
 
 def _step(name: str, artifact: Artifact) -> dict[str, Json]:

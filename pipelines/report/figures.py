@@ -113,32 +113,71 @@ def rank_shifts(name: str, label: str, rows: Sequence[tuple[int, int]]) -> str:
     return _svg(name, label, 2.0, draw)
 
 
-def loss_curve(name: str, label: str, loss: Sequence[Sequence[float]]) -> str:
-    """Draws (batch, loss) and its moving mean over a twentieth of the training."""
-    import numpy as np
-
-    batches, losses = np.asarray(loss, dtype=np.float64).T
-    window = max(1, len(losses) // 20)
-    mean = np.convolve(losses, np.ones(window) / window, mode="valid")
-    thin = slice(None, None, -(-len(losses) // MAX_POINTS))
+def loss_curve(
+    name: str, label: str, loss: Sequence[Sequence[float]], held_out: Sequence[Sequence[float]] = ()
+) -> str:
+    """Draws (batch, loss), its moving mean, and the loss of the examples that were held out."""
 
     def draw(axes: Axes) -> None:
-        axes.plot(batches[thin], losses[thin], color=SOFT, linewidth=1, label="each batch")
-        if window > 1:
-            ends = batches[window - 1 :]
-            text = f"mean of {window} batches"
-            axes.plot(ends[thin], mean[thin], color=ACCENT, linewidth=1.8, label=text)
-            axes.legend()
-        axes.set_xlabel("batch")
-        axes.set_ylabel("loss")
-        axes.grid(axis="y")
-        axes.margins(x=0.01)
-        axes.tick_params(axis="both", length=0)
+        text = _draw_curve(axes, loss, "loss")
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), "o-", color=INK, markersize=3.5, linewidth=1)
+        names = ["each batch", *([text] if text else []), *(["held out"] if held_out else [])]
+        if len(names) > 1:
+            axes.legend(names)
 
-    return _svg(name, label, 2.8, draw)
+    return _svg(name, label, 2.6, draw)
 
 
-def _svg(name: str, label: str, height_inches: float, draw: Callable[[Axes], None]) -> str:
+def curve(name: str, label: str, points: Sequence[Sequence[float]], what: str) -> str:
+    """Draws (batch, value) and its moving mean, at half the page's width."""
+    return _svg(name, label, 1.7, lambda axes: _draw_curve(axes, points, what), WIDTH_INCHES / 2)
+
+
+def _draw_curve(axes: Axes, points: Sequence[Sequence[float]], what: str) -> str:
+    """Draws the points and, of twenty or more, their mean over a twentieth; says what that is."""
+    import numpy as np
+    from matplotlib.ticker import MaxNLocator
+
+    batches, values = np.asarray(points, dtype=np.float64).T
+    window = max(1, len(values) // 20)
+    thin = slice(None, None, -(-len(values) // MAX_POINTS))
+    marker = "o" if len(values) == 1 else ""
+    colour = SOFT if window > 1 else ACCENT
+    axes.plot(batches[thin], values[thin], marker=marker, color=colour, linewidth=1)
+    if window > 1:
+        mean = np.convolve(values, np.ones(window) / window, mode="valid")
+        axes.plot(batches[window - 1 :][thin], mean[thin], color=ACCENT, linewidth=1.8)
+    axes.set_xlabel("batch")
+    axes.set_ylabel(what)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y")
+    axes.margins(x=0.01)
+    axes.tick_params(axis="both", length=0)
+    return f"mean of {window} batches" if window > 1 else ""
+
+
+def sparkline(label: str, points: Sequence[Sequence[float]]) -> str:
+    """Draws (batch, value), smoothed to thirty steps, as a line of the height of text."""
+    import numpy as np
+
+    parts = np.array_split(np.asarray(points, dtype=np.float64), min(30, len(points)))
+    x, y = np.array([part.mean(axis=0) for part in parts]).T
+    x, y = ((v - v.min()) / (np.ptp(v) or 1) for v in (x, y))
+    corners = " ".join(f"{1 + 118 * a:.1f},{21 - 20 * b:.1f}" for a, b in zip(x, y, strict=True))
+    return (
+        f'<svg class="spark" role="img" aria-label="{label}" viewBox="0 0 120 22"><polyline'
+        f' points="{corners}" fill="none" stroke="var(--accent)" stroke-width="1.5"/></svg>'
+    )
+
+
+def _svg(
+    name: str,
+    label: str,
+    height_inches: float,
+    draw: Callable[[Axes], object],
+    width_inches: float = WIDTH_INCHES,
+) -> str:
     """Draws into an SVG element whose ids begin with `name` and which needs nothing outside."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -147,7 +186,7 @@ def _svg(name: str, label: str, height_inches: float, draw: Callable[[Axes], Non
     style: dict[Any, Any] = {**matplotlib.rcParamsDefault, **STYLE, "svg.hashsalt": name}
     style.pop("backend")
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
+        figure = Figure(figsize=(width_inches, height_inches), layout="constrained")
         figure.patch.set_visible(False)
         axes = figure.subplots()
         axes.patch.set_visible(False)

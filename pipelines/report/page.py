@@ -8,6 +8,7 @@ from cluster.artifacts import Json
 from pipelines.graph import TITLES
 from pipelines.report import figures
 from pipelines.report.test_sets import MODELS
+from pipelines.report.training import STAGES
 
 TEMPLATE = "report.html"
 MODEL_NAMES = {
@@ -44,6 +45,7 @@ def render_page(document: dict[str, Json], recipe_text: str) -> str:
         figures=_figures(document),
         recipe_text=recipe_text,
         models=MODEL_NAMES,
+        stages={"prefinetuning": "Pre-finetuning", "training": "Fine-tuning"},
         titles=TITLES,
     )
 
@@ -83,9 +85,9 @@ def _figures(document: dict[str, Json]) -> dict[str, Any]:
         shifts = [(row["rank"], row["count"]) for row in document["labels"]["rank_shifts"]]
         label = "Where the retriever ranks the positive"
         drawn["rank_shifts"] = figures.rank_shifts("shifts", label, shifts)
-    if document["training"] and document["training"]["loss"]:
-        loss = document["training"]["loss"]
-        drawn["loss"] = figures.loss_curve("loss", "Loss of each training batch", loss)
+    for step in STAGES:
+        if document[step]:
+            drawn |= _training_figures(step, document[step])
     if document["steps"]:
         times = [
             (step["name"], step["seconds_s"], show_duration(step["seconds_s"]))
@@ -105,3 +107,28 @@ def _figures(document: dict[str, Json]) -> dict[str, Any]:
         label = "nDCG@10 with 95 % interval"
         drawn[f"scores_{number}"] = figures.intervals(f"scores-{number}", label, scores)
     return {name: Markup(svg) for name, svg in drawn.items()}
+
+
+# Curves beside each other: what they show, and their axis.
+_SMALL_CURVES = {
+    "learning_rate": ("Learning rate of each batch", "learning rate"),
+    "examples_per_s": ("Throughput of each batch", "examples/s"),
+    "validation_ndcg_at_10": ("nDCG@10 while training", "nDCG@10"),
+}
+
+
+def _training_figures(step: str, stage: dict[str, Any]) -> dict[str, str]:
+    drawn = {}
+    if stage["loss"]:
+        drawn[f"{step}_loss"] = figures.loss_curve(
+            f"{step}-loss", "Loss of each batch", stage["loss"], stage["validation_loss"]
+        )
+    for key, (label, what) in _SMALL_CURVES.items():
+        if stage[key]:
+            name = f"{step}_{key}"
+            drawn[name] = figures.curve(name.replace("_", "-"), label, stage[key], what)
+    for number, each in enumerate(stage["sets"]):
+        if each["loss"]:
+            label = f"Loss of set {number + 1}"
+            drawn[f"{step}_set_{number}"] = figures.sparkline(label, each["loss"])
+    return drawn

@@ -62,18 +62,18 @@ def _all_scores(scores: dict[str, Any]) -> Table:
     table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("test set", "type", "dim"):
         table.add_column(heading)
-    for title in MODEL_NAMES.values():
-        table.add_column(title.removeprefix("Student "), justify="right")
+    models = scores["models"]
+    for model in models:
+        table.add_column(MODEL_NAMES[model].removeprefix("Student "), justify="right")
     for row in scores["rows"]:
-        figures = [f"{row[model]['score']:.3f}" if model in row else "" for model in MODEL_NAMES]
+        figures = [f"{row[model]['score']:.3f}" if model in row else "" for model in models]
         name = Text(row["dataset"])
         table.add_row(name, row["task_type"], str(row["dimensions"]), *figures)
     for kind in ("mean_task", "mean_task_type"):
         means = {(row["dimensions"], row["model"]): row[kind] for row in scores["averages"]}
         for size in dict.fromkeys(size for size, _ in means):
             figures = [
-                f"{means[size, model]:.3f}" if (size, model) in means else ""
-                for model in MODEL_NAMES
+                f"{means[size, model]:.3f}" if (size, model) in means else "" for model in models
             ]
             what = "test sets" if kind == "mean_task" else "types"
             table.add_row(f"mean of {what}", "", str(size), *figures, style="bold")

@@ -77,7 +77,11 @@ def collect_scores(run: RunFolder) -> dict[str, Json]:
         row[result["model"]] = {"score": result[metric], "interval": result[f"{metric}_interval"]}
     if len({key[1:] for key in rows}) == 1 and next(iter(rows))[1] == "Retrieval":
         return {}
-    return {"rows": list(rows.values()), "averages": document["averages"]}
+    return {
+        "models": [model for model in MODELS if any(model in row for row in rows.values())],
+        "rows": list(rows.values()),
+        "averages": document["averages"],
+    }
 
 
 def _is_of_student(row: dict[str, Any]) -> bool:

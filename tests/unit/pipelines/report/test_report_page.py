@@ -57,7 +57,8 @@ def test_page_links_only_to_what_is_there(report: dict[str, Json]) -> None:
 
 def test_page_holds_its_figures_as_text_in_the_page_colours(report: dict[str, Json]) -> None:
     page, text = page_of(report)
-    assert page.tags.count("svg") == 6  # scores, funnel, seed ranks, shifts, loss, steps
+    # Scores, funnel, seed ranks, shifts, loss, learning rate, throughput, steps.
+    assert page.tags.count("svg") == 8
     assert "not repeating another query" in page.text
     svgs = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
     assert "var(--accent)" in svgs and not re.search(r"#0[1-5]0[1-5]0[1-5]", svgs)

@@ -53,6 +53,8 @@ def test_report_of_several_kinds_shows_each_at_each_dimension(document: dict[str
     print_evaluation(document, console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "cosine" not in shown and "0.200" in shown and "mean of types" in shown
+    # The run has no such stage.
+    assert "pre-finetuned" not in shown and "pre-finetuned" not in page
 
 
 def test_report_shows_the_queries_of_the_full_vectors(
