@@ -4,6 +4,7 @@ Steps run on any node of a cluster, so nothing but a storage URI may tie them to
 is atomic: a reader sees the whole file or none.
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -108,7 +109,7 @@ class LocalStorage:
     def download(self, path: str, target: Path) -> None:
         """Copies one file to the local `target`; raises FileNotFoundError."""
         with _local_errors(self.folder / path):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(target.parent)
             shutil.copyfile(self.folder / path, target)
 
     def list(self, prefix: str = "") -> list[str]:
@@ -149,7 +150,7 @@ class LocalStorage:
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
     """Gives a temporary file beside `target`, synced and renamed onto it on success."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(target.parent)
     handle, name = tempfile.mkstemp(
         dir=target.parent, prefix=f".{target.name}.", suffix=".unfinished"
     )
@@ -165,6 +166,23 @@ def _replacing(target: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+_LOCAL_MENDS = {
+    errno.ENOTDIR: "a part of this path is a file: give a path below folders only",
+    errno.EEXIST: "a part of this path is a file: give a path below folders only",
+    errno.ENOENT: "this file system makes no folders there: give another path",
+    errno.EROFS: "it is read-only: give another path",
+    errno.ENOSPC: "the disk is full: make room or give another path",
+}
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes a folder and its parents; where /proc and the like refuse, nothing is "not found"."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _refusal(folder, error) from error
+
+
 @contextmanager
 def _local_errors(path: Path) -> Iterator[None]:
     """Turns the operating system's refusals into one line for the user."""
@@ -173,10 +191,14 @@ def _local_errors(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise StorageError(
-            f"cannot use {path}: {error.strerror}; check that the folder's owner and permissions"
-            " let you read and write it, and that the disk is not full"
-        ) from error
+        raise _refusal(path, error) from error
+
+
+def _refusal(path: Path, error: OSError) -> StorageError:
+    mend = _LOCAL_MENDS.get(
+        error.errno or 0, "check that its owner and permissions let you read and write it"
+    )
+    return StorageError(f"cannot use {path}: {error.strerror}; {mend}")
 
 
 _S3_ATTEMPTS = 8

@@ -101,8 +101,23 @@ def test_missing_bucket_names_the_mend(bucket: str) -> None:
 
 def test_file_in_the_way_of_a_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(StorageError, match=r"cannot use .*run"):
+    with pytest.raises(StorageError, match=r"cannot use .*run.* is a file: give a path"):
         open_storage(tmp_path / "run" / "below").write_bytes("x", b"")
+    with pytest.raises(StorageError, match=r"cannot use .*run.* is a file: give a path"):
+        open_storage(tmp_path / "run" / "below").read_bytes("x")
+
+
+def test_folder_that_cannot_be_made_is_one_line_and_not_a_missing_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = open_storage(tmp_path / "run")
+
+    def refuse(folder: Path, *_: object, **__: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory", str(folder))  # as /proc does
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(StorageError, match=r"cannot use .*run: No such file .* give another path"):
+        storage.write_bytes("x", b"")
 
 
 @pytest.mark.slow
