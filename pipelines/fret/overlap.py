@@ -1,8 +1,10 @@
 """Decontamination: no training query may repeat a query that the run is judged by."""
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+
+import numpy as np
 
 _WORD = re.compile(r"\w+")
 
@@ -25,28 +27,31 @@ class OverlapIndex:
     def __init__(self, texts: Iterable[str], run_length: int) -> None:
         """Indexes the texts by word, and by runs of so many words."""
         self._texts = list(texts)
-        self._sets = [words(text) for text in self._texts]
         self._run_length = run_length
         self._runs = {run: text for text in self._texts for run in runs(text, run_length)}
-        self._holders: dict[str, list[int]] = defaultdict(list)
-        for number, text_words in enumerate(self._sets):
-            for word in text_words:
-                self._holders[word].append(number)
+        holders: dict[str, list[int]] = defaultdict(list)
+        for number, text in enumerate(self._texts):
+            for word in words(text):
+                holders[word].append(number)
+        self._holders = {word: np.array(numbers) for word, numbers in holders.items()}
+        self._num_words = np.array([len(words(text)) for text in self._texts])
 
     def __len__(self) -> int:
-        return len(self._sets)
+        return len(self._texts)
 
     def highest(self, text: str) -> tuple[float, str]:
-        """Returns the highest |words in both| / |words in either|, in 0..1, and with what."""
+        """Returns the highest |words in both| / |words in either|, in 0..1, and with what.
+
+        Of equally similar texts it is the last in alphabetical order.
+        """
         given = words(text)
-        shared = Counter(number for word in given for number in self._holders.get(word, ()))
-        return max(
-            (
-                (count / (len(given) + len(self._sets[number]) - count), self._texts[number])
-                for number, count in shared.items()
-            ),
-            default=(0.0, ""),
-        )
+        held = [self._holders[word] for word in given if word in self._holders]
+        if not held:
+            return 0.0, ""
+        num_both = np.bincount(np.concatenate(held), minlength=len(self._texts))
+        overlaps = num_both / (len(given) + self._num_words - num_both)
+        best = overlaps.max()
+        return float(best), max(self._texts[n] for n in np.flatnonzero(overlaps == best))
 
     def shared_run(self, text: str) -> str | None:
         """Returns an indexed text that has a run of words in common with this one, or None."""
