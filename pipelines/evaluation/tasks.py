@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cluster.errors import UserError
@@ -146,6 +147,41 @@ def find_mteb_task(name: str) -> Any:
             "an encoder of texts can be measured on text tasks only"
         )
     return task
+
+
+def judged_texts(task: Any) -> Iterator[str]:
+    """Yields the texts of an mteb task that training must not have seen.
+
+    A retrieval's or reranking's queries, and every text of the evaluated splits of other types.
+
+    Args:
+        task: With its data loaded.
+    """
+    from mteb.abstasks import AbsTaskRetrieval
+
+    for part in getattr(task, "tasks", [task]):
+        searched = isinstance(part, AbsTaskRetrieval)
+        if searched:
+            part.convert_v1_dataset_format_to_v2(num_proc=None)
+        names = ["text"] if searched else list(part._get_content_columns())
+        for subset in part.hf_subsets:
+            splits = part.dataset.get(subset, part.dataset)
+            for split in part.eval_splits:
+                data = splits[split]["queries"] if searched else splits[split]
+                for name in names:
+                    if name in data.column_names:
+                        yield from _strings(data[name])
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yields what is said in a column: texts, lists of texts, conversations."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _strings(value["content"])
+    else:
+        for each in value or ():
+            yield from _strings(each)
 
 
 def load_mteb_data(task: Any) -> None:

@@ -26,7 +26,8 @@ class TestSet(BaseModel):
 
     name: str
     path: str = Field(
-        description="a folder or URI; 'python-documentation' (retrieval); mteb's name (mteb)"
+        description="a folder or URI; 'python-documentation' (retrieval); mteb's name (mteb), whose"
+        " data is fetched before a run begins: its texts are kept out of training"
     )
     kind: Literal["retrieval", "sts", "pairs", "classification", "clustering", "rerank", "mteb"] = (
         "retrieval"
@@ -49,17 +50,21 @@ def load_test_set(test_set: TestSet, passages: Artifact | None = None) -> TestDa
         UserError: It does not exist or is malformed.
     """
     if test_set.kind == MTEB:
-        from pipelines.evaluation.mteb_model import quiet_mteb
-        from pipelines.evaluation.tasks import find_mteb_task, load_mteb_data
-
-        with quiet_mteb():
-            task = find_mteb_task(test_set.path)
-            load_mteb_data(task)
-        return task
+        return _load_mteb_task(test_set.path)
     if test_set.path == PYTHON_DOCUMENTATION:
         assert passages is not None
         return _python_questions(test_set, passages)
     return _read(test_set)
+
+
+def _load_mteb_task(name: str) -> Any:
+    from pipelines.evaluation.mteb_model import quiet_mteb
+    from pipelines.evaluation.tasks import find_mteb_task, load_mteb_data
+
+    with quiet_mteb():
+        task = find_mteb_task(name)
+        load_mteb_data(task)
+    return task
 
 
 def _read(test_set: TestSet) -> TestData:
@@ -102,8 +107,10 @@ def evaluation_queries(test_sets: tuple[TestSet, ...]) -> list[str]:
     """Returns every text that the run is judged by and must not be trained on.
 
     Queries, and the texts of the evaluated split of other kinds; of the Python documentation the
-    questions of both splits. mteb's own tasks are left out: their data would have to be fetched
-    before anything is run.
+    questions of both splits. The data of mteb's own tasks is fetched for it before anything is run.
+
+    Raises:
+        UserError: A test set does not exist or is malformed, or mteb's data cannot be had.
     """
     texts: set[str] = set()
     for test_set in test_sets:
@@ -112,6 +119,10 @@ def evaluation_queries(test_sets: tuple[TestSet, ...]) -> list[str]:
 
             for split in ("dev", "test"):
                 texts |= {question.question for question in load_questions(split)}
-        elif test_set.kind != MTEB:
+        elif test_set.kind == MTEB:
+            from pipelines.evaluation.tasks import judged_texts
+
+            texts |= set(judged_texts(_load_mteb_task(test_set.path)))
+        else:
             texts |= set(_read(test_set).judged_texts())
     return sorted(texts)

@@ -1,6 +1,7 @@
 """mteb's named tasks: its own small mock tasks stand in for data that only the hub has."""
 
 from collections.abc import Sequence
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from cluster.errors import UserError
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.mteb_model import quiet_mteb
 from pipelines.evaluation.tasks import find_mteb_task
-from pipelines.evaluation.test_set import TestSet, load_test_set
+from pipelines.evaluation.test_set import TestSet, evaluation_queries, load_test_set
 
 MINILM = "embedded:all-MiniLM-L6-v2"
 
@@ -61,8 +62,6 @@ def test_mteb_task_scores_as_with_sentence_transformers(
     heard: set[str],
     has_items: bool,
 ) -> None:
-    from importlib import import_module
-
     from sentence_transformers import SentenceTransformer
 
     from actors.embedded import embedded_model
@@ -90,6 +89,33 @@ def test_mteb_task_scores_as_with_sentence_transformers(
     assert bool(result.samples) == has_items
 
 
+SENTENCES = {"This is a test sentence", "This is another test sentence"}
+OTHERS = {"dette er en test sætning", "denne her matche ikke den ovenstående"}
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "texts"),
+    [
+        ("classification", "MockMultilingualClassificationTask", SENTENCES),
+        ("pair_classification", "MockPairClassificationTask", SENTENCES | OTHERS),
+        ("clustering", "MockClusteringTask", SENTENCES | {"This is a third test sentence"}),
+        ("retrieval", "MockMultilingualRetrievalTask", SENTENCES),
+        ("retrieval", "MockRetrievalDialogTask", {"What is the capital of France?"}),
+        ("reranking", "MockAggregatedTask", SENTENCES),
+    ],
+)
+def test_recipe_is_judged_by_the_texts_of_its_mteb_tasks(
+    monkeypatch: pytest.MonkeyPatch, module: str, name: str, texts: set[str]
+) -> None:
+    with quiet_mteb():
+        task = getattr(import_module(f"mteb.mocks.mock_tasks.{module}"), name)()
+    monkeypatch.setattr("pipelines.evaluation.tasks.find_mteb_task", {name: task}.__getitem__)
+    found = evaluation_queries((TestSet(name="judged", path=name, kind="mteb"),))
+    assert texts <= set(found) and found == sorted(set(found))
+    # A conversation is judged by all that is said in it.
+    assert texts == set(found) or name == "MockRetrievalDialogTask"
+
+
 def test_mteb_task_of_an_unknown_name_gets_names_like_it() -> None:
     with quiet_mteb():
         with pytest.raises(UserError, match=r"no task 'nfcorpu'; did you mean NFCorpus or "):
@@ -115,3 +141,5 @@ def test_mteb_task_without_a_hub_says_so_in_one_line(
     with pytest.raises(UserError, match=r"cannot be fetched .* --beir") as caught:
         load_test_set(TestSet(name=name, path=name, kind="mteb"))
     assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"cannot be fetched"):
+        evaluation_queries((TestSet(name=name, path=name, kind="mteb"),))
