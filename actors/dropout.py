@@ -30,11 +30,19 @@ class CpuDropout(torch.nn.Dropout):
 
 def drop(values: torch.Tensor, share: float) -> torch.Tensor:
     """Sets a random share of a CPU's values to zero and scales the others to keep the mean."""
-    dropped = round(share * _STEPS)
-    if not 0 < dropped < _STEPS:
+    if not 0 < round(share * _STEPS) < _STEPS:
         return torch.nn.functional.dropout(values, share)
+    return values * scaled(draw_kept(values.shape, share), share, values.dtype)
+
+
+def draw_kept(shape: torch.Size, share: float) -> torch.Tensor:
+    """Draws which values are kept: bool of this shape, false for the share."""
+    count = shape.numel()
     # From torch's own generator, so that a seed gives the same masks again.
-    draws = torch.empty((values.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    bits = draws.view(torch.int16)[: values.numel()].view(values.shape)
-    kept = (bits >= dropped - _STEPS // 2).to(values.dtype)
-    return values * kept.mul_(_STEPS / (_STEPS - dropped))
+    draws = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    return (draws.view(torch.int16)[:count] >= round(share * _STEPS) - _STEPS // 2).view(shape)
+
+
+def scaled(kept: torch.Tensor, share: float, dtype: torch.dtype) -> torch.Tensor:
+    """Returns what the values are multiplied with: 0, or what keeps their mean."""
+    return kept.to(dtype).mul_(_STEPS / (_STEPS - round(share * _STEPS)))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from actors.dropout import drop
+from actors.dropout import draw_kept, scaled
 
 ATTENTION = "tokay_packed"
 # Kinds of transformers whose code hands keyword arguments down to the attention and whose
@@ -225,10 +225,64 @@ def _attend(
     # Three to ten times the speed of PyTorch's fused kernel in bfloat16, forwards and backwards;
     # with dropout that kernel does the same, with more care.
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    size = max(1, _CACHED_WEIGHTS // (query.shape[1] * query.shape[2] ** 2))
-    found = []
-    pieces = (torch.split(each, size) for each in (query * scale, key, value))
-    for part, keys, values in zip(*pieces, strict=True):
-        weights = (part @ keys.transpose(-1, -2)).softmax(-1)
-        found.append((drop(weights, dropout) if dropout else weights) @ values)
-    return torch.cat(found)
+    return cast(torch.Tensor, _Attention.apply(query, key, value, scale, dropout))  # type: ignore[no-untyped-call]
+
+
+class _Attention(torch.autograd.Function):
+    """Attention by plain products, a few texts at a time; its weights are computed twice, not kept.
+
+    The gradients are those of FlashAttention (arXiv 2205.14135, section B.2).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        dropout: float,
+    ) -> torch.Tensor:
+        found = torch.empty_like(query)
+        masks = []
+        for part in _pieces(query):
+            weights = _weights(query[part], key[part], scale)
+            if dropout:
+                masks.append(draw_kept(weights.shape, dropout))
+                weights *= scaled(masks[-1], dropout, weights.dtype)
+            found[part] = weights @ value[part]
+        ctx.scale, ctx.dropout = scale, dropout
+        ctx.save_for_backward(query, key, value, *masks)
+        return found
+
+    @staticmethod
+    def backward(
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
+        query, key, value, *masks = ctx.saved_tensors
+        gradients = [torch.empty_like(each) for each in (query, key, value)]
+        of_query, of_key, of_value = gradients
+        for number, part in enumerate(_pieces(query)):
+            weights = _weights(query[part], key[part], ctx.scale)
+            of_weights = gradient[part] @ value[part].transpose(-1, -2)
+            kept = weights
+            if masks:
+                factors = scaled(masks[number], ctx.dropout, weights.dtype)
+                kept = weights * factors
+                of_weights *= factors
+            of_value[part] = kept.transpose(-1, -2) @ gradient[part]
+            of_products = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+            of_query[part] = (of_products @ key[part]).mul_(ctx.scale)
+            of_key[part] = of_products.transpose(-1, -2) @ (query[part] * ctx.scale)
+        return of_query, of_key, of_value, None, None
+
+
+def _pieces(query: torch.Tensor) -> list[slice]:
+    """Returns places of texts whose weights together stay in a core's cache."""
+    texts, heads, length, _ = query.shape
+    size = max(1, _CACHED_WEIGHTS // (heads * length**2))
+    return [slice(start, start + size) for start in range(0, texts, size)]
+
+
+def _weights(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    return ((query * scale) @ key.transpose(-1, -2)).softmax(-1)

@@ -140,6 +140,9 @@ class MixtureConfig(SetsConfig):
         default=None, ge=0, description="default: its rows; 0 leaves it out"
     )
     fret_max_rows: int | None = Field(default=None, ge=1, description="drawn, if there are more")
+    fret_only_tasks: tuple[str, ...] = Field(
+        default=(), description="leave out FRet's examples of other tasks"
+    )
     fret_tasks: Literal["rows", "uniform"] = Field(
         default="rows",
         description="uniform: each of FRet's tasks is drawn equally often, which was best in Gecko",

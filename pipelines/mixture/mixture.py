@@ -176,7 +176,9 @@ class _Reader:
 
 
 def _fret(config: MixtureConfig, formatter: Formatter, fret: Artifact) -> Source:
-    texts = formatter.texts(_fret_examples(fret), dataset="fret", symmetric=False)
+    only = config.fret_only_tasks
+    examples = (each for each in _fret_examples(fret) if not only or each.task in only)
+    texts = formatter.texts(examples, dataset="fret", symmetric=False)
     texts = _sample(texts, config.fret_max_rows, "fret", config.seed)
     return Source(
         name="fret",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from actors import packing
 from actors.encoder import Encoder
 from actors.packing import ATTENTION, use_packing
 
@@ -101,6 +102,24 @@ def test_packed_training_drops_what_the_model_drops(tiny_model: TinyModel, tmp_p
     assert kept.min() > 0.95
     encoder.model.eval()
     assert torch.equal(encoder.embed(TEXTS), encoder.embed(TEXTS))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_attention_has_the_gradients_of_its_values(dropout: float, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(packing, "_CACHED_WEIGHTS", 2 * 2 * 5**2)  # two of the three texts at once
+    draw = torch.Generator().manual_seed(2)
+    inputs = [
+        torch.randn(3, 2, 5, 4, generator=draw, dtype=torch.float64, requires_grad=True)
+        for _ in range(3)
+    ]
+
+    def attention(*inputs: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        return packing._Attention.apply(*inputs, 0.5, dropout)
+
+    assert torch.autograd.gradcheck(attention, inputs)
+    plain = torch.nn.functional.scaled_dot_product_attention(*inputs, scale=0.5)
+    assert torch.allclose(attention(*inputs), plain) == (not dropout)
 
 
 def test_padded_batches_of_a_packed_model_keep_their_masks(tiny_model: TinyModel, tmp_path: Path):

@@ -174,6 +174,14 @@ def test_fret_tasks_may_be_drawn_equally_often(tmp_path: Path, formatter: Format
     assert share_of_rare("uniform") == pytest.approx(0.5, abs=0.03)
 
 
+def test_fret_may_be_cut_to_some_tasks(tmp_path: Path, formatter: Formatter) -> None:
+    rows = fret(*[fret_row(n, task=f"task {n % 3}") for n in range(30)])
+    config = MixtureConfig.model_validate({"fret_only_tasks": ["task 0", "task 2"]})
+    metrics, mixture = mixed(tmp_path, formatter, config, fret=rows)
+    assert metrics["sets"] == {"fret": 20}
+    assert not any("task 1" in row["query"] for row in mixture)
+
+
 def test_fret_of_no_weight_is_not_read(tmp_path: Path, formatter: Formatter) -> None:
     config = MixtureConfig.model_validate(
         {"fret_weight": 0, "labelled": [pairs(tmp_path, "human", 4)]}

@@ -1,0 +1,202 @@
+"""Gecko's ablations (its tables 4 to 6) with a recipe of your own, as one table.
+
+    python benchmarks/ablations.py [RECIPE] [--storage RUN] [--test-sets cranfield stsb banking77]
+        [--tables labels tasks mixture] [--training-seeds 1] [--set KEY=VALUE ...]
+
+- labels: FRet alone; the seed or the relabelled passage as positive; without a hard negative, with
+  a random one, or the lowest ranked one.
+- tasks: as many examples of one task alone, of all tasks by rows, and of all tasks evenly.
+- mixture: all sets; without FRet; without those of one kind; without the unified format.
+
+The recipe's queries are written and scored once; RUN may be a finished run of it, and is left with
+the last variant. FRet alone is trained for --fret-epochs. Each variant is judged on the recipe's
+named test sets at full size. Prints a table in Markdown and a JSON line; killed, it goes on where
+it stopped.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from cluster.artifacts import Artifact
+from cluster.storage import open_storage
+from pipelines.recipe import Recipe, load_recipe
+
+FLAGS = {"retrieval": "--beir"}  # the others are called like their kind
+BEFORE = {"start": "student/model", "pre-finetuned": "prefinetuning/encoder"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table and the recipe keys that make it."""
+
+    table: str
+    name: str
+    settings: dict[str, object]
+
+
+def variants(recipe: Recipe, rows_by_task: Counter[str], fret_epochs: float) -> Iterator[Variant]:
+    """Yields the tables' variants; those that share the most steps follow each other."""
+    fret_alone = {"mixture.labelled": [], "training.epochs": fret_epochs}
+    fewest = min(rows_by_task.values())
+    few = fret_alone | {
+        "mixture.fret_max_rows": fewest,
+        "training.epochs": fret_epochs * rows_by_task.total() / fewest,
+    }
+    for task in sorted(rows_by_task):
+        yield Variant("tasks", f"{task} alone", few | {"mixture.fret_only_tasks": [task]})
+    yield Variant("tasks", "all tasks, by rows", few)
+    yield Variant("tasks", "all tasks, evenly", few | {"mixture.fret_tasks": "uniform"})
+    labels = {
+        "seed, no hard negative": ("seed", "none"),
+        "seed, lowest ranked": ("seed", "lowest"),
+        "relabelled, no hard negative": ("fused", "none"),
+        "relabelled, random": ("fused", "random"),
+        "relabelled, lowest ranked": ("fused", "lowest"),
+    }
+    for name, (positive, negative) in labels.items():
+        chosen = {"fret.positive": positive, "fret.negative": negative}
+        yield Variant("labels", name, fret_alone | chosen)
+    yield Variant("mixture", "all sets", {})
+    if not recipe.mixture.labelled:
+        return
+    yield Variant("mixture", "without FRet", {"mixture.fret_weight": 0})
+    for kind in sorted({labelled.kind for labelled in recipe.mixture.labelled}):
+        kept = [
+            labelled.model_dump(mode="json", exclude_defaults=True)
+            for labelled in recipe.mixture.labelled
+            if labelled.kind != kind
+        ]
+        yield Variant("mixture", f"without {kind} sets", {"mixture.labelled": kept})
+    plain = {"student.query_template": "{text}", "student.passage_template": "{title} {text}"}
+    yield Variant("mixture", "without the unified format", plain)
+
+
+def tokay(*arguments: str) -> str:
+    """Runs the command; returns what it printed."""
+    command = [sys.executable, "-m", "pipelines.cli", *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+class Ablations:
+    """A run folder, and the scores that were measured in it."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.name: str = arguments.recipe
+        self.storage: Path = arguments.storage
+        self.fixed: list[str] = arguments.set
+        self.recipe = load_recipe(self.name, self.fixed)
+        self.test_sets = [
+            test_set
+            for test_set in self.recipe.evaluation
+            if test_set.name in arguments.test_sets and test_set.kind != "mteb"
+        ]
+        self.notes = self.storage / "ablations.json"
+        self.scores: dict[str, dict[str, float]] = (
+            json.loads(self.notes.read_text()) if self.notes.exists() else {}
+        )
+
+    def rows_by_task(self) -> Counter[str]:
+        """Writes and scores the queries, and counts FRet's examples of each task."""
+        self._run({}, "fret")
+        fret = Artifact.open(open_storage(str(self.storage / "fret")))
+        assert fret is not None
+        table = fret.read(["task", "dropped_by"]).to_pylist()
+        return Counter(row["task"] for row in table if row["dropped_by"] is None)
+
+    def measure(self, variant: Variant, seed: int) -> None:
+        """Trains and judges a variant, unless that was done."""
+        key = f"{variant.table}: {variant.name}, {seed}"
+        if key in self.scores:
+            return
+        self._run(variant.settings | {"training.seed": seed}, "export")
+        if variant.name != "without the unified format":
+            for name, folder in BEFORE.items():
+                if name not in self.scores and (self.storage / folder).exists():
+                    self._judge(name, folder)
+        self._judge(key, "export/model")
+
+    def _run(self, settings: dict[str, object], until: str) -> None:
+        given = [*self.fixed]
+        given += [
+            f"{key}={yaml.safe_dump(v, default_flow_style=True, width=10**6).splitlines()[0]}"
+            for key, v in settings.items()
+        ]
+        sets = [word for setting in given for word in ("--set", setting)]
+        command = ["run", self.name, "--storage", str(self.storage), *sets]
+        tokay(*command, "--rebuild", "--until", until)
+
+    def _judge(self, key: str, folder: str) -> None:
+        flags = [
+            word
+            for test_set in self.test_sets
+            for word in (FLAGS.get(test_set.kind, f"--{test_set.kind}"), test_set.path)
+        ]
+        found = json.loads(tokay("eval", str(self.storage / folder), *flags, "--json"))
+        self.scores[key] = {row["dataset"]: row["score"] for row in found["results"]}
+        self.notes.write_text(json.dumps(self.scores, indent=1))
+        print(key, self.scores[key], file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Runs what the notes of an earlier run do not hold yet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", nargs="?", default="gecko-mini")
+    parser.add_argument("--storage", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--test-sets", nargs="+", default=["cranfield", "stsb", "banking77"])
+    tables = ["tasks", "labels", "mixture"]
+    parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
+    parser.add_argument("--training-seeds", type=int, default=1)
+    parser.add_argument("--fret-epochs", type=float, default=3)
+    parser.add_argument("--set", action="append", default=[])
+    arguments = parser.parse_args()
+    ablations = Ablations(arguments)
+    rows_by_task = ablations.rows_by_task()
+    chosen = [
+        variant
+        for variant in variants(ablations.recipe, rows_by_task, arguments.fret_epochs)
+        if variant.table in arguments.tables
+    ]
+    for variant in chosen:
+        for seed in range(arguments.training_seeds):
+            ablations.measure(variant, seed)
+    names = [test_set.name for test_set in ablations.test_sets]
+    heads = [
+        "table",
+        "variant",
+        *names,
+        "mean",
+        *(["each seed's mean"] * (arguments.training_seeds > 1)),
+    ]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    for name in BEFORE:
+        if name in ablations.scores:
+            print(_row("", name, [ablations.scores[name]], arguments.training_seeds))
+    for variant in chosen:
+        found = [
+            ablations.scores[f"{variant.table}: {variant.name}, {seed}"]
+            for seed in range(arguments.training_seeds)
+        ]
+        print(_row(variant.table, variant.name, found, arguments.training_seeds))
+    print(json.dumps({"benchmark": "ablations", "fret": rows_by_task, **ablations.scores}))
+
+
+def _row(table: str, name: str, found: list[dict[str, float]], num_seeds: int) -> str:
+    means = [statistics.fmean(scores.values()) for scores in found]
+    cells = [statistics.fmean(scores[key] for scores in found) for key in found[0]]
+    shown = [f"{cell:.4f}" for cell in (*cells, statistics.fmean(means))]
+    if num_seeds > 1:
+        shown.append(", ".join(f"{mean:.4f}" for mean in means) if len(means) > 1 else "")
+    return f"| {' | '.join([table, name, *shown])} |"
+
+
+if __name__ == "__main__":
+    main()
