@@ -1,0 +1,224 @@
+"""The training core on a GPU: bfloat16 beside float32, ways to save memory, and the CPU's vectors.
+
+Needs no Ray, no data and no model from elsewhere: the students have random weights.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, BertConfig, PretrainedConfig, Qwen3Config
+
+from actors.encoder import Encoder, PromptTemplates, see_both_ways
+from cluster.storage import open_storage
+from pipelines.training.checkpoint import load_checkpoint, save_checkpoint
+from pipelines.training.config import LossConfig, TrainingConfig
+from pipelines.training.examples import Batch
+from pipelines.training.gradients import Slice, backward, slice_batch
+from pipelines.training.worker import train_batch
+
+DEVICE = "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU"),
+]
+VOCABULARY, BATCH_SIZE = 2000, 24
+KINDS: dict[str, Callable[[], PretrainedConfig]] = {
+    "bert": lambda: BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=512,
+    ),
+    "qwen3": lambda: Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=512,
+    ),
+}
+LOSS = LossConfig(
+    matryoshka_dimensions=(64,),
+    mask_duplicates=True,
+    mask_margin=0.1,
+    spread_out_weight=0.1,
+    distillation_weight=0.1,
+)
+CONFIG = TrainingConfig(batch_size=BATCH_SIZE, loss=LOSS)
+
+both_kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def student(kind: str, device: str = DEVICE) -> Encoder:
+    """The same weights on every device; larger than usual, so that texts differ."""
+    torch.manual_seed(0)
+    model = AutoModel.from_config(KINDS[kind](), dtype=torch.float32)
+    for name, weight in model.named_parameters():
+        if "norm" not in name.lower():
+            weight.data.mul_(3)
+    encoder = Encoder(
+        model.to(device).eval(),
+        SimpleNamespace(pad_token_id=0),
+        pooling="mean",
+        max_tokens=256,
+        templates=PromptTemplates(),
+    )
+    if kind == "qwen3":
+        see_both_ways(encoder)
+    return encoder
+
+
+def texts(rng: np.random.Generator, count: int, longest: int) -> list[np.ndarray]:
+    return [rng.integers(1, VOCABULARY, rng.integers(3, longest + 1)) for _ in range(count)]
+
+
+def batch(number: int = 0) -> Batch:
+    """Every third example has no negative, and two share their positive."""
+    rng = np.random.default_rng(number)
+    negatives = [texts(rng, place % 3, 120) for place in range(BATCH_SIZE)]
+    return Batch(
+        number=number,
+        dataset="random",
+        queries=texts(rng, BATCH_SIZE, 30),
+        positives=texts(rng, BATCH_SIZE, 120),
+        negatives=negatives,
+        teacher_scores=[
+            list(rng.uniform(0, 2, 1 + len(rows))) if rows else [] for rows in negatives
+        ],
+        query_ids=[str(place) for place in range(BATCH_SIZE)],
+        positive_ids=["0", *map(str, range(BATCH_SIZE - 1))],
+        symmetric=False,
+    )
+
+
+def part(number: int = 0) -> Slice:
+    return slice_batch(batch(number), CONFIG)
+
+
+def gradient(encoder: Encoder, config: TrainingConfig) -> tuple[float, torch.Tensor]:
+    """The loss of the first batch, and the gradients of all weights in one row."""
+    encoder.model.zero_grad()
+    torch.manual_seed(0)
+    loss = backward(encoder, part(), config, 0)
+    found = [w.grad.flatten() for w in encoder.model.parameters() if w.grad is not None]
+    return loss, torch.cat(found).double()
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """How far apart two gradients are, in lengths of the first."""
+    return float((one - other).norm() / one.norm())
+
+
+def optimizer(encoder: Encoder) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(encoder.model.parameters(), fused=True)
+
+
+def train(encoder: Encoder, state: torch.optim.Optimizer, config: TrainingConfig, *numbers: int):
+    return [train_batch(encoder, state, part(n), config, rate=1e-4)[0] for n in numbers]
+
+
+@both_kinds
+def test_bfloat16_gives_the_loss_and_the_gradient_of_float32(kind: str):
+    encoder = student(kind)
+    loss, exact = gradient(encoder, CONFIG)
+    rounded_loss, rounded = gradient(encoder, CONFIG.model_copy(update={"precision": "bfloat16"}))
+    assert rounded_loss == pytest.approx(loss, rel=0.01)
+    assert rounded_loss != loss  # else it was not bfloat16
+    assert float(torch.cosine_similarity(exact, rounded, dim=0)) > 0.99
+    assert float(rounded.norm()) == pytest.approx(float(exact.norm()), rel=0.02)
+
+
+@both_kinds
+def test_bfloat16_steps_lose_as_much_as_float32_ones(kind: str):
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        config = CONFIG.model_copy(update={"precision": precision})
+        encoder = student(kind)
+        losses.append(train(encoder, optimizer(encoder), config, *[0] * 10))
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert losses[1][-1] < 0.9 * losses[1][0]
+
+
+@both_kinds
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.03)])
+@pytest.mark.parametrize(
+    "settings", [{"gradient_cache_tokens": 700}, {"gradient_checkpointing": 1}]
+)
+def test_saving_memory_changes_neither_loss_nor_gradients(
+    kind: str, precision: str, tolerance: float, settings: dict[str, int]
+):
+    config = CONFIG.model_copy(update={"precision": precision})
+    encoder = student(kind)
+    loss, expected = gradient(encoder, config)
+    saving = config.model_copy(update=settings)
+    encoder.set_training(dropout=False, checkpointing=saving.gradient_checkpointing)
+    again, found = gradient(encoder, saving)
+    assert again == pytest.approx(loss, rel=tolerance)
+    assert distance(expected, found) < tolerance
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_gradient_cache_repeats_its_dropout(precision: str, monkeypatch: pytest.MonkeyPatch):
+    config = CONFIG.model_copy(update={"precision": precision, "gradient_cache_tokens": 700})
+    encoder = student("bert")
+    encoder.set_training(dropout=True)
+    seen: list[torch.Tensor] = []
+    embed = encoder.embed_tokens
+
+    def recorded(*given: Any, **named: Any) -> torch.Tensor:
+        seen.append(embed(*given, **named))
+        return seen[-1]
+
+    monkeypatch.setattr(encoder, "embed_tokens", recorded)
+    torch.manual_seed(0)
+    backward(encoder, part(), config, 0)
+    chunks = (len(seen) + 1) // 2
+    assert chunks > 3
+    # All without a graph but the last; then those again, with one.
+    for first, again in zip(seen[: chunks - 1], seen[chunks:], strict=True):
+        assert not first.requires_grad
+        assert again.requires_grad
+        torch.testing.assert_close(again, first, rtol=0, atol=1e-5)
+    torch.manual_seed(1)
+    backward(encoder, part(), config, 0)
+    assert not torch.allclose(seen[0], seen[2 * chunks - 1], atol=1e-2)  # other masks
+
+
+@both_kinds
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
+def test_vectors_on_the_gpu_equal_those_on_the_cpu(kind: str, pooling: str):
+    rows = texts(np.random.default_rng(0), 60, 200)
+    rows += [row[:40] for row in rows if len(row) >= 40]  # a batch without padding, too
+    vectors = []
+    for device in (DEVICE, "cpu"):
+        encoder = student(kind, device)
+        encoder.pooling = pooling
+        with torch.inference_mode():
+            vectors.append(encoder.embed_tokens(rows, batch_tokens=2000).cpu())
+    assert float((vectors[0] * vectors[1]).sum(1).min()) > 0.9999
+    nearest = (vectors[1] @ vectors[1].T).fill_diagonal_(-1).max()
+    assert float(nearest) < 0.9995  # else any vector would do
+
+
+@both_kinds
+def test_training_goes_on_from_a_checkpoint(kind: str, tmp_path: Path):
+    storage = open_storage(str(tmp_path))
+    encoder = student(kind)
+    state = optimizer(encoder)
+    train(encoder, state, CONFIG, 0, 1)
+    save_checkpoint(storage, 2, encoder.model, state)
+    losses = train(encoder, state, CONFIG, 2, 3)
+    resumed = student(kind)
+    state = optimizer(resumed)
+    assert load_checkpoint(storage, resumed.model, state) == 2
+    assert train(resumed, state, CONFIG, 2, 3) == pytest.approx(losses, rel=1e-4)
+    for expected, found in zip(encoder.model.parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
