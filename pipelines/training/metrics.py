@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +16,8 @@ from cluster.storage import Storage
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+# Which run of each tracker this training is, so that it goes on with it after a crash.
+RUNS = "tracking.json"
 _FLUSH_S = 1.0
 
 # Numbers, and the name of the batch's data set.
@@ -21,7 +25,13 @@ MetricsRow = dict[str, Any]
 
 
 class Tracker(Protocol):
-    """Where rows go beside metrics.jsonl."""
+    """Where rows go beside metrics.jsonl.
+
+    Attributes:
+        run_id: What finds the run again; None where every process begins anew.
+    """
+
+    run_id: str | None
 
     def log(self, row: MetricsRow) -> None:
         """Takes one batch's row."""
@@ -29,24 +39,54 @@ class Tracker(Protocol):
     def flush(self) -> None:
         """Makes the rows so far readable to others."""
 
+    def close(self) -> None:
+        """Says that no row will follow."""
+
 
 class MetricsLog:
     """The rows of metrics.jsonl, each batch once, readable while the training runs."""
 
-    def __init__(self, storage: Storage, done: int, tracking: Iterable[str]) -> None:
-        """Goes on after `done` batches; trackers begin anew with the rows that are kept."""
+    def __init__(
+        self,
+        storage: Storage,
+        done: int,
+        tracking: Iterable[str],
+        parameters: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Goes on after `done` batches.
+
+        Args:
+            storage: The step's.
+            done: Rows of later batches are dropped.
+            tracking: Names of trackers. One that has a run of this training goes on with it; all
+                are given the rows that are kept, and leave out those that they have.
+            parameters: The training's configuration, as a run of a tracker shows it.
+
+        Raises:
+            UserError: A tracker is not installed, or does not know where its runs go.
+        """
         self._storage = storage
         self._rows = [row for row in read_metrics(storage) if row["batch"] < done]
-        self._trackers = [_TRACKERS[name](storage) for name in tracking]
-        for row in self._rows:
-            self._track(row)
+        self._trackers: list[Tracker] = []
+        begun = _read_runs(storage)
+        runs = dict(begun)
+        for name in tracking:
+            tracker: Tracker = _TRACKERS[name](storage, flat(parameters or {}), begun.get(name))
+            self._trackers.append(tracker)
+            if tracker.run_id:
+                runs[name] = tracker.run_id
+            for row in self._rows:
+                tracker.log(row)
+        if runs != begun:
+            storage.write_bytes(RUNS, json.dumps(runs).encode())
         self._flushed = 0.0
         self._pause_s = _FLUSH_S
 
     def append(self, row: MetricsRow, *, flush: bool) -> None:
         """Adds a row, and writes the file now and then; storage has no append."""
         self._rows.append(row)
-        self._track(row)
+        for tracker in self._trackers:
+            tracker.log(row)
         start = time.monotonic()
         if flush or start - self._flushed > self._pause_s:
             lines = "".join(json.dumps(row) + "\n" for row in self._rows)
@@ -56,9 +96,11 @@ class MetricsLog:
             self._flushed = time.monotonic()
             self._pause_s = max(_FLUSH_S, 50 * (self._flushed - start))
 
-    def _track(self, row: MetricsRow) -> None:
+    def close(self) -> None:
+        """Ends the trackers' runs; call when the training is done, and only then."""
         for tracker in self._trackers:
-            tracker.log(row)
+            tracker.flush()
+            tracker.close()
 
 
 def read_metrics(storage: Storage) -> list[MetricsRow]:
@@ -80,10 +122,31 @@ def scalars(row: MetricsRow) -> dict[str, float]:
     return found | {f"loss/{row['dataset']}": row["loss"]}
 
 
+def flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns ``{"loss": {"temperature": 1}}`` as ``{"loss.temperature": 1}``."""
+    found: dict[str, Any] = {}
+    for name, value in parameters.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def _read_runs(storage: Storage) -> dict[str, str]:
+    try:
+        runs: dict[str, str] = json.loads(storage.read_bytes(RUNS))
+    except FileNotFoundError:
+        return {}
+    return runs
+
+
 class _TensorBoard:
     """Event files, written here and copied to the storage."""
 
-    def __init__(self, storage: Storage) -> None:
+    run_id = None
+
+    def __init__(self, storage: Storage, parameters: dict[str, Any], run_id: str | None) -> None:
         from tensorboardX import SummaryWriter
 
         storage.delete(TENSORBOARD)
@@ -100,40 +163,98 @@ class _TensorBoard:
         for file in Path(self._folder.name).iterdir():
             self._storage.upload(file, f"{TENSORBOARD}/{file.name}")
 
+    def close(self) -> None:
+        self._writer.close()
+
+
+_MLFLOW_BATCH = 1000  # metrics that its server takes at once
+_NOT_MLFLOW = re.compile(r"[^\w\-. :/]")  # in a metric's name
+
 
 class _MLflow:
-    """A run of the server that MLFLOW_TRACKING_URI names."""
+    """A run of the server that MLFLOW_TRACKING_URI names, in MLFLOW_EXPERIMENT_NAME if set."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, parameters: dict[str, Any], run_id: str | None) -> None:
         try:
             import mlflow  # type: ignore[import-not-found,unused-ignore]
         except ImportError as error:
             raise _missing("mlflow") from error
+        if not mlflow.is_tracking_uri_set():
+            raise UserError(
+                "training.tracking names mlflow, and MLFLOW_TRACKING_URI is not set on the training"
+                " nodes: set it, or take mlflow out"
+            )
         self._mlflow = mlflow
-        mlflow.start_run(run_name=storage.uri)
+        try:
+            self._client = mlflow.MlflowClient()
+            run = mlflow.start_run(run_id=run_id, run_name=storage.uri)
+        except mlflow.MlflowException as error:
+            known = f"go on with run {run_id} of {RUNS}" if run_id else "begin a run"
+            raise UserError(
+                f"MLflow at {mlflow.get_tracking_uri()} cannot {known}"
+                f" ({' '.join(str(error).split())}): mend that, or take mlflow out of"
+                " training.tracking"
+            ) from error
+        self.run_id: str = run.info.run_id
+        if run_id is None:
+            mlflow.log_params(parameters)
+        logged = self._client.get_metric_history(self.run_id, "training/loss") if run_id else ()
+        self._first = max((metric.step + 1 for metric in logged), default=0)
+        self._waiting: list[Any] = []
 
     def log(self, row: MetricsRow) -> None:
-        self._mlflow.log_metrics(scalars(row), step=row["batch"])
+        if row["batch"] < self._first:
+            return  # the run has it from before the crash
+        now = round(time.time() * 1000)
+        self._waiting += [
+            self._mlflow.entities.Metric(_NOT_MLFLOW.sub("_", name), value, now, row["batch"])
+            for name, value in scalars(row).items()
+        ]
 
     def flush(self) -> None:
-        """MLflow has them already."""
+        for start in range(0, len(self._waiting), _MLFLOW_BATCH):
+            self._client.log_batch(self.run_id, self._waiting[start : start + _MLFLOW_BATCH])
+        self._waiting = []
+
+    def close(self) -> None:
+        self._mlflow.end_run()
 
 
 class _Wandb:
-    """A run of Weights & Biases, whose key WANDB_API_KEY holds."""
+    """A run of Weights & Biases, whose key WANDB_API_KEY holds; WANDB_MODE=offline needs none."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, parameters: dict[str, Any], run_id: str | None) -> None:
         try:
             import wandb  # type: ignore[import-not-found,unused-ignore]
         except ImportError as error:
             raise _missing("wandb") from error
-        self._run = wandb.init(project="tokay", name=storage.uri)
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "tokay"),
+                name=storage.uri,
+                id=run_id,
+                resume="allow" if run_id else None,
+                config=parameters,
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"Weights & Biases cannot begin a run ({' '.join(str(error).split())}): set"
+                " WANDB_API_KEY or WANDB_MODE=offline on the training nodes, or take wandb out of"
+                " training.tracking"
+            ) from error
+        self.run_id: str = self._run.id
+        # Of a run that goes on the next one; 0 offline, where a crash may have lost the earlier.
+        self._first = self._run.step
 
     def log(self, row: MetricsRow) -> None:
-        self._run.log(scalars(row), step=row["batch"])
+        if row["batch"] >= self._first:
+            self._run.log(scalars(row), step=row["batch"])
 
     def flush(self) -> None:
         """Weights & Biases has them already."""
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 _TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "mlflow": _MLflow, "wandb": _Wandb}
