@@ -119,7 +119,7 @@ def loss_curve(
     """Draws (batch, loss), its moving mean, and the loss of the examples that were held out."""
 
     def draw(axes: Axes) -> None:
-        text = _draw_curve(axes, loss, "loss")
+        text = _draw_curve(axes, loss, "loss", noisy=True, num_ticks=10)
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "o-", color=INK, markersize=3.5, linewidth=1)
         names = ["each batch", *([text] if text else []), *(["held out"] if held_out else [])]
@@ -129,28 +129,35 @@ def loss_curve(
     return _svg(name, label, 2.6, draw)
 
 
-def curve(name: str, label: str, points: Sequence[Sequence[float]], what: str) -> str:
-    """Draws (batch, value) and its moving mean, at half the page's width."""
-    return _svg(name, label, 1.7, lambda axes: _draw_curve(axes, points, what), WIDTH_INCHES / 2)
+def curve(
+    name: str, label: str, points: Sequence[Sequence[float]], what: str, *, noisy: bool = False
+) -> str:
+    """Draws (batch, value), and its moving mean where that is `noisy`, at half the page's width."""
+
+    def draw(axes: Axes) -> None:
+        _draw_curve(axes, points, what, noisy=noisy, num_ticks=5)
+
+    return _svg(name, label, 1.7, draw, WIDTH_INCHES / 2)
 
 
-def _draw_curve(axes: Axes, points: Sequence[Sequence[float]], what: str) -> str:
-    """Draws the points and, of twenty or more, their mean over a twentieth; says what that is."""
+def _draw_curve(
+    axes: Axes, points: Sequence[Sequence[float]], what: str, *, noisy: bool, num_ticks: int
+) -> str:
+    """Draws the points and their mean over a twentieth of them, and says what that is."""
     import numpy as np
     from matplotlib.ticker import MaxNLocator
 
     batches, values = np.asarray(points, dtype=np.float64).T
-    window = max(1, len(values) // 20)
+    window = max(1, len(values) // 20) if noisy else 1
     thin = slice(None, None, -(-len(values) // MAX_POINTS))
-    marker = "o" if len(values) == 1 else ""
-    colour = SOFT if window > 1 else ACCENT
+    colour, marker = SOFT if window > 1 else ACCENT, "." if len(values) < 20 else ""
     axes.plot(batches[thin], values[thin], marker=marker, color=colour, linewidth=1)
     if window > 1:
         mean = np.convolve(values, np.ones(window) / window, mode="valid")
         axes.plot(batches[window - 1 :][thin], mean[thin], color=ACCENT, linewidth=1.8)
     axes.set_xlabel("batch")
     axes.set_ylabel(what)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(num_ticks, integer=True))
     axes.grid(axis="y")
     axes.margins(x=0.01)
     axes.tick_params(axis="both", length=0)

@@ -126,7 +126,9 @@ def _training_figures(step: str, stage: dict[str, Any]) -> dict[str, str]:
     for key, (label, what) in _SMALL_CURVES.items():
         if stage[key]:
             name = f"{step}_{key}"
-            drawn[name] = figures.curve(name.replace("_", "-"), label, stage[key], what)
+            drawn[name] = figures.curve(
+                name.replace("_", "-"), label, stage[key], what, noisy=key == "examples_per_s"
+            )
     for number, each in enumerate(stage["sets"]):
         if each["loss"]:
             label = f"Loss of set {number + 1}"

@@ -69,14 +69,9 @@ def _all_scores(scores: dict[str, Any]) -> Table:
         figures = [f"{row[model]['score']:.3f}" if model in row else "" for model in models]
         name = Text(row["dataset"])
         table.add_row(name, row["task_type"], str(row["dimensions"]), *figures)
-    for kind in ("mean_task", "mean_task_type"):
-        means = {(row["dimensions"], row["model"]): row[kind] for row in scores["averages"]}
-        for size in dict.fromkeys(size for size, _ in means):
-            figures = [
-                f"{means[size, model]:.3f}" if (size, model) in means else "" for model in models
-            ]
-            what = "test sets" if kind == "mean_task" else "types"
-            table.add_row(f"mean of {what}", "", str(size), *figures, style="bold")
+    for row in scores["means"]:
+        figures = [f"{row[model]:.3f}" if model in row else "" for model in models]
+        table.add_row(row["name"], "", str(row["dimensions"]), *figures, style="bold")
     return table
 
 

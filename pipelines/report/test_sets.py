@@ -80,8 +80,19 @@ def collect_scores(run: RunFolder) -> dict[str, Json]:
     return {
         "models": [model for model in MODELS if any(model in row for row in rows.values())],
         "rows": list(rows.values()),
-        "averages": document["averages"],
+        "means": _means(document["averages"]),
     }
+
+
+def _means(averages: list[dict[str, Any]]) -> list[dict[str, Json]]:
+    """Returns a row for each kind of mean and number of dimensions, with each model's."""
+    rows: dict[tuple[str, int], dict[str, Json]] = {}
+    for name, key in (("mean of test sets", "mean_task"), ("mean of types", "mean_task_type")):
+        for each in averages:
+            size = each["dimensions"]
+            row = rows.setdefault((name, size), {"name": name, "dimensions": size})
+            row[each["model"]] = each[key]
+    return list(rows.values())
 
 
 def _is_of_student(row: dict[str, Any]) -> bool:

@@ -47,7 +47,10 @@ def test_report_of_several_kinds_shows_each_at_each_dimension(document: dict[str
         ("questions", 2),
     ]
     assert rows[1]["student_after"] == {"score": pytest.approx(0.2), "interval": None}
+    means = dict.fromkeys(("retriever", "student_before", "student_after"), 0.25)
+    assert document["scores"]["means"][1] == {"name": "mean of types", "dimensions": 4, **means}
     page = Path(document["html"]).read_text()
+    assert "mean of test sets" in page
     assert "STS, cosine_spearman" in page and "0.200" in page
     console = Console(file=io.StringIO(), width=80)
     print_evaluation(document, console)

@@ -62,7 +62,7 @@ def test_page_shows_both_stages_where_there_are_two(
     part = two[two.index('<h2 id="training">') : two.index('<h2 id="time">')]
     for shown in ("<h3>Pre-finetuning</h3>", "<h3>Fine-tuning</h3>", "&lt;titles&gt;"):
         assert shown in part
-    assert "40 of 60 batches, stopped early; 119.5 examples and 2,000 tokens" in part
+    assert "40 of 60 batches, stopped early; 120 examples and 2,000 tokens" in part
     # Loss, rate and throughput of each; nDCG and two sets' losses of the first.
     assert part.count("<svg") == 2 * 3 + 3
     assert part.count("held out") == 1
