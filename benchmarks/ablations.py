@@ -1,12 +1,13 @@
 """Gecko's ablations (its tables 4 to 6) with a recipe of your own, as one table.
 
     python benchmarks/ablations.py [RECIPE] [--storage RUN] [--test-sets cranfield stsb banking77]
-        [--tables labels tasks mixture] [--training-seeds 1] [--set KEY=VALUE ...]
+        [--tables mixture labels tasks format] [--training-seeds 1] [--set KEY=VALUE ...]
 
+- mixture: all sets; without FRet; without those of one kind.
 - labels: FRet alone; the seed or the relabelled passage as positive; without a hard negative, with
   a random one, or the lowest ranked one.
-- tasks: as many examples of one task alone, of all tasks by rows, and of all tasks evenly.
-- mixture: all sets; without FRet; without those of one kind; without the unified format.
+- tasks: as many of FRet's examples of one task alone, of all tasks by rows, of all tasks evenly.
+- format: all sets without the unified format.
 
 The recipe's queries are written and scored once; RUN may be a finished run of it, and is left with
 the last variant. FRet alone is trained for --fret-epochs. Each variant is judged on the recipe's
@@ -44,17 +45,19 @@ class Variant:
 
 
 def variants(recipe: Recipe, rows_by_task: Counter[str], fret_epochs: float) -> Iterator[Variant]:
-    """Yields the tables' variants; those that share the most steps follow each other."""
+    """Yields the tables' variants; the last is the only one that needs another pre-finetuning."""
+    yield Variant("mixture", "all sets", {})
+    labelled = recipe.mixture.labelled
+    if labelled:
+        yield Variant("mixture", "without FRet", {"mixture.fret_weight": 0})
+    for kind in sorted({each.kind for each in labelled}):
+        kept = [
+            each.model_dump(mode="json", exclude_defaults=True)
+            for each in labelled
+            if each.kind != kind
+        ]
+        yield Variant("mixture", f"without {kind} sets", {"mixture.labelled": kept})
     fret_alone = {"mixture.labelled": [], "training.epochs": fret_epochs}
-    fewest = min(rows_by_task.values())
-    few = fret_alone | {
-        "mixture.fret_max_rows": fewest,
-        "training.epochs": fret_epochs * rows_by_task.total() / fewest,
-    }
-    for task in sorted(rows_by_task):
-        yield Variant("tasks", f"{task} alone", few | {"mixture.fret_only_tasks": [task]})
-    yield Variant("tasks", "all tasks, by rows", few)
-    yield Variant("tasks", "all tasks, evenly", few | {"mixture.fret_tasks": "uniform"})
     labels = {
         "seed, no hard negative": ("seed", "none"),
         "seed, lowest ranked": ("seed", "lowest"),
@@ -65,19 +68,17 @@ def variants(recipe: Recipe, rows_by_task: Counter[str], fret_epochs: float) -> 
     for name, (positive, negative) in labels.items():
         chosen = {"fret.positive": positive, "fret.negative": negative}
         yield Variant("labels", name, fret_alone | chosen)
-    yield Variant("mixture", "all sets", {})
-    if not recipe.mixture.labelled:
-        return
-    yield Variant("mixture", "without FRet", {"mixture.fret_weight": 0})
-    for kind in sorted({labelled.kind for labelled in recipe.mixture.labelled}):
-        kept = [
-            labelled.model_dump(mode="json", exclude_defaults=True)
-            for labelled in recipe.mixture.labelled
-            if labelled.kind != kind
-        ]
-        yield Variant("mixture", f"without {kind} sets", {"mixture.labelled": kept})
+    fewest = min(rows_by_task.values())
+    few = fret_alone | {
+        "mixture.fret_max_rows": fewest,
+        "training.epochs": fret_epochs * rows_by_task.total() / fewest,
+    }
+    for task in sorted(rows_by_task):
+        yield Variant("tasks", f"{task} alone", few | {"mixture.fret_only_tasks": [task]})
+    yield Variant("tasks", "all, by rows", few)
+    yield Variant("tasks", "all, evenly", few | {"mixture.fret_tasks": "uniform"})
     plain = {"student.query_template": "{text}", "student.passage_template": "{title} {text}"}
-    yield Variant("mixture", "without the unified format", plain)
+    yield Variant("format", "all sets, without the unified format", plain)
 
 
 def tokay(*arguments: str) -> str:
@@ -118,7 +119,7 @@ class Ablations:
         if key in self.scores:
             return
         self._run(variant.settings | {"training.seed": seed}, "export")
-        if variant.name != "without the unified format":
+        if variant.table != "format":
             for name, folder in BEFORE.items():
                 if name not in self.scores and (self.storage / folder).exists():
                     self._judge(name, folder)
@@ -152,7 +153,7 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", default="gecko-mini")
     parser.add_argument("--storage", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--test-sets", nargs="+", default=["cranfield", "stsb", "banking77"])
-    tables = ["tasks", "labels", "mixture"]
+    tables = ["mixture", "labels", "tasks", "format"]
     parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
     parser.add_argument("--training-seeds", type=int, default=1)
     parser.add_argument("--fret-epochs", type=float, default=3)
