@@ -223,3 +223,15 @@ def test_report_says_what_each_accepted_example_cost(report: dict[str, Json]) ->
     assert costs["total"]["cost_usd"] == pytest.approx(seconds * 0.02)
     assert costs["per_accepted"]["computed_tokens"] == 500
     assert report["labels"]["near_duplicate_share"] == 0
+    assert '<th class="n">cost</th>' in Path(report["html"]).read_text()
+
+
+def test_page_shows_no_cost_where_the_recipe_names_no_price(
+    finished_run: str, tmp_path: Path
+) -> None:
+    run = copy_of(finished_run, tmp_path)
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace("36.0", "0.0"))
+    page = Path(write_report(str(run))["html"]).read_text()
+    assert "What the examples cost" in page and '<th class="n">cost</th>' not in page
+    assert "$0.0" not in page
