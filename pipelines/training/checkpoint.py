@@ -1,5 +1,8 @@
 """Checkpoints: weights and optimizer in one safetensors file, so that it is whole or absent.
 
+They hold what is trained and no more, whole where the workers have shares, so that any number of
+workers goes on from them. All workers save together, and the one that is told to writes.
+
 Nothing else has a state: the learning rate, the random numbers and the place in the data follow
 from the number of batches done.
 """
@@ -17,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cluster.storage import Storage
+from pipelines.training.sharding import gather, share
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,13 +32,20 @@ BEST = f"{WORK}/best"
 
 
 def save_checkpoint(
-    storage: Storage, batches: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+    storage: Storage,
+    batches: int,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    write: bool = True,
 ) -> None:
     """Writes a checkpoint after so many batches and deletes the older ones."""
-    tensors = _weights(model)
+    tensors = _prefixed(trained_weights(model))
     for name, weights in model.named_parameters():
         for key, value in optimizer.state.get(weights, {}).items():
-            tensors[f"optimizer/{key}/{name}"] = value
+            tensors[f"optimizer/{key}/{name}"] = gather(value)
+    if not write:
+        return
     path = _path(FOLDER, batches)
     _save(storage, path, tensors)
     for old in storage.list(FOLDER):
@@ -58,33 +69,37 @@ def load_checkpoint(
         for key in tensors.keys():  # noqa: SIM118 (not a dict)
             kind, _, name = key.partition("/")
             if kind == "model":
-                weights[name].copy_(tensors.get_tensor(key))
+                weights[name].copy_(share(tensors.get_tensor(key), weights[name]))
             else:
                 state, _, name = name.partition("/")
                 target = weights[name]
-                optimizer.state[target][state] = tensors.get_tensor(key).to(target.device)
+                optimizer.state[target][state] = share(tensors.get_tensor(key), target)
     return int(Path(paths[-1]).stem)
 
 
-def save_weights(storage: Storage, folder: str, batches: int, model: torch.nn.Module) -> None:
+def save_weights(
+    storage: Storage, folder: str, batches: int, model: torch.nn.Module, *, write: bool = True
+) -> None:
     """Writes the weights alone, as they are after so many batches."""
-    _save(storage, _path(folder, batches), _weights(model))
+    tensors = trained_weights(model)
+    if write:
+        _save(storage, _path(folder, batches), _prefixed(tensors))
 
 
 def restore_weights(storage: Storage, folder: str, batches: int, model: torch.nn.Module) -> None:
-    """Sets the model's weights to those that :func:`save_weights` wrote."""
-    with _opened(storage, _path(folder, batches)) as tensors, torch.no_grad():
-        for name, weights in model.named_parameters():
-            weights.copy_(tensors.get_tensor(f"model/{name}"))
+    """Sets a whole model's weights to those that :func:`save_weights` wrote."""
+    with _opened(storage, _path(folder, batches)) as tensors:
+        found = {name: tensors.get_tensor(f"model/{name}") for name in _trained(model)}
+    copy_weights(found, model)
 
 
 def average_weights(storage: Storage, model: torch.nn.Module) -> None:
-    """Sets the model's weights to the mean of theirs and of those written in `SOUP`.
+    """Sets a whole model's weights to the mean of theirs and of those written in `SOUP`.
 
     A soup of one training's checkpoints, as in Gemini Embedding (arXiv 2503.07891).
     """
     paths = storage.list(SOUP)
-    weights = dict(model.named_parameters())
+    weights = _trained(model)
     with torch.no_grad():
         total = {name: tensor.double() for name, tensor in weights.items()}
         for path in paths:
@@ -95,12 +110,28 @@ def average_weights(storage: Storage, model: torch.nn.Module) -> None:
             tensor.copy_(total[name] / (len(paths) + 1))
 
 
+def trained_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Returns what is trained; of a sharded model, whole on rank 0, and all workers call this."""
+    return {name: gather(weights.detach()) for name, weights in _trained(model).items()}
+
+
+def copy_weights(weights: Mapping[str, torch.Tensor], model: torch.nn.Module) -> None:
+    """Sets what is trained of a whole model to what :func:`trained_weights` returned."""
+    with torch.no_grad():
+        for name, own in _trained(model).items():
+            own.copy_(weights[name])
+
+
+def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: weights for name, weights in model.named_parameters() if weights.requires_grad}
+
+
+def _prefixed(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"model/{name}": tensor for name, tensor in weights.items()}
+
+
 def _path(folder: str, batches: int) -> str:
     return f"{folder}/{batches:09d}.safetensors"
-
-
-def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {f"model/{name}": weights.detach() for name, weights in model.named_parameters()}
 
 
 def _save(storage: Storage, path: str, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -99,6 +99,22 @@ class ValidationConfig(BaseModel):
     )
 
 
+class LoraConfig(BaseModel):
+    """Low-rank adapters: train few weights beside the model's own; see `training/lora.py`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32, gt=0, description="an adapter's part weighs alpha / rank")
+    dropout: float = Field(
+        default=0, ge=0, lt=1, description="of an adapter's input, where training.dropout is on"
+    )
+    target: Literal["all-linear"] | tuple[str, ...] = Field(
+        default="all-linear",
+        description="names, or ends of names, of the linear layers that get one",
+    )
+
+
 class TrainingConfig(BaseModel):
     """Contrastive training of the student."""
 
@@ -109,6 +125,7 @@ class TrainingConfig(BaseModel):
         "num_workers",
         "min_workers",
         "use_gpu",
+        "sharding",
         "checkpoint_every_batches",
         "max_failures",
         "node_resource",
@@ -141,6 +158,9 @@ class TrainingConfig(BaseModel):
     gradient_checkpointing: bool = Field(
         default=False, description="keep each layer's input alone, and compute the layer twice"
     )
+    lora: LoraConfig | None = Field(
+        default=None, description="train adapters and, if there is one, the projection alone"
+    )
     soup_checkpoints: int = Field(
         default=1, ge=1, description="average the weights of the last so many checkpoints"
     )
@@ -154,6 +174,11 @@ class TrainingConfig(BaseModel):
         default=None, ge=1, description="go on with so few after losing workers; default: wait"
     )
     use_gpu: bool = False
+    sharding: Literal["none", "fsdp2"] = Field(
+        default="none",
+        description="fsdp2: each of several workers keeps its share of weights, gradients and"
+        " optimizer state alone",
+    )
     node_resource: str | None = Field(
         default=None, description="custom resource that steers workers to one node type"
     )

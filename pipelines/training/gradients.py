@@ -3,10 +3,13 @@
 With a cache (GradCache, arXiv 2101.06983) the batch may be larger than memory: vectors are computed
 without a graph, the loss gives each vector's gradient, and then each chunk of texts is computed
 again, with its graph, and given its vectors' gradients. The last chunk keeps its first graph.
+
+Where the weights are sharded, workers run the model equally often, each pass over one chunk.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -19,9 +22,12 @@ import torch.distributed as dist
 from pipelines.training.config import TrainingConfig
 from pipelines.training.examples import Batch
 from pipelines.training.loss import Vectors, contrastive_loss, related_examples
+from pipelines.training.sharding import is_sharded, most
 
 if TYPE_CHECKING:
     from actors.encoder import Encoder
+
+_PASS_TOKENS = 16384  # of a sharded model without a gradient cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +82,15 @@ def backward(encoder: Encoder, part: Slice, config: TrainingConfig, rank: int) -
     """Adds the whole batch's gradients to the weights and returns its loss."""
     rows = [*part.queries, *part.positives, *part.negatives]
     if config.gradient_cache_tokens is None:
-        loss = batch_loss(_embed(encoder, rows, config), part, config, rank)
+        loss = batch_loss(_embed_all(encoder, rows, config), part, config, rank)
         loss.backward()  # type: ignore[no-untyped-call]
     else:
         loss = _cached_backward(encoder, rows, part, config, rank)
     total = loss.detach()
     if len(part.sizes) > 1:
-        _add_up_gradients([weight for weight in encoder.model.parameters() if weight.requires_grad])
+        if not is_sharded(encoder.model):
+            weights = encoder.model.parameters()
+            _add_up_gradients([weight for weight in weights if weight.requires_grad])
         dist.all_reduce(total)
     return float(total)
 
@@ -128,7 +136,7 @@ def evaluation_loss(encoder: Encoder, part: Slice, config: TrainingConfig, rank:
     """Returns the whole batch's loss, without gradients."""
     with torch.inference_mode():
         rows = [*part.queries, *part.positives, *part.negatives]
-        loss = batch_loss(_embed(encoder, rows, config), part, config, rank)
+        loss = batch_loss(_embed_all(encoder, rows, config), part, config, rank)
         if len(part.sizes) > 1:
             dist.all_reduce(loss)
     return float(loss)
@@ -155,15 +163,44 @@ def _teacher_scores(scores: list[list[float]], negatives: list[Any]) -> torch.Te
 
 def _embed(encoder: Encoder, rows: Sequence[np.ndarray], config: TrainingConfig) -> torch.Tensor:
     device = encoder.device
+    batch_tokens = sys.maxsize if is_sharded(encoder.model) else None
     with torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(config, device)):
-        return encoder.embed_tokens(rows)
+        return encoder.embed_tokens(rows, batch_tokens=batch_tokens)
+
+
+def _embed_all(
+    encoder: Encoder, rows: Sequence[np.ndarray], config: TrainingConfig
+) -> torch.Tensor:
+    if not is_sharded(encoder.model):
+        return _embed(encoder, rows, config)
+    filled, chunks = _plan(encoder, rows, _PASS_TOKENS)
+    vectors = torch.cat([_embed(encoder, [filled[row] for row in c], config) for c in chunks])
+    places = torch.tensor(list(chain.from_iterable(chunks))).argsort()[: len(rows)]
+    return vectors[places.to(vectors.device)]
+
+
+def _plan(
+    encoder: Encoder, rows: Sequence[np.ndarray], max_tokens: int
+) -> tuple[Sequence[np.ndarray], list[list[int]]]:
+    """Cuts the rows into chunks, of a sharded model as many as every other worker has.
+
+    Returns:
+        The rows, with one of one token for each chunk that was missing; and the chunks.
+    """
+    chunks = _chunks([len(row) for row in rows], max_tokens)
+    if not is_sharded(encoder.model):
+        return rows, chunks
+    missing = most(len(chunks), encoder.device) - len(chunks)
+    fillers = [[len(rows) + number] for number in range(missing)]
+    return [*rows, *[np.zeros(1, np.int64)] * missing], fillers + chunks
 
 
 def _cached_backward(
     encoder: Encoder, rows: Sequence[np.ndarray], part: Slice, config: TrainingConfig, rank: int
 ) -> torch.Tensor:
     assert config.gradient_cache_tokens is not None
-    chunks = _chunks([len(row) for row in rows], config.gradient_cache_tokens)
+    num_rows = len(rows)
+    rows, chunks = _plan(encoder, rows, config.gradient_cache_tokens)
     embed = [_replayable(encoder, [rows[row] for row in chunk], config) for chunk in chunks]
     with torch.no_grad():
         vectors = [again() for again in embed[:-1]]
@@ -173,7 +210,7 @@ def _cached_backward(
     leaf = torch.empty_like(found)
     leaf[order.to(leaf.device)] = found.detach()
     leaf.requires_grad_()
-    loss = batch_loss(leaf, part, config, rank)
+    loss = batch_loss(leaf[:num_rows], part, config, rank)
     loss.backward()  # type: ignore[no-untyped-call]
     if leaf.grad is not None and rows:
         sizes = [len(chunk) for chunk in chunks]

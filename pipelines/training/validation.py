@@ -15,6 +15,7 @@ from pipelines.training.config import TrainingConfig, ValidationConfig
 from pipelines.training.examples import Batch, iterate_validation
 from pipelines.training.gradients import evaluation_loss, slice_batch
 from pipelines.training.metrics import MetricsRow
+from pipelines.training.sharding import is_sharded
 
 if TYPE_CHECKING:
     from actors.encoder import Encoder
@@ -90,8 +91,8 @@ class Validation:
             encoder.set_training(
                 dropout=config.dropout, checkpointing=config.gradient_checkpointing
             )
-        if self._judge(found, done) and self._config.patience and rank == 0:
-            save_weights(storage, BEST, done, encoder.model)
+        if self._judge(found, done) and self._config.patience:
+            save_weights(storage, BEST, done, encoder.model, write=rank == 0)
         looks_since = (done - self.best) // self._config.every_batches
         return found, bool(self._config.patience and looks_since >= self._config.patience)
 
@@ -111,10 +112,11 @@ class Validation:
             found[LOSS] = round(sum(shares) / len(shares), 6)
         if self._test_set is not None:
             score = torch.zeros((), dtype=torch.float64, device=encoder.device)
-            if rank == 0:
+            if rank == 0 or is_sharded(encoder.model):  # nobody runs a sharded model alone
                 from pipelines.evaluation.evaluate import evaluate
 
-                score += evaluate(encoder, self._test_set).ndcg_at_10.mean
+                measured = evaluate(encoder, self._test_set).ndcg_at_10.mean
+                score += measured if rank == 0 else 0
             if world > 1:
                 dist.all_reduce(score)
             found[NDCG] = round(float(score), 6)

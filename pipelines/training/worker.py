@@ -12,19 +12,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from cluster.storage import Storage, open_storage
 from pipelines.training.checkpoint import (
     SOUP,
     average_weights,
+    copy_weights,
     load_checkpoint,
     save_checkpoint,
     save_weights,
+    trained_weights,
 )
 from pipelines.training.config import TrainingConfig
 from pipelines.training.examples import iterate_batches
-from pipelines.training.gradients import Slice, backward, slice_batch
+from pipelines.training.gradients import Slice, backward, slice_batch, uses_bfloat16
+from pipelines.training.lora import add_adapters, merge_adapters
 from pipelines.training.metrics import MetricsLog, MetricsRow, read_metrics
+from pipelines.training.sharding import is_sharded, shard
 from pipelines.training.validation import Validation
 
 if TYPE_CHECKING:
@@ -101,17 +106,13 @@ def run_training(
         place: This worker's place.
         report: Called at every checkpoint and at the end, by all workers.
     """
-    from actors.encoder import Encoder
-
     rank, world, config = place.rank, place.world, job.config
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world))
     storage = open_storage(job.output)
-    encoder = Encoder.load(
-        job.student,
-        max_tokens=max(config.max_query_tokens, config.max_passage_tokens),
-        device=place.device,
-    )
-    optimizer = _make_optimizer(encoder, config)
+    encoder = _load_student(job, place.device)
+    if config.sharding == "fsdp2" and world > 1:
+        shard(encoder.model, bfloat16=uses_bfloat16(config, encoder.device))
+    optimizer = make_optimizer(encoder, config)
     done = load_checkpoint(storage, encoder.model, optimizer)
     log = MetricsLog(storage, done, config.tracking) if rank == 0 else None
     validation = None
@@ -150,19 +151,26 @@ def run_training(
         checkpoint = done % config.checkpoint_every_batches == 0 and not ended
         if log:
             log.append(row, flush=checkpoint or ended)
-            if done in soup:
-                save_weights(storage, SOUP, done, encoder.model)
-            if checkpoint:
-                save_checkpoint(storage, done, encoder.model, optimizer)
+        if done in soup:
+            save_weights(storage, SOUP, done, encoder.model, write=rank == 0)
+        if checkpoint:
+            save_checkpoint(storage, done, encoder.model, optimizer, write=rank == 0)
         if report and (checkpoint or ended):
             report(row)
         if ended:
             break
-    if log:
+    if is_sharded(encoder.model):
+        weights = trained_weights(encoder.model)
+        if rank == 0:
+            encoder = _load_student(job, "cpu")
+            copy_weights(weights, encoder.model)
+    if rank == 0:
         if validation and config.validation and config.validation.patience:
             validation.take_best(storage, encoder.model)
         elif soup:
             average_weights(storage, encoder.model)
+        if config.lora:
+            merge_adapters(encoder.model)
         _save_encoder(encoder, storage)
 
 
@@ -174,10 +182,26 @@ def learning_rate(config: TrainingConfig, batch: int, num_batches: int) -> float
     return config.learning_rate * (num_batches - batch) / (num_batches - warmup)
 
 
-def _make_optimizer(encoder: Encoder, config: TrainingConfig) -> torch.optim.AdamW:
+def _load_student(job: Job, device: str | None) -> Encoder:
+    """Returns the student before its first batch, with what is not trained frozen."""
+    from actors.encoder import Encoder
+
+    config = job.config
+    encoder = Encoder.load(
+        job.student,
+        max_tokens=max(config.max_query_tokens, config.max_passage_tokens),
+        device=device,
+    )
     pooler = getattr(encoder.model, "pooler", None)
     if pooler is not None:  # BERT's, over the first token: no part of a mean-pooled vector
         pooler.requires_grad_(False)
+    if config.lora:
+        add_adapters(encoder.model, config.lora, config.seed)
+    return encoder
+
+
+def make_optimizer(encoder: Encoder, config: TrainingConfig) -> torch.optim.AdamW:
+    """Returns AdamW over what is trained; vectors, such as biases, do not decay."""
     weights = [weight for weight in encoder.model.parameters() if weight.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [w for w in weights if w.ndim > 1], "weight_decay": config.weight_decay},
@@ -207,7 +231,9 @@ def train_batch(
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(weights, config.max_gradient_norm)
     optimizer.step()
-    return loss, float(norm)
+    # A fused step changes weights without a sign of it, by which oneDNN's layouts are known as old.
+    torch.autograd.graph.increment_version(weights)
+    return loss, float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def _soup_batches(config: TrainingConfig, num_batches: int) -> set[int]:

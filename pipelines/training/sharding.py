@@ -1,0 +1,82 @@
+"""FSDP2: each worker keeps its share of the weights, the gradients and the optimizer's state.
+
+A unit's weights are gathered when a batch comes through it, forwards or backwards, and dropped
+behind it. All workers take part in that, so they must run the model equally often, and read weights
+together.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from actors.linear import OneDnnLinear
+
+
+def shard(model: torch.nn.Module, *, bfloat16: bool) -> None:
+    """Leaves this worker its share of a model: a unit for each layer and each end.
+
+    Args:
+        model: The transformer, changed in place; the same on all workers, on their devices.
+        bfloat16: Gather weights as bfloat16, the type of the products that they go into; shares,
+            gradients and optimizer stay as they are.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for module in model.modules():
+        if type(module) is OneDnnLinear:  # remembers weights by where they are, and they move
+            cast(Any, module).__class__ = torch.nn.Linear
+    device = next(model.parameters()).device
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bfloat16 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # autocast does, where it is needed
+    )
+    layers = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
+    # The projection is called with its weights' own type.
+    projection = getattr(model, "projection", None)
+    policies = [(projection, MixedPrecisionPolicy())] if projection is not None else []
+    embedding = cast(Any, model).get_input_embeddings()
+    policies += [(module, policy) for module in (*layers, embedding, model)]
+    for module, own in policies:
+        # After its forward pass the model too, so that its parameters are always the shares.
+        unit = fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=own)
+        unit.set_gradient_divide_factor(1.0)  # the workers' losses add up to the batch's
+        unit.set_force_sum_reduction_for_comms(True)
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Says whether this worker has a share of the model alone."""
+    return isinstance(model, FSDPModule)
+
+
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns what the workers' shares make, on rank 0's CPU, and nothing of it elsewhere.
+
+    All workers call this; a tensor that is not sharded is returned as it is.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    whole = tensor.full_tensor()
+    return whole.cpu() if dist.get_rank() == 0 else whole.new_empty(0)
+
+
+def share(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Returns what a worker keeps of a tensor, laid out like another, on that one's device."""
+    whole = whole.to(like.device)
+    if not isinstance(like, DTensor) or whole.shape != like.shape:
+        return whole
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def most(count: int, device: torch.device) -> int:
+    """Returns the highest count of all workers, who all call this."""
+    found = torch.tensor(count, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
