@@ -151,7 +151,7 @@ def build_run(recipe: Recipe, uri: str) -> Run:
         ),
         Step(
             name="fret",
-            config={**_dump(recipe.fret), "judged_by": judged_by},
+            config={**_dump(recipe.fret), "judged_by": fingerprint(judged_by)},
             inputs=("candidates", "scores", "passages"),
             work=lambda context: make_fret(recipe.fret, judged_by, context),
         ),

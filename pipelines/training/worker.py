@@ -114,7 +114,8 @@ def run_training(
         shard(encoder.model, bfloat16=uses_bfloat16(config, encoder.device))
     optimizer = make_optimizer(encoder, config)
     done = load_checkpoint(storage, encoder.model, optimizer)
-    log = MetricsLog(storage, done, config.tracking) if rank == 0 else None
+    parameters = config.model_dump(mode="json")
+    log = MetricsLog(storage, done, config.tracking, parameters) if rank == 0 else None
     validation = None
     if config.validation:
         rows = [row for row in read_metrics(storage) if row["batch"] < done]
@@ -164,7 +165,7 @@ def run_training(
         if rank == 0:
             encoder = _load_student(job, "cpu")
             copy_weights(weights, encoder.model)
-    if rank == 0:
+    if log:
         if validation and config.validation and config.validation.patience:
             validation.take_best(storage, encoder.model)
         elif soup:
@@ -172,6 +173,7 @@ def run_training(
         if config.lora:
             merge_adapters(encoder.model)
         _save_encoder(encoder, storage)
+        log.close()
 
 
 def learning_rate(config: TrainingConfig, batch: int, num_batches: int) -> float:
