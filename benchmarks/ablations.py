@@ -1,18 +1,20 @@
 """Gecko's ablations (its tables 4 to 6) with a recipe of your own, as one table.
 
     python benchmarks/ablations.py [RECIPE] [--storage RUN] [--test-sets cranfield stsb banking77]
-        [--tables mixture labels tasks format] [--training-seeds 1] [--set KEY=VALUE ...]
+        [--dimensions 384 128] [--tables mixture labels tasks format] [--training-seeds 1]
+        [--set KEY=VALUE ...]
 
+- stages: as the student begins, pre-finetuned, FRet alone, all sets.
 - mixture: all sets; without FRet; without those of one kind.
 - labels: FRet alone; the seed or the relabelled passage as positive; without a hard negative, with
   a random one, or the lowest ranked one.
 - tasks: as many of FRet's examples of one task alone, of all tasks by rows, of all tasks evenly.
 - format: all sets without the unified format.
 
-The recipe's queries are written and scored once; RUN may be a finished run of it, and is left with
-the last variant. FRet alone is trained for --fret-epochs. Each variant is judged on the recipe's
-named test sets at full size. Prints a table in Markdown and a JSON line; killed, it goes on where
-it stopped.
+The recipe's queries are written and scored once; RUN may be a copy of a finished run, and is left
+with the last variant. FRet alone is trained for --fret-epochs. Each variant is judged on the named
+test sets of the recipe, or all of them. Prints a table in Markdown and a JSON line; killed, it goes
+on where it stopped.
 """
 
 import argparse
@@ -43,9 +45,14 @@ class Variant:
     name: str
     settings: dict[str, object]
 
+    def key(self, seed: int) -> str:
+        """Names its scores in the notes."""
+        return f"{self.name}, {seed}"
+
 
 def variants(recipe: Recipe, rows_by_task: Counter[str], fret_epochs: float) -> Iterator[Variant]:
     """Yields the tables' variants; the last is the only one that needs another pre-finetuning."""
+    yield Variant("stages", "all sets", {})
     yield Variant("mixture", "all sets", {})
     labelled = recipe.mixture.labelled
     if labelled:
@@ -58,6 +65,7 @@ def variants(recipe: Recipe, rows_by_task: Counter[str], fret_epochs: float) -> 
         ]
         yield Variant("mixture", f"without {kind} sets", {"mixture.labelled": kept})
     fret_alone = {"mixture.labelled": [], "training.epochs": fret_epochs}
+    yield Variant("stages", "FRet alone", fret_alone)
     labels = {
         "seed, no hard negative": ("seed", "none"),
         "seed, lowest ranked": ("seed", "lowest"),
@@ -98,8 +106,10 @@ class Ablations:
         self.test_sets = [
             test_set
             for test_set in self.recipe.evaluation
-            if test_set.name in arguments.test_sets and test_set.kind != "mteb"
+            if test_set.kind != "mteb"
+            and (not arguments.test_sets or test_set.name in arguments.test_sets)
         ]
+        self.dimensions: list[int] = arguments.dimensions
         self.notes = self.storage / "ablations.json"
         self.scores: dict[str, dict[str, float]] = (
             json.loads(self.notes.read_text()) if self.notes.exists() else {}
@@ -115,15 +125,21 @@ class Ablations:
 
     def measure(self, variant: Variant, seed: int) -> None:
         """Trains and judges a variant, unless that was done."""
-        key = f"{variant.table}: {variant.name}, {seed}"
-        if key in self.scores:
+        key = variant.key(seed)
+        if self._is_judged(key):
             return
         self._run(variant.settings | {"training.seed": seed}, "export")
         if variant.table != "format":
             for name, folder in BEFORE.items():
-                if name not in self.scores and (self.storage / folder).exists():
+                if (self.storage / folder).exists() and not self._is_judged(name):
                     self._judge(name, folder)
         self._judge(key, "export/model")
+
+    def _is_judged(self, key: str) -> bool:
+        found = self.scores.get(key, {})
+        return {test_set.name for test_set in self.test_sets} <= {
+            name.rpartition("@")[0] for name in found
+        }
 
     def _run(self, settings: dict[str, object], until: str) -> None:
         given = [*self.fixed]
@@ -141,10 +157,32 @@ class Ablations:
             for test_set in self.test_sets
             for word in (FLAGS.get(test_set.kind, f"--{test_set.kind}"), test_set.path)
         ]
+        if self.dimensions:
+            flags += ["--dimensions", ",".join(map(str, self.dimensions))]
         found = json.loads(tokay("eval", str(self.storage / folder), *flags, "--json"))
-        self.scores[key] = {row["dataset"]: row["score"] for row in found["results"]}
+        names = {Path(each.path).resolve().name: each.name for each in self.test_sets}
+        self.scores.setdefault(key, {}).update(
+            {
+                f"{names[row['dataset']]}@{row['dimensions']}": row["score"]
+                for row in found["results"]
+            }
+        )
         self.notes.write_text(json.dumps(self.scores, indent=1))
         print(key, self.scores[key], file=sys.stderr, flush=True)
+
+    def rows(self, table: str, name: str, keys: list[str]) -> Iterator[list[str]]:
+        """Yields a row of the table for each number of dimensions, means over the keys."""
+        found = [self.scores[key] for key in keys if key in self.scores]
+        sizes = {int(key.rpartition("@")[2]) for scores in found for key in scores}
+        for size in self.dimensions or [max(sizes)] if found else ():
+            each = [
+                [scores[f"{test_set.name}@{size}"] for test_set in self.test_sets]
+                for scores in found
+            ]
+            means = [statistics.fmean(scores) for scores in each]
+            cells = [*map(statistics.fmean, zip(*each, strict=True)), statistics.fmean(means)]
+            seeds = ", ".join(f"{mean:.4f}" for mean in means) if len(means) > 1 else ""
+            yield [table, name, str(size), *(f"{cell:.4f}" for cell in cells), seeds]
 
 
 def main() -> None:
@@ -152,9 +190,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", nargs="?", default="gecko-mini")
     parser.add_argument("--storage", type=Path, default=Path("runs/ablations"))
-    parser.add_argument("--test-sets", nargs="+", default=["cranfield", "stsb", "banking77"])
-    tables = ["mixture", "labels", "tasks", "format"]
-    parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
+    parser.add_argument("--test-sets", nargs="*", default=["cranfield", "stsb", "banking77"])
+    parser.add_argument("--dimensions", type=int, nargs="+", default=[])
+    tables = ["stages", "mixture", "labels", "tasks", "format"]
+    parser.add_argument("--tables", nargs="+", choices=tables, default=tables[1:])
     parser.add_argument("--training-seeds", type=int, default=1)
     parser.add_argument("--fret-epochs", type=float, default=3)
     parser.add_argument("--set", action="append", default=[])
@@ -170,33 +209,15 @@ def main() -> None:
         for seed in range(arguments.training_seeds):
             ablations.measure(variant, seed)
     names = [test_set.name for test_set in ablations.test_sets]
-    heads = [
-        "table",
-        "variant",
-        *names,
-        "mean",
-        *(["each seed's mean"] * (arguments.training_seeds > 1)),
-    ]
+    heads = ["table", "variant", "dim", *names, "mean", "each seed's mean"]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
-    for name in BEFORE:
-        if name in ablations.scores:
-            print(_row("", name, [ablations.scores[name]], arguments.training_seeds))
-    for variant in chosen:
-        found = [
-            ablations.scores[f"{variant.table}: {variant.name}, {seed}"]
-            for seed in range(arguments.training_seeds)
-        ]
-        print(_row(variant.table, variant.name, found, arguments.training_seeds))
+    printed = [("", name, [name]) for name in BEFORE]
+    seeds = range(arguments.training_seeds)
+    printed += [(each.table, each.name, [each.key(seed) for seed in seeds]) for each in chosen]
+    for given in printed:
+        for row in ablations.rows(*given):
+            print(f"| {' | '.join(row)} |")
     print(json.dumps({"benchmark": "ablations", "fret": rows_by_task, **ablations.scores}))
-
-
-def _row(table: str, name: str, found: list[dict[str, float]], num_seeds: int) -> str:
-    means = [statistics.fmean(scores.values()) for scores in found]
-    cells = [statistics.fmean(scores[key] for scores in found) for key in found[0]]
-    shown = [f"{cell:.4f}" for cell in (*cells, statistics.fmean(means))]
-    if num_seeds > 1:
-        shown.append(", ".join(f"{mean:.4f}" for mean in means) if len(means) > 1 else "")
-    return f"| {' | '.join([table, name, *shown])} |"
 
 
 if __name__ == "__main__":
