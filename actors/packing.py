@@ -8,7 +8,8 @@ checkpointing stay the model's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, cast
 
@@ -169,18 +170,27 @@ def packed_attention(
     shared = query.shape[1] // key.shape[1]
     if shared > 1:
         key, value = (each.repeat_interleave(shared, dim=1) for each in (key, value))
-    found, start = [], 0
-    for num_texts, length in packed_groups:
-        size = num_texts * length
-        own = slice(start, start + size)
-        texts = [
-            each[0, :, own].view(-1, num_texts, length, each.shape[-1]).transpose(0, 1)
-            for each in (query, key, value)
-        ]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    on_cpu = query.device.type == "cpu" and not causal
+    if on_cpu and (query.dtype == torch.bfloat16 or dropout):
+        # Three to ten times the speed of PyTorch's fused kernel in bfloat16, forwards and
+        # backwards; with dropout that kernel does the same, with more care.
+        layout = _Layout(packed_groups, query.shape[1], sliding_window)
+        attended = _Attention.apply(query, key, value, layout, scale, dropout)  # type: ignore[no-untyped-call]
+        return cast(torch.Tensor, attended), None
+    sizes = [num_texts * length for num_texts, length in packed_groups]
+    parts = zip(*(each.split(sizes, dim=2) for each in (query, key, value)), strict=True)
+    found = []
+    for (num_texts, length), part in zip(packed_groups, parts, strict=True):
         mask = _window(length, causal, sliding_window, query.device)
-        attended = _attend(texts, mask, causal and mask is None, dropout, scaling)
-        found.append(attended.transpose(1, 2).reshape(size, *attended.shape[1::2]))
-        start += size
+        attended = functional.scaled_dot_product_attention(
+            *(_texts(each, num_texts) for each in part),
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=causal and mask is None,
+            scale=scale,
+        )
+        found.append(attended.transpose(1, 2).reshape(-1, *attended.shape[1::2]))
     return torch.cat(found)[None], None
 
 
@@ -208,24 +218,33 @@ def _window(
     return near & (ahead >= 0) if causal else near
 
 
-def _attend(
-    texts: Sequence[torch.Tensor],
-    mask: torch.Tensor | None,
-    causal: bool,
-    dropout: float,
-    scaling: float | None,
-) -> torch.Tensor:
-    """Attention inside texts of one length: ``[texts, heads, tokens, size]`` each and back."""
-    query, key, value = texts
-    on_cpu = query.device.type == "cpu" and mask is None and not causal
-    if not on_cpu or (query.dtype != torch.bfloat16 and not dropout):
-        return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
-        )
-    # Three to ten times the speed of PyTorch's fused kernel in bfloat16, forwards and backwards;
-    # with dropout that kernel does the same, with more care.
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return cast(torch.Tensor, _Attention.apply(query, key, value, scale, dropout))  # type: ignore[no-untyped-call]
+def _texts(rows: torch.Tensor, num_texts: int) -> torch.Tensor:
+    """Views ``[1, heads, tokens, size]`` as ``[texts, heads, length, size]``, of one length."""
+    _, heads, tokens, size = rows.shape
+    return rows.view(heads, num_texts, tokens // num_texts, size).transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the texts are, and how far their tokens see."""
+
+    groups: Groups
+    num_heads: int
+    window: int | None
+
+    def pieces(self) -> Iterator[tuple[slice, int, torch.Tensor | None]]:
+        """Yields tokens, of how many texts, whose weights together stay in a core's cache.
+
+        The third is which weights there are not, None if all are.
+        """
+        start = 0
+        for num_texts, length in self.groups:
+            near = _window(length, False, self.window, torch.device("cpu"))
+            most = max(1, _CACHED_WEIGHTS // (self.num_heads * length**2))
+            for first in range(0, num_texts, most):
+                size = min(most, num_texts - first)
+                yield slice(start, start + size * length), size, None if near is None else ~near
+                start += size * length
 
 
 class _Attention(torch.autograd.Function):
@@ -240,49 +259,59 @@ class _Attention(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        layout: _Layout,
         scale: float,
         dropout: float,
     ) -> torch.Tensor:
-        found = torch.empty_like(query)
+        found = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
         masks = []
-        for part in _pieces(query):
-            weights = _weights(query[part], key[part], scale)
+        for tokens, num_texts, hidden in layout.pieces():
+            queries, keys, values, out = (
+                _texts(each[:, :, tokens], num_texts)
+                for each in (query, key, value, found.transpose(1, 2))
+            )
+            weights = _weights(queries, keys, scale, hidden)
             if dropout:
                 masks.append(draw_kept(weights.shape, dropout))
                 weights *= scaled(masks[-1], dropout, weights.dtype)
-            found[part] = weights @ value[part]
-        ctx.scale, ctx.dropout = scale, dropout
+            out.copy_(weights @ values)
+        ctx.layout, ctx.scale, ctx.dropout = layout, scale, dropout
         ctx.save_for_backward(query, key, value, *masks)
         return found
 
     @staticmethod
     def backward(
         ctx: Any, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None, None]:
         query, key, value, *masks = ctx.saved_tensors
-        gradients = [torch.empty_like(each) for each in (query, key, value)]
-        of_query, of_key, of_value = gradients
-        for number, part in enumerate(_pieces(query)):
-            weights = _weights(query[part], key[part], ctx.scale)
-            of_weights = gradient[part] @ value[part].transpose(-1, -2)
+        of_query, of_key, of_value = (torch.empty_like(each) for each in (query, key, value))
+        for number, (tokens, num_texts, hidden) in enumerate(ctx.layout.pieces()):
+            queries, keys, values, of_out = (
+                _texts(each[:, :, tokens], num_texts)
+                for each in (query, key, value, gradient.transpose(1, 2))
+            )
+            weights = _weights(queries, keys, ctx.scale, hidden)
+            of_weights = of_out @ values.transpose(-1, -2)
             kept = weights
             if masks:
                 factors = scaled(masks[number], ctx.dropout, weights.dtype)
                 kept = weights * factors
                 of_weights *= factors
-            of_value[part] = kept.transpose(-1, -2) @ gradient[part]
             of_products = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-            of_query[part] = (of_products @ key[part]).mul_(ctx.scale)
-            of_key[part] = of_products.transpose(-1, -2) @ (query[part] * ctx.scale)
-        return of_query, of_key, of_value, None, None
+            of_products *= ctx.scale
+            for whole, part in (
+                (of_query, of_products @ keys),
+                (of_key, of_products.transpose(-1, -2) @ queries),
+                (of_value, kept.transpose(-1, -2) @ of_out),
+            ):
+                _texts(whole[:, :, tokens], num_texts).copy_(part)
+        return of_query, of_key, of_value, None, None, None
 
 
-def _pieces(query: torch.Tensor) -> list[slice]:
-    """Returns places of texts whose weights together stay in a core's cache."""
-    texts, heads, length, _ = query.shape
-    size = max(1, _CACHED_WEIGHTS // (heads * length**2))
-    return [slice(start, start + size) for start in range(0, texts, size)]
-
-
-def _weights(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-    return ((query * scale) @ key.transpose(-1, -2)).softmax(-1)
+def _weights(
+    query: torch.Tensor, key: torch.Tensor, scale: float, hidden: torch.Tensor | None
+) -> torch.Tensor:
+    products = (query * scale) @ key.transpose(-1, -2)
+    if hidden is not None:
+        products.masked_fill_(hidden, float("-inf"))
+    return products.softmax(-1)

@@ -104,22 +104,32 @@ def test_packed_training_drops_what_the_model_drops(tiny_model: TinyModel, tmp_p
     assert torch.equal(encoder.embed(TEXTS), encoder.embed(TEXTS))
 
 
+@pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_attention_has_the_gradients_of_its_values(dropout: float, monkeypatch: pytest.MonkeyPatch):
+def test_attention_has_the_gradients_of_its_values(
+    dropout: float, window: int | None, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(packing, "_CACHED_WEIGHTS", 2 * 2 * 5**2)  # two of the three texts at once
     draw = torch.Generator().manual_seed(2)
-    inputs = [
-        torch.randn(3, 2, 5, 4, generator=draw, dtype=torch.float64, requires_grad=True)
-        for _ in range(3)
-    ]
+    rows = (torch.randn(1, 17, 2, 4, generator=draw, dtype=torch.float64) for _ in range(3))
+    inputs = [row.transpose(1, 2).requires_grad_() for row in rows]
+    layout = packing._Layout([(3, 5), (1, 2)], 2, window)
 
     def attention(*inputs: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(1)
-        return packing._Attention.apply(*inputs, 0.5, dropout)
+        return packing._Attention.apply(*inputs, layout, 0.5, dropout)
 
     assert torch.autograd.gradcheck(attention, inputs)
-    plain = torch.nn.functional.scaled_dot_product_attention(*inputs, scale=0.5)
-    assert torch.allclose(attention(*inputs), plain) == (not dropout)
+    alone = [
+        torch.nn.functional.scaled_dot_product_attention(
+            *(each[:, :, start : start + length] for each in inputs),
+            attn_mask=torch.ones(length, length).tril(1).triu(-1).bool() if window else None,
+            scale=0.5,
+        )
+        for start, length in ((0, 5), (5, 5), (10, 5), (15, 2))
+    ]
+    together = torch.cat(alone, dim=2).transpose(1, 2)
+    assert torch.allclose(attention(*inputs), together) == (not dropout)
 
 
 def test_padded_batches_of_a_packed_model_keep_their_masks(tiny_model: TinyModel, tmp_path: Path):
