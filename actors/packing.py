@@ -179,12 +179,15 @@ def packed_attention(
         attended = _Attention.apply(query, key, value, layout, scale, dropout)  # type: ignore[no-untyped-call]
         return cast(torch.Tensor, attended), None
     sizes = [num_texts * length for num_texts, length in packed_groups]
-    parts = zip(*(each.split(sizes, dim=2) for each in (query, key, value)), strict=True)
+    parts = zip(*(torch.split(each, sizes, dim=2) for each in (query, key, value)), strict=True)
     found = []
     for (num_texts, length), part in zip(packed_groups, parts, strict=True):
         mask = _window(length, causal, sliding_window, query.device)
+        queries, keys, values = (_texts(each, num_texts) for each in part)
         attended = functional.scaled_dot_product_attention(
-            *(_texts(each, num_texts) for each in part),
+            queries,
+            keys,
+            values,
             attn_mask=mask,
             dropout_p=dropout,
             is_causal=causal and mask is None,
