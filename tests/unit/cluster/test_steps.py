@@ -177,7 +177,7 @@ def test_full_disk_is_one_line_and_with_room_the_run_goes_on(small_disk: Path) -
         return {}
 
     run = Run(str(small_disk / "run"), [Step(name="big", config={}, inputs=(), work=work)])
-    with pytest.raises(StorageError, match=r"No space left.*that the disk is not full") as error:
+    with pytest.raises(StorageError, match=r"No space left.*the disk is full: make room") as error:
         run.execute(Listener())
     assert "\n" not in str(error.value)
     assert run.artifact(run.steps[0]) is None
