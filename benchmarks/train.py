@@ -7,8 +7,8 @@ same order, in-batch negatives only and without dropout, so that both minimise t
 `MultipleNegativesRankingLoss` in `MatryoshkaLoss` at two sizes, and then, with batches of
 --cached-batch, `CachedMultipleNegativesRankingLoss`. The rival's mini-batch in the cached loss is
 the faster of 16 and 32. Both are timed from a model's folder and a list of pairs to the folder of
-the trained model. Each repeat is a process of its own, whose highest memory counts. Prints one JSON
-line.
+the trained model, without imports. Each repeat is a process of its own, whose highest memory
+counts. Prints one JSON line.
 """
 
 import argparse
@@ -47,6 +47,7 @@ class Task:
 def tokay(connection: Connection, task: Task) -> None:
     """Tokenises, writes the examples, and trains in this process."""
     import pyarrow as pa
+    from transformers import AutoModel, AutoTokenizer  # noqa: F401  imported lazily, untimed
 
     from actors.encoder import Encoder
     from cluster.artifacts import shard_path

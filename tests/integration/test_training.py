@@ -129,14 +129,18 @@ def test_training_lowers_the_loss_and_tells_its_progress(trained: Trained, stude
     assert not (trained.output / "work/checkpoints").exists()
 
 
-def test_one_worker_trains_as_two_do(
+@pytest.mark.parametrize(
+    "settings", [{"num_workers": 1, "min_workers": 1}, {"sharding": "fsdp2"}], ids=["one", "fsdp2"]
+)
+def test_one_worker_and_sharded_ones_train_as_two_do(
+    settings: dict[str, object],
     trained: Trained,
     examples: str,
     student: str,
     tmp_path: Path,
 ):
     rows = train(
-        CONFIG.model_copy(update={"num_workers": 1, "min_workers": 1}),
+        CONFIG.model_copy(update=settings),
         examples=examples,
         student=student,
         output=str(tmp_path / "output"),

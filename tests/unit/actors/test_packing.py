@@ -104,20 +104,25 @@ def test_packed_training_drops_what_the_model_drops(tiny_model: TinyModel, tmp_p
     assert torch.equal(encoder.embed(TEXTS), encoder.embed(TEXTS))
 
 
+@pytest.mark.parametrize("length_step", [1, 3])
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_attention_has_the_gradients_of_its_values(
-    dropout: float, window: int | None, monkeypatch: pytest.MonkeyPatch
+    dropout: float, window: int | None, length_step: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(packing, "_CACHED_WEIGHTS", 2 * 2 * 5**2)  # two of the three texts at once
+    monkeypatch.setattr(packing, "_CACHED_WEIGHTS", 2 * 2 * 6**2)  # two texts at once
+    monkeypatch.setattr(packing, "_LENGTH_STEP", length_step)
     draw = torch.Generator().manual_seed(2)
-    rows = (torch.randn(1, 17, 2, 4, generator=draw, dtype=torch.float64) for _ in range(3))
+    rows = (torch.randn(1, 21, 2, 4, generator=draw, dtype=torch.float64) for _ in range(3))
     inputs = [row.transpose(1, 2).requires_grad_() for row in rows]
-    layout = packing._Layout([(3, 5), (1, 2)], 2, window)
+    pieces = packing._Layout([(3, 5), (1, 4), (1, 2)]).pieces(2, window)
+    assert [piece.num_texts for piece in pieces] == (
+        [2, 1, 1, 1] if length_step == 1 else [2, 2, 1]
+    )
 
     def attention(*inputs: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(1)
-        return packing._Attention.apply(*inputs, layout, 0.5, dropout)
+        return packing._Attention.apply(*inputs, pieces, 0.5, dropout)
 
     assert torch.autograd.gradcheck(attention, inputs)
     alone = [
@@ -126,10 +131,24 @@ def test_attention_has_the_gradients_of_its_values(
             attn_mask=torch.ones(length, length).tril(1).triu(-1).bool() if window else None,
             scale=0.5,
         )
-        for start, length in ((0, 5), (5, 5), (10, 5), (15, 2))
+        for start, length in ((0, 5), (5, 5), (10, 5), (15, 4), (19, 2))
     ]
     together = torch.cat(alone, dim=2).transpose(1, 2)
     assert torch.allclose(attention(*inputs), together) == (not dropout)
+
+
+def test_a_pass_is_filled_by_at_most_a_sixteenth(tiny_model: TinyModel, tmp_path: Path):
+    encoder = Encoder.load(str(tiny_model("bert", tmp_path)), device="cpu")
+    sizes: list[int] = []
+    encoder.model.encoder.register_forward_pre_hook(
+        lambda _, inputs: sizes.append(inputs[0].shape[1])
+    )
+    for num_tokens in (1, 5, 31, 40, 100, 300):
+        rows = [np.full(length, 7) for length in [10] * (num_tokens // 10) + [num_tokens % 10 or 1]]
+        with torch.no_grad():
+            assert len(encoder.embed_tokens(rows)) == len(rows)
+        assert 0 <= sizes[-1] - sum(map(len, rows)) <= num_tokens / 16
+    assert len(set(sizes)) == 6
 
 
 def test_padded_batches_of_a_packed_model_keep_their_masks(tiny_model: TinyModel, tmp_path: Path):
