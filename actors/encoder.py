@@ -59,6 +59,8 @@ class Encoder:
         max_tokens: Longer texts are cut to this many tokens.
         templates: What :meth:`encode_queries` and :meth:`encode_passages` put around a text.
         packed: Whether batches go through the model without padding.
+        num_tokens: Tokens of texts that went through the model so far.
+        num_places: The same with what filled the batches up.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Encoder:
         self.max_tokens = max_tokens
         self.templates = templates
         self.packed = False
+        self.num_tokens = self.num_places = 0
         if self.device.type == "cpu":  # a GPU wants few large kernels more than no padding
             use_onednn(model)
             use_fast_dropout(model)
@@ -263,6 +266,7 @@ class Encoder:
             raise ValueError(f"batch_tokens {batch_tokens}: it must be at least 1")
         if not rows:
             return torch.zeros(0, self.dimensions, device=self.device)
+        self.num_tokens += sum(map(len, rows))
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
         batches = list(self._batches([rows[row] for row in order], batch_tokens))
         if self.packed:
@@ -332,6 +336,7 @@ class Encoder:
         pooled = []
         for batch in batches:
             hidden, groups = packed_forward(self.model, batch, self._options)
+            self.num_places += len(hidden)
             pooled.append(pool_packed(hidden.float(), groups, self.pooling))
         return self._finish(torch.cat(pooled))
 
@@ -339,6 +344,7 @@ class Encoder:
         lengths = np.array([len(row) for row in rows])
         attended = np.arange(lengths.max())[None, :] < lengths[:, None]
         ids = np.full(attended.shape, self._pad_id, dtype=np.int64)
+        self.num_places += ids.size
         ids[attended] = np.concatenate([np.asarray(row) for row in rows])
         mask = torch.from_numpy(attended.astype(np.int64)).to(self.device)
         hidden = self.model(

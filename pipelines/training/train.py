@@ -49,7 +49,8 @@ def train(
 
     Returns:
         A row for each batch: batch, dataset, loss, learning_rate, gradient_norm, examples_per_s,
-        tokens_per_s, and where the training looked, validation_loss and validation_ndcg_at_10.
+        tokens_per_s, padding_share (of rank 0's passes), and where the training looked,
+        validation_loss and validation_ndcg_at_10.
 
     Raises:
         UserError: There are no examples, or the student does not load.

@@ -130,8 +130,10 @@ def run_training(
         start = time.perf_counter()
         rate = learning_rate(config, batch.number, job.num_batches)
         torch.manual_seed((config.seed * job.num_batches + batch.number) * world + rank)
+        tokens, places = encoder.num_tokens, encoder.num_places
         loss, norm = train_batch(encoder, optimizer, part, config, rate=rate, rank=rank)
         seconds = time.perf_counter() - start
+        tokens, places = encoder.num_tokens - tokens, encoder.num_places - places
         done = batch.number + 1
         row: MetricsRow = {
             "batch": batch.number,
@@ -141,6 +143,7 @@ def run_training(
             "gradient_norm": round(norm, 6),
             "examples_per_s": round(len(batch.queries) / seconds, 2),
             "tokens_per_s": round(batch.num_tokens / seconds, 2),
+            "padding_share": round(1 - tokens / max(1, places), 4),
         }
         stop = False
         if validation and validation.is_due(done, job.num_batches):

@@ -149,6 +149,11 @@ def test_a_pass_is_filled_by_at_most_a_sixteenth(tiny_model: TinyModel, tmp_path
             assert len(encoder.embed_tokens(rows)) == len(rows)
         assert 0 <= sizes[-1] - sum(map(len, rows)) <= num_tokens / 16
     assert len(set(sizes)) == 6
+    assert encoder.num_places == sum(sizes)
+    encoder.packed = False
+    before = encoder.num_tokens, encoder.num_places
+    encoder.encode(["one two three", "one"])
+    assert (encoder.num_tokens - before[0], encoder.num_places - before[1]) == (8, 10)
 
 
 def test_padded_batches_of_a_packed_model_keep_their_masks(tiny_model: TinyModel, tmp_path: Path):

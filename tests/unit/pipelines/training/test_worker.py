@@ -237,6 +237,7 @@ def test_metrics_and_tensorboard_hold_every_batch_once(examples: str, student: s
     rows = run(examples, student, tmp_path, **settings)
     assert {row["dataset"] for row in rows} == {"titles", "more-titles"}
     assert all(row["gradient_norm"] > 0 and row["tokens_per_s"] > 0 for row in rows)
+    assert all(0 <= row["padding_share"] <= 1 / 16 for row in rows)  # packed
     events = read_events(tmp_path / TENSORBOARD)
     found = {
         tag: {
