@@ -8,10 +8,19 @@ RUN_PASSAGES = "run:passages"
 HUB = "hub:"
 
 Kind = Literal[
-    "pairs", "title-body", "nli", "classification", "clustering", "sts", "retrieval", "rerank"
+    "pairs",
+    "title-body",
+    "nli",
+    "classification",
+    "clustering",
+    "sts",
+    "retrieval",
+    "rerank",
+    "bitext",
 ]
 
-# The fields of a row of each kind: of a JSON line, a TSV's or a Parquet file's columns.
+# The fields of a row of each kind: of a JSON line, a TSV's or a Parquet file's columns; of bitext,
+# the names of its text files.
 FIELDS: dict[str, tuple[str, ...]] = {
     "pairs": ("query", "positive", "negative", "negatives"),
     "title-body": ("title", "text"),
@@ -21,17 +30,19 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "sts": ("score", "sentence1", "sentence2"),
     "retrieval": (),
     "rerank": ("query", "positive", "negative"),
+    "bitext": ("sentence1", "sentence2"),
 }
 
 # Gecko's task and symmetry of each kind, where the recipe names none.
 _TASKS = {
     "nli": "semantic similarity",
     "sts": "semantic similarity",
+    "bitext": "semantic similarity",
     "classification": "classification",
     "rerank": "question answering",
     "retrieval": "question answering",
 }
-_SYMMETRIC = ("nli", "sts", "classification", "clustering")
+_SYMMETRIC = ("nli", "sts", "bitext", "classification", "clustering")
 
 
 class LabelledSet(BaseModel):
@@ -43,8 +54,9 @@ class LabelledSet(BaseModel):
     kind: Kind = "pairs"
     path: str = Field(
         description=f"a .jsonl, .tsv or .parquet file, path or s3:// URI; for retrieval a BEIR"
-        f" folder; '{HUB}NAME[:CONFIG[:SPLIT]]', of the hub or a folder, through `datasets`; for"
-        f" title-body also '{RUN_PASSAGES}'"
+        f" folder; for bitext a folder with en.txt and de.txt, whose lines are translations, and"
+        f" fields {{sentence1: en, sentence2: de}}; '{HUB}NAME[:CONFIG[:SPLIT]]', of the hub or a"
+        f" folder, through `datasets`; for title-body also '{RUN_PASSAGES}'"
     )
     revision: str | None = Field(default=None, description="of a hub data set: a commit or tag")
     fields: dict[str, str] = Field(
@@ -54,8 +66,8 @@ class LabelledSet(BaseModel):
     task: str = Field(default="", description="default: Gecko's for this kind, or 'search result'")
     symmetric: bool | None = Field(
         default=None,
-        description="targets are formatted like queries; default: for nli, sts, classification and"
-        " clustering",
+        description="targets are formatted like queries; default: for nli, sts, bitext,"
+        " classification and clustering",
     )
     min_score: float = Field(default=4.0, description="of an sts pair that is a positive one")
     max_negatives: int = Field(
@@ -86,10 +98,10 @@ class LabelledSet(BaseModel):
                 f"labelled set {self.name!r}: {RUN_PASSAGES} is for the kind title-body, not"
                 f" {self.kind}"
             )
-        if self.path.startswith(HUB) and self.kind == "retrieval":
+        if self.path.startswith(HUB) and self.kind in ("retrieval", "bitext"):
             raise ValueError(
-                f"labelled set {self.name!r}: a retrieval set is a BEIR folder; download"
-                f" {self.path} first, or read it as pairs"
+                f"labelled set {self.name!r}: a {self.kind} set is a folder; download {self.path}"
+                " first, or read it as pairs"
             )
         return self
 

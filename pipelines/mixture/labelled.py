@@ -205,6 +205,14 @@ def _sts(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Examp
             reading.left_out[f"score below {labelled.min_score:g}"] += 1
 
 
+def _bitext(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Example]:
+    for _, _, (one, other) in rows.texts("sentence1", "sentence2"):
+        if one == other:
+            reading.left_out["equal in both languages"] += 1
+        else:
+            yield _example(labelled, one, other, [])
+
+
 def _rerank(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Example]:
     for row, where, (query,) in rows.texts("query"):
         positives, negatives = _list(row.get("positive")), _list(row.get("negative"))
@@ -272,6 +280,7 @@ _KINDS: dict[str, Callable[[LabelledSet, _Rows, Reading], Iterator[Example]]] = 
     "clustering": _classes,
     "sts": _sts,
     "rerank": _rerank,
+    "bitext": _bitext,
 }
 
 

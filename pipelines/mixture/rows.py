@@ -35,6 +35,9 @@ def version(labelled: LabelledSet) -> Json:
     if labelled.kind == "retrieval":
         storage = open_storage(labelled.path)
         return [[file, storage.version(file)] for file in beir_files(labelled)]
+    if labelled.kind == "bitext":
+        storage, *files = _bitext_files(labelled)
+        return [[file, storage.version(file)] for file in files]
     storage, name = _file(labelled)
     return storage.version(name)
 
@@ -115,6 +118,8 @@ def _read(labelled: LabelledSet, passages: Artifact | None) -> Iterator[Row | Re
             yield from ((row["id"], row) for row in table.to_pylist())
     elif labelled.path.startswith(HUB):
         yield from _hub_rows(labelled)
+    elif labelled.kind == "bitext":
+        yield from _bitext_rows(labelled)
     else:
         storage, name = _file(labelled)
         if name.endswith(".parquet"):
@@ -137,6 +142,36 @@ def _file(labelled: LabelledSet) -> tuple[Storage, str]:
             f"labelled set {labelled.name!r}: {labelled.path} does not exist: correct its path"
         )
     return storage, PurePosixPath(name).as_posix()
+
+
+def _bitext_files(labelled: LabelledSet) -> tuple[Storage, str, str]:
+    """Returns the folder and the names of its two texts."""
+    storage = open_storage(labelled.path)
+    one, other = (f"{labelled.fields.get(field, field)}.txt" for field in FIELDS["bitext"])
+    missing = [file for file in (one, other) if not storage.exists(file)]
+    if missing:
+        raise UserError(
+            f"labelled set {labelled.name!r}: {labelled.path} has no {', '.join(missing)}: correct"
+            " its path, or name its texts as in fields: {sentence1: en, sentence2: de}"
+        )
+    return storage, one, other
+
+
+def _bitext_rows(labelled: LabelledSet) -> Iterator[Row | Reject]:
+    storage, *files = _bitext_files(labelled)
+    one, other = (storage.read_bytes(file).removesuffix(b"\n").split(b"\n") for file in files)
+    if len(one) != len(other):
+        raise UserError(
+            f"labelled set {labelled.name!r}: {files[0]} has {len(one)} lines and {files[1]}"
+            f" {len(other)}: lines of one number have to be translations of each other"
+        )
+    names = [PurePosixPath(file).stem for file in files]
+    for number, pair in enumerate(zip(one, other, strict=True), start=1):
+        where = f"{files[0]}:{number}"
+        try:
+            yield where, {name: line.decode() for name, line in zip(names, pair, strict=True)}
+        except UnicodeDecodeError:
+            yield where, "not UTF-8", b" | ".join(pair)[:200].decode("utf-8", "replace")
 
 
 def _parquet_rows(storage: Storage, path: str) -> Iterator[Row]:

@@ -46,6 +46,25 @@ def test_pairs_have_none_one_or_several_negatives(tmp_path: Path) -> None:
     assert reading.num_rows == 3 and not reading.rejects
 
 
+def test_bitext_pairs_the_lines_of_two_texts(tmp_path: Path) -> None:
+    (tmp_path / "en.txt").write_text("a house\nParis\n\nmany words\nx\n")
+    (tmp_path / "de.txt").write_bytes("ein Haus\nParis\nnichts\nviele Wörter\n".encode() + b"\xff")
+    names = {"sentence1": "en", "sentence2": "de"}
+    found, reading = read(tmp_path, "bitext", fields=names)
+    assert triples(found) == [("a house", "ein Haus", []), ("many words", "viele Wörter", [])]
+    assert {example.task for example in found} == {"semantic similarity"}
+    assert reading.left_out == {"equal in both languages": 1}
+    assert [(where, why) for where, why, _ in reading.rejects] == [
+        ("en.txt:3", "no text in field 'en'"),
+        ("en.txt:5", "not UTF-8"),
+    ]
+    with pytest.raises(UserError, match=r"has no sentence2.txt: correct its path, or name"):
+        read(tmp_path, "bitext", fields={"sentence1": "en"})
+    (tmp_path / "de.txt").write_text("ein Haus\n")
+    with pytest.raises(UserError, match=r"en.txt has 5 lines and de.txt 1: lines of one number"):
+        read(tmp_path, "bitext", fields=names)
+
+
 def test_rows_that_cannot_be_read_are_rejects_with_their_place_and_reason(tmp_path: Path) -> None:
     rows: Rows = [
         {"query": "a", "positive": "b"},
