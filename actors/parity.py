@@ -85,7 +85,9 @@ def check_parity(
     trained = trained or export
     known = [(each, _written(each, trained.templates, task)) for each in texts]
     # A tokenizer without special tokens makes nothing of nothing, and each library its own of that.
-    known = [(each, text) for each, text in known if export.tokenizer(text)["input_ids"]]
+    known = [
+        (each, text) for each, text in known if export.tokenizer(text, verbose=False)["input_ids"]
+    ]
     if not known:
         raise ValueError("check_parity was given no text: give it at least one")
     written = [text for _, text in known]

@@ -36,9 +36,12 @@ Address = Annotated[
     str, typer.Option(help="The cluster's dashboard.", envvar="RAY_API_SERVER_ADDRESS")
 ]
 TestFolders = Annotated[
-    list[Path] | None, typer.Option(help="A folder of test data; may be repeated.")
+    list[str] | None,
+    typer.Option(help="A folder of test data: a path, file:// or s3://; may be repeated."),
 ]
-RecipeFile = Annotated[str, typer.Argument(help="A YAML file, or laptop, gpu or cluster.")]
+RecipeFile = Annotated[
+    str, typer.Argument(help="A YAML file, or laptop, gpu, cluster or gecko-mini.")
+]
 LOCAL_DASHBOARD = "http://127.0.0.1:8265"
 
 
@@ -105,6 +108,20 @@ def plan(
     loaded = load_recipe(recipe, settings)
     made = make_plan(loaded, storage or f"runs/{loaded.name}")
     _print_json(made) if as_json else print_plan(made, console)
+
+
+@app.command()
+def keys(
+    below: Annotated[str, typer.Argument(help="A key, such as training.loss.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """List the keys of a recipe, with what they accept, their defaults and what they mean."""
+    from dataclasses import asdict
+
+    from pipelines.recipe_keys import print_keys, recipe_keys
+
+    found = recipe_keys(below)
+    _print_json([asdict(key) for key in found]) if as_json else print_keys(found, console)
 
 
 @app.command()
@@ -186,7 +203,7 @@ def eval_command(
         "mteb": mteb,
     }
     test_sets = [
-        folder_test_set(kind, str(path), split, task)
+        folder_test_set(kind, path, split, task)
         for kind, paths in given.items()
         for path in paths or ()
     ]

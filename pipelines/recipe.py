@@ -8,7 +8,7 @@ import os
 import re
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import (
@@ -43,11 +43,15 @@ class ActorResources(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    num_actors: int = Field(default=1, ge=1)
-    num_cpus: float = Field(default=1.0, ge=0)
-    num_gpus: float = Field(default=0.0, ge=0)
-    node_resource: str | None = None
-    shards_in_flight: int = Field(default=1, ge=1)
+    num_actors: int = Field(default=1, ge=1, description="at most; the pool starts with one")
+    num_cpus: float = Field(default=1.0, ge=0, description="an actor")
+    num_gpus: float = Field(default=0.0, ge=0, description="an actor")
+    node_resource: str | None = Field(
+        default=None, description="custom resource of the nodes that may have such actors"
+    )
+    shards_in_flight: int = Field(
+        default=1, ge=1, description="shards at work at once in an actor, so that it never idles"
+    )
 
     def stage(self) -> StageResources:
         """Returns it as the runner knows it."""
@@ -95,7 +99,6 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    kind: Literal["laptop", "gpu", "cluster"] = "laptop"
     corpus: CorpusConfig
     seeds: SeedsConfig = SeedsConfig()
     llm: LlmConfig

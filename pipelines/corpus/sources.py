@@ -38,10 +38,16 @@ class CorpusConfig(BaseModel):
     text_field: str = "text"
     title_field: str = "title"
     id_field: str | None = Field(default=None, description="default: _id or id, else the line")
-    max_words: int = Field(default=160, ge=16)
-    min_words: int = Field(default=20, ge=1)
-    near_duplicate_threshold: float | None = Field(default=0.8, gt=0, le=1)
-    max_reject_share: float = Field(default=0.5, ge=0, le=1)
+    max_words: int = Field(default=160, ge=16, description="of a passage; longer texts are cut")
+    min_words: int = Field(
+        default=20, ge=1, description="of a text's last passage; it takes from the one before"
+    )
+    near_duplicate_threshold: float | None = Field(
+        default=0.8, gt=0, le=1, description="Jaccard similarity from which a passage is a reject"
+    )
+    max_reject_share: float = Field(
+        default=0.5, ge=0, le=1, description="of rows; more rejects stop the step"
+    )
 
 
 class Corpus:

@@ -18,9 +18,15 @@ class FretConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    fusion: Literal["ql+rc", "ql", "rc"] = "ql+rc"
-    positive: Literal["fused", "seed"] = "fused"
-    negative: Literal["lowest", "random", "none"] = "lowest"
+    fusion: Literal["ql+rc", "ql", "rc"] = Field(
+        default="ql+rc", description="ranks that are fused, or one of them, for ablations"
+    )
+    positive: Literal["fused", "seed"] = Field(
+        default="fused", description="the candidate that ranks highest, or the seed passage"
+    )
+    negative: Literal["lowest", "random", "none"] = Field(
+        default="lowest", description="which of the other candidates"
+    )
     num_negatives: int = Field(
         default=1, ge=1, description="hard negatives an example, as many as are fit; Gecko has one"
     )

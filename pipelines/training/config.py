@@ -87,7 +87,7 @@ class ValidationConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    every_batches: int = Field(default=100, ge=1)
+    every_batches: int = Field(default=100, ge=1, description="and at the end")
     test_set: str | None = Field(
         default=None, description="name of a retrieval set of the recipe's evaluation: nDCG@10"
     )
@@ -182,7 +182,9 @@ class TrainingConfig(BaseModel):
     node_resource: str | None = Field(
         default=None, description="custom resource that steers workers to one node type"
     )
-    checkpoint_every_batches: int = Field(default=100, ge=1)
+    checkpoint_every_batches: int = Field(
+        default=100, ge=1, description="what a crash can cost; changes no number"
+    )
     max_failures: int = Field(
         default=2, ge=0, description="restarts from the last checkpoint after a lost worker"
     )
