@@ -45,6 +45,7 @@ __all__ = ["POOLINGS", "Encoder", "PromptTemplates", "cut_layers", "native_bfloa
 # Activations of 2048 tokens stay in a CPU's cache: 1.4 times the speed of 8192 for MiniLM.
 _BATCH_TOKENS = {"cpu": 2048}
 _BATCH_TOKENS_ELSEWHERE = 16384
+_MAX_TOKENS = 256  # of a model that does not say
 
 
 class Encoder:
@@ -96,7 +97,7 @@ class Encoder:
         cls,
         model: str,
         *,
-        max_tokens: int = 256,
+        max_tokens: int | None = None,
         dtype: str = "float32",
         device: str | None = None,
         trust_remote_code: bool = False,
@@ -109,7 +110,8 @@ class Encoder:
 
         Args:
             model: Folder, hub id, or ``embedded:NAME``.
-            max_tokens: Cut texts here; a model that takes less lowers it.
+            max_tokens: Cut texts here; a model that takes less lowers it. None: where the model's
+                folder says, or 256.
             dtype: ``float32``, ``bfloat16``, ``float16``; or ``auto``, which is bfloat16 where the
                 hardware multiplies it natively and float32 elsewhere.
             device: ``cpu``, ``cuda``, ``cuda:1``; the GPU where there is one if None.
@@ -142,17 +144,21 @@ class Encoder:
             raise UserError(f"encoder {model!r} cannot be loaded: {reason}") from error
         # The right side: the same positions in any batch; a decoder sees nothing behind a token.
         tokenizer.padding_side = "right"
+        if tokenizer.pad_token is None:  # some decoders'; libraries want one to fill a batch
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         projection = read_projection(folder, model)
         if projection is not None:
             transformer.add_module("projection", projection.to(getattr(torch, dtype)))
-        sentence = read_json(folder / "sentence_bert_config.json")
+        said = [
+            read_json(folder / "sentence_bert_config.json").get("max_seq_length"),
+            read_json(folder / "tokay.json").get("max_tokens"),
+        ]
         positions = getattr(transformer.config, "max_position_embeddings", None)
         limits = [
-            max_tokens,
+            max_tokens or (None if any(said) else _MAX_TOKENS),
             tokenizer.model_max_length,
             positions and positions - first_position(transformer.config),
-            sentence.get("max_seq_length"),
-            read_json(folder / "tokay.json").get("max_tokens"),
+            *said,
         ]
         return cls(
             transformer.to(chosen).eval(),

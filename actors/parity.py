@@ -68,6 +68,7 @@ def check_parity(
     dimensions: Sequence[int] = (),
     trained: Encoder | None = None,
     task: str = "search result",
+    trust_remote_code: bool = False,
 ) -> list[Agreement]:
     """Embeds texts in every way there is and compares.
 
@@ -77,11 +78,13 @@ def check_parity(
         dimensions: To cut the vectors to, beside their full length.
         trained: What was exported; the export itself if None.
         task: Of queries, where the template names one.
+        trust_remote_code: Run Python code that comes with the model.
 
     Returns:
         One agreement for each way, kind of text and number of dimensions.
     """
-    export = Encoder.load(str(folder), device="cpu")
+    trust = trust_remote_code
+    export = Encoder.load(str(folder), device="cpu", trust_remote_code=trust)
     trained = trained or export
     known = [(each, _written(each, trained.templates, task)) for each in texts]
     # A tokenizer without special tokens makes nothing of nothing, and each library its own of that.
@@ -95,8 +98,8 @@ def check_parity(
         expected = trained.embed(written).cpu().numpy()
     found = {
         EXPORT: export.encode(written),
-        SENTENCE_TRANSFORMERS: _by_sentence_transformers(folder, known),
-        TRANSFORMERS: _by_transformers(folder, export.pooling, written),
+        SENTENCE_TRANSFORMERS: _by_sentence_transformers(folder, known, trust),
+        TRANSFORMERS: _by_transformers(folder, export.pooling, written, trust),
         SERVED: _as_served(export, written),
     }
     kinds = np.array([each.kind for each, _ in known])
@@ -131,13 +134,15 @@ def _as_served(encoder: Encoder, texts: list[str]) -> np.ndarray:
 
 
 def _by_sentence_transformers(
-    folder: str | Path, known: Sequence[tuple[ParityText, str]]
+    folder: str | Path, known: Sequence[tuple[ParityText, str]], trust_remote_code: bool
 ) -> np.ndarray:
     """Embeds texts as they are written, and by the prompt's name where the folder has one."""
     from sentence_transformers import SentenceTransformer
 
     with no_progress_bars():
-        model: Any = SentenceTransformer(str(folder), device="cpu")
+        model: Any = SentenceTransformer(
+            str(folder), device="cpu", trust_remote_code=trust_remote_code
+        )
     vectors = np.array(
         model.encode([text for _, text in known], prompt="", show_progress_bar=False)
     )
@@ -147,14 +152,20 @@ def _by_sentence_transformers(
     return vectors
 
 
-def _by_transformers(folder: str | Path, pooling: str, texts: list[str]) -> np.ndarray:
+def _by_transformers(
+    folder: str | Path, pooling: str, texts: list[str], trust_remote_code: bool
+) -> np.ndarray:
     """Embeds as a person would who has transformers alone: pooling written out, eager attention."""
     from transformers import AutoModel, AutoTokenizer
 
     with no_progress_bars():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         model = AutoModel.from_pretrained(
-            folder, attn_implementation="eager", dtype=torch.float32, use_safetensors=True
+            folder,
+            attn_implementation="eager",
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
         )
     model.eval()
     batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")

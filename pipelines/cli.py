@@ -178,7 +178,10 @@ def eval_command(
         typer.Option(help="Keep mteb's results here, and measure nothing again [default: not]."),
     ] = None,
     actors: Annotated[int, typer.Option(min=1, help="Ray actors to encode with; 1: no Ray.")] = 1,
-    max_tokens: Annotated[int, typer.Option(help="For models that do not say.")] = 256,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=8, help="Cut texts here [default: where the model says, or 256]."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate models with mteb on folders of test data or mteb's own tasks."""

@@ -77,7 +77,7 @@ def build_run(recipe: Recipe, uri: str) -> Run:
     def export(context: StepContext) -> dict[str, Json]:
         texts = context.input("passages").shard(context.input("passages").shards[0], ["text"])
         sample = texts["text"].to_pylist()[:32]
-        return export_student(recipe.name, recipe.student.model, sample, context)
+        return export_student(recipe.name, recipe.student, sample, context)
 
     def evaluate(context: StepContext) -> dict[str, Json]:
         encoders = {
@@ -292,6 +292,7 @@ def _training_step(name: str, mixture: str, training: TrainingConfig, recipe: Re
             mixture=mixture,
             student=join(start.uri, ENCODER if inputs[1] == "prefinetuning" else MODEL),
             test_set=watched,
+            trust_remote_code=recipe.student.trust_remote_code,
             context=context,
         )
 
@@ -307,6 +308,7 @@ def _saved(artifact: Artifact, recipe: Recipe, folder: str = MODEL) -> EncoderCo
         model=join(artifact.uri, folder),
         max_tokens=recipe.student.max_tokens,
         dtype=recipe.student.dtype,
+        trust_remote_code=recipe.student.trust_remote_code,
     )
 
 

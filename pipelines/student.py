@@ -85,7 +85,7 @@ def load_student(config: StudentConfig) -> Encoder:
 
 
 def export_student(
-    recipe_name: str, base_model: str, parity_texts: list[str], context: StepContext
+    recipe_name: str, student: StudentConfig, parity_texts: list[str], context: StepContext
 ) -> dict[str, Json]:
     """Writes the trained student as a sentence-transformers folder and proves its parity.
 
@@ -96,18 +96,21 @@ def export_student(
     from actors.parity import DIFFICULT, ParityText, check_parity
 
     training = context.input("training")
-    encoder = Encoder.load(join(training.uri, "encoder"), device="cpu")
+    trust = student.trust_remote_code
+    encoder = Encoder.load(join(training.uri, "encoder"), device="cpu", trust_remote_code=trust)
     sizes = training.manifest.config["loss"]["matryoshka_dimensions"]
     fret = context.input("fret").manifest.metrics
     sets: dict[str, int] = {}
     for name in ("prefinetuning_mixture", "mixture"):
         if name in context.inputs:
             sets |= context.inputs[name].manifest.metrics["sets"]
-    card = _model_card(recipe_name, base_model, encoder, sizes, fret, sets)
+    card = _model_card(recipe_name, student.model, encoder, sizes, fret, sets)
     texts = [*DIFFICULT, *(ParityText(kind="passage", text=text) for text in parity_texts)]
     with tempfile.TemporaryDirectory() as temporary:
         encoder.save(temporary, model_card=card)
-        agreements = check_parity(temporary, texts, dimensions=sizes, trained=encoder)
+        agreements = check_parity(
+            temporary, texts, dimensions=sizes, trained=encoder, trust_remote_code=trust
+        )
         worst = min(agreements, key=lambda each: each.cosine)
         if not worst.cosine >= MIN_PARITY:
             raise TokayError(

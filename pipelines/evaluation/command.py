@@ -46,14 +46,14 @@ class EvalOptions:
         dimensions: Cut the vectors to each of these; empty: as long as they are.
         results: Folder of mteb's results, read and written; None: neither.
         num_actors: Ray actors that share the encoding; 1: in this process, without Ray.
-        max_tokens: Longer texts are cut.
+        max_tokens: Longer texts are cut; None: where the model says, or 256.
         as_json: Print JSON instead of tables.
     """
 
     dimensions: tuple[int, ...] = ()
     results: Path | None = None
     num_actors: int = 1
-    max_tokens: int = 256
+    max_tokens: int | None = None
     as_json: bool = False
 
 
@@ -179,7 +179,7 @@ def _loaded(location: Location, options: EvalOptions) -> Iterator[TextEncoder]:
         actors.close()
 
 
-def _load(location: Location, max_tokens: int) -> TextEncoder:
+def _load(location: Location, max_tokens: int | None) -> TextEncoder:
     if isinstance(location, EncoderConfig):
         return load_encoder(location)
     if location.startswith(("http://", "https://")):

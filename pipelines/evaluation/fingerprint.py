@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 _NOT_CONTENT = ("_name_or_path", "transformers_version")
+_COUNTS = ("num_tokens", "num_places")
 
 
 def encoder_fingerprint(encoder: Any) -> str | None:
@@ -22,6 +23,8 @@ def encoder_fingerprint(encoder: Any) -> str | None:
         return getattr(encoder, "fingerprint", None)
     digest = hashlib.sha256()
     for name, value in sorted(vars(encoder).items()):
+        if name in _COUNTS:
+            continue
         digest.update(name.encode())
         if isinstance(value, torch.nn.Module):
             digest.update(_config(value).encode())

@@ -20,6 +20,7 @@ def train_student(
     mixture: str,
     student: str,
     test_set: RetrievalDataset | None,
+    trust_remote_code: bool,
     context: StepContext,
 ) -> dict[str, Json]:
     """Trains the student; the step's folder gets `encoder/` and `metrics.jsonl`.
@@ -29,6 +30,7 @@ def train_student(
         mixture: Name of the step whose batches are trained on.
         student: Folder or URI of the encoder to start from.
         test_set: What the training is watched on, if anything.
+        trust_remote_code: Run Python code that comes with the student.
         context: Of the step.
     """
     context.progress.update(0, context.input(mixture).manifest.metrics["num_batches"])
@@ -40,6 +42,7 @@ def train_student(
         scratch=join(context.storage.uri, "work", "ray"),
         test_set=test_set,
         progress=context.progress,
+        trust_remote_code=trust_remote_code,
     )
     tail = [row["loss"] for row in rows[-20:]]
     return {"num_batches": len(rows), "final_loss": round(sum(tail) / len(tail), 4)}

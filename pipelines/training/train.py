@@ -32,6 +32,7 @@ def train(
     scratch: str,
     test_set: RetrievalDataset | None = None,
     progress: Progress | None = None,
+    trust_remote_code: bool = False,
 ) -> list[MetricsRow]:
     """Trains the student on all batches, going on from the last checkpoint in `output`.
 
@@ -46,6 +47,7 @@ def train(
         scratch: URI of a folder that every node reaches, for Ray Train's own files.
         test_set: What `config.validation.test_set` names.
         progress: Told of batches done.
+        trust_remote_code: Run Python code that comes with the student.
 
     Returns:
         A row for each batch: batch, dataset, loss, learning_rate, gradient_norm, examples_per_s,
@@ -72,6 +74,7 @@ def train(
         output=output,
         num_batches=count_batches(examples),
         test_set=test_set,
+        trust_remote_code=trust_remote_code,
     )
     storage = open_storage(output)
     trainer = TorchTrainer(

@@ -52,6 +52,7 @@ class Job:
         output: URI of the folder for checkpoints, metrics and the trained encoder.
         num_batches: How many batches the examples hold.
         test_set: What `config.validation.test_set` names, or None.
+        trust_remote_code: Run Python code that comes with the student.
     """
 
     config: TrainingConfig
@@ -60,6 +61,7 @@ class Job:
     output: str
     num_batches: int
     test_set: RetrievalDataset | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,11 +194,7 @@ def _load_student(job: Job, device: str | None) -> Encoder:
     from actors.encoder import Encoder
 
     config = job.config
-    encoder = Encoder.load(
-        job.student,
-        max_tokens=max(config.max_query_tokens, config.max_passage_tokens),
-        device=device,
-    )
+    encoder = Encoder.load(job.student, device=device, trust_remote_code=job.trust_remote_code)
     pooler = getattr(encoder.model, "pooler", None)
     if pooler is not None:  # BERT's, over the first token: no part of a mean-pooled vector
         pooler.requires_grad_(False)

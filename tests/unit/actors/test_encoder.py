@@ -58,6 +58,28 @@ def cosines(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return (ours * theirs).sum(1)
 
 
+def test_texts_are_cut_where_the_folder_says(tiny_model: Callable[..., Path], tmp_path: Path):
+    folder = tiny_model("bert", tmp_path / "plain", max_position_embeddings=512)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["model_max_length"] = 10**30
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert Encoder.load(str(folder)).max_tokens == 256
+    Encoder.load(str(folder), max_tokens=400).save(tmp_path / "said", model_card="")
+    assert Encoder.load(str(tmp_path / "said")).max_tokens == 400
+    assert Encoder.load(str(tmp_path / "said"), max_tokens=32).max_tokens == 32
+
+
+def test_tokenizer_without_padding_gets_one(tiny_model: Callable[..., Path], tmp_path: Path):
+    folder = tiny_model("qwen3", tmp_path / "plain")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"pad_token": None, "eos_token": "[SEP]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    encoder = Encoder.load(str(folder))
+    assert encoder.tokenizer.pad_token == "[SEP]"
+    encoder.save(tmp_path / "export", model_card="")
+    assert parity(tmp_path / "export") > 0.9999
+
+
 def test_encode_equals_sentence_transformers(encoder: Encoder):
     from actors.embedded import embedded_model
 

@@ -38,5 +38,7 @@ def test_keys_below_one():
     assert [key.key for key in recipe_keys("estimate.query_tokens")] == ["estimate.query_tokens"]
     assert all(key.key.startswith("training.loss.") for key in recipe_keys("training.loss"))
     assert recipe_keys("evaluation")[0].key == "evaluation"
-    with pytest.raises(UserError, match="no key 'trainnig' in a recipe; its parts are name, corpus"):
+    with pytest.raises(
+        UserError, match="no key 'trainnig' in a recipe; its parts are name, corpus"
+    ):
         recipe_keys("trainnig")

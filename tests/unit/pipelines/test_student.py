@@ -98,7 +98,9 @@ def inputs(tiny_model: TinyModel, tmp_path: Path) -> dict[str, Artifact]:
 def test_export_proves_its_parity_and_names_its_dimensions(
     inputs: dict[str, Artifact], tmp_path: Path
 ):
-    metrics = export_student("r", "base", TEXTS, context(tmp_path / "export", **inputs))
+    metrics = export_student(
+        "r", StudentConfig(model="base"), TEXTS, context(tmp_path / "export", **inputs)
+    )
     assert metrics["dimensions"] == 24
     assert metrics["parity_cosine"] > 0.9999
     card = (tmp_path / "export/model/README.md").read_text()
@@ -122,5 +124,7 @@ def test_export_that_differs_is_refused_by_way_kind_and_dimensions(
     monkeypatch.setattr(Encoder, "save", save_damaged)
     message = r"differs .* gives a .* text's vector, at 8 dimensions, a cosine of .* 0.9999 is"
     with pytest.raises(TokayError, match=message):
-        export_student("r", "base", TEXTS, context(tmp_path / "export", **inputs))
+        export_student(
+            "r", StudentConfig(model="base"), TEXTS, context(tmp_path / "export", **inputs)
+        )
     assert not (tmp_path / "export" / student.MODEL).exists()
