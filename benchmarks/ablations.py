@@ -22,7 +22,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ import yaml
 
 from cluster.artifacts import Artifact
 from cluster.storage import open_storage
+from pipelines.evaluation.test_set import TestSet
 from pipelines.recipe import Recipe, load_recipe
 
 FLAGS = {"retrieval": "--beir"}  # the others are called like their kind
@@ -111,9 +112,13 @@ class Ablations:
         ]
         self.dimensions: list[int] = arguments.dimensions
         self.notes = self.storage / "ablations.json"
-        self.scores: dict[str, dict[str, float]] = (
-            json.loads(self.notes.read_text()) if self.notes.exists() else {}
-        )
+        self.of = {"recipe": self.name, "set": self.fixed, "fret_epochs": arguments.fret_epochs}
+        self.scores: dict[str, dict[str, float]] = {}
+        if self.notes.exists():
+            notes = json.loads(self.notes.read_text())
+            if notes["of"] != self.of:
+                sys.exit(f"{self.notes} is of {notes['of']}, not of {self.of}: use another storage")
+            self.scores = notes["scores"]
 
     def rows_by_task(self) -> Counter[str]:
         """Writes and scores the queries, and counts FRet's examples of each task."""
@@ -137,9 +142,10 @@ class Ablations:
 
     def _is_judged(self, key: str) -> bool:
         found = self.scores.get(key, {})
-        return {test_set.name for test_set in self.test_sets} <= {
-            name.rpartition("@")[0] for name in found
-        }
+        names = {test_set.name for test_set in self.test_sets}
+        if not self.dimensions:
+            return names <= {each.rpartition("@")[0] for each in found}
+        return {f"{name}@{size}" for name in names for size in self.dimensions} <= found.keys()
 
     def _run(self, settings: dict[str, object], until: str) -> None:
         given = [*self.fixed]
@@ -152,22 +158,20 @@ class Ablations:
         tokay(*command, "--rebuild", "--until", until)
 
     def _judge(self, key: str, folder: str) -> None:
-        flags = [
-            word
-            for test_set in self.test_sets
-            for word in (FLAGS.get(test_set.kind, f"--{test_set.kind}"), test_set.path)
-        ]
-        if self.dimensions:
-            flags += ["--dimensions", ",".join(map(str, self.dimensions))]
-        found = json.loads(tokay("eval", str(self.storage / folder), *flags, "--json"))
-        names = {Path(each.path).resolve().name: each.name for each in self.test_sets}
-        self.scores.setdefault(key, {}).update(
-            {
-                f"{names[row['dataset']]}@{row['dimensions']}": row["score"]
-                for row in found["results"]
-            }
-        )
-        self.notes.write_text(json.dumps(self.scores, indent=1))
+        cut = ["--dimensions", ",".join(map(str, self.dimensions))] if self.dimensions else []
+        alike: dict[tuple[str, str | None], list[TestSet]] = defaultdict(list)
+        for test_set in self.test_sets:
+            alike[test_set.split, test_set.task].append(test_set)
+        for (split, task), test_sets in alike.items():
+            flags = ["--split", split, *(["--task", task] if task else []), *cut]
+            for each in test_sets:
+                flags += [FLAGS.get(each.kind, f"--{each.kind}"), each.path]
+            found = json.loads(tokay("eval", str(self.storage / folder), *flags, "--json"))
+            names = {Path(each.path).resolve().name: each.name for each in test_sets}
+            for row in found["results"]:
+                place = f"{names[row['dataset']]}@{row['dimensions']}"
+                self.scores.setdefault(key, {})[place] = row["score"]
+        self.notes.write_text(json.dumps({"of": self.of, "scores": self.scores}, indent=1))
         print(key, self.scores[key], file=sys.stderr, flush=True)
 
     def rows(self, table: str, name: str, keys: list[str]) -> Iterator[list[str]]:

@@ -282,11 +282,13 @@ def _training_step(name: str, mixture: str, training: TrainingConfig, recipe: Re
 
     def train(context: StepContext) -> dict[str, Json]:
         from pipelines.training.step import train_student
+        from pipelines.training.validation import WatchedSet
 
         start, watched = context.input(inputs[1]), None
         if test_set is not None:
             found = load_test_set(test_set, context.inputs.get("passages"))
-            watched = cast(RetrievalDataset, found)  # the recipe was checked
+            data = cast(RetrievalDataset, found)  # the recipe was checked
+            watched = WatchedSet(data=data, task=test_set.task)
         return train_student(
             training,
             mixture=mixture,

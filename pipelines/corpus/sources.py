@@ -164,6 +164,15 @@ def read_jsonl(storage: Storage, path: str) -> Iterator[tuple[str, Any] | Reject
             yield where, value
 
 
+def is_text(value: Any) -> bool:
+    """Says whether a JSON value can be written as UTF-8: half a surrogate pair cannot."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 _SUFFIXES = {
     "beir": (".jsonl",),
     "jsonl": (".jsonl", ".ndjson"),

@@ -84,13 +84,16 @@ def name_models(given: Mapping[str, Mapping[str, Location]]) -> dict[str, Locati
 
     Args:
         given: Run, folder or id -> its models by name; two runs have models of the same names,
-            which then stand behind the run's.
+            which then stand behind the run's, by as much of its path as tells it apart.
     """
     names = [_short_name(name) for models in given.values() for name in models]
     twice = {name for name in names if names.count(name) > 1}
+    sources = [Path(source).resolve().name for source in given]
     return {
-        f"{Path(source).resolve().name}/{name}" if _short_name(name) in twice else name: location
-        for source, models in given.items()
+        f"{short if sources.count(short) == 1 else source}/{name}"
+        if _short_name(name) in twice
+        else name: location
+        for short, (source, models) in zip(sources, given.items(), strict=True)
         for name, location in models.items()
     }
 
@@ -120,6 +123,9 @@ def run_eval(
             "nothing to measure on: give a folder (--beir, --sts, --pairs, --classification, "
             "--clustering, --rerank) or --mteb NAME"
         )
+    known = [(each.name, each.kind, each.split) for each in test_sets]
+    for name, *_ in (each for each in known if known.count(each) > 1):
+        raise UserError(f"two test sets are called {name!r}: give each once, by its own name")
     if any(test_set.kind == MTEB for test_set in test_sets):
         with quiet_mteb():
             for test_set in test_sets:

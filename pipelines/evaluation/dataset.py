@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cluster.errors import UserError
+from pipelines.corpus.sources import is_text
 
 logger = logging.getLogger(__name__)
 
@@ -161,11 +162,14 @@ def read_objects(path: Path) -> Iterator[tuple[str, object]]:
     """Yields ``file:line`` and the JSON value of each line."""
     for at, line in read_lines(path):
         try:
-            yield at, json.loads(line)
+            value = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{at}: not JSON ({error.msg}, column {error.colno}); write one object a line"
             ) from None
+        if "\\u" in line and not is_text(value):
+            raise UserError(f"{at}: half a character, such as \\ud83d alone; take it out")
+        yield at, value
 
 
 def _rows(path: Path) -> Iterator[tuple[str, str, dict[str, object]]]:

@@ -55,6 +55,8 @@ class EncoderActors:
         import ray
 
         described: dict[str, Any] = ray.get(self._actors[0].describe.remote())
+        if reason := described.get("error"):
+            raise UserError(reason)
         return described
 
     @property
@@ -125,9 +127,15 @@ class _EncoderActor:
         import torch
 
         torch.set_num_threads(1)
-        self._encoder = load()
+        self._error = ""
+        try:
+            self._encoder = load()
+        except UserError as error:  # told by `describe`: of a constructor's, Ray keeps a traceback
+            self._error = str(error)
 
     def describe(self) -> dict[str, Any]:
+        if self._error:
+            return {"error": self._error}
         names = ("templates", "dimensions", "num_parameters")
         described = {name: getattr(self._encoder, name, None) for name in names}
         return {**described, "fingerprint": encoder_fingerprint(self._encoder)}

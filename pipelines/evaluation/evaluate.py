@@ -245,12 +245,13 @@ def difference(
         raise ValueError(f"metric {chosen!r}: accepted are {', '.join(after.estimates)}")
     old, new = (result.samples.get(chosen, ()) for result in (before, after))
     same = [[(one.ids, one.rows.shape) for one in samples] for samples in (old, new)]
-    if (before.dataset, before.split) != (after.dataset, after.split) or same[0] != same[1]:
+    other_items = bool(old and new) and same[0] != same[1]
+    if (before.dataset, before.split) != (after.dataset, after.split) or other_items:
         raise ValueError(
             f"{before.model!r} was measured on {before.dataset}/{before.split}, {after.model!r} on "
             f"{after.dataset}/{after.split}, or on other items: compare results on the same ones"
         )
-    if not new:
+    if not (old and new):  # mteb's score is no mean over items, of one of them at least
         return Estimate(after.mteb_score - before.mteb_score, math.nan, math.nan)
     return bootstrap(new, before=old, num_resamples=num_resamples, seed=seed)
 
@@ -261,6 +262,8 @@ def _measure(
     import mteb
 
     items = overhear(mteb_task)
+    if stored:
+        stored.drop()
     outcome = mteb.evaluate(
         encoder,
         mteb_task,
@@ -311,7 +314,10 @@ class _Stored:
         name, splits = mteb_task.metadata.name, mteb_task.eval_splits
         path = self.cache.get_task_result_path(name, encoder.mteb_model_meta)
         self._items = path.parent / "tokay" / f"{name}.json"
-        there = self.cache.load_task_result(name, encoder.mteb_model_meta)
+        try:
+            there = self.cache.load_task_result(name, encoder.mteb_model_meta)
+        except ValueError:  # half a file, of somebody who was killed
+            there = None
         # mteb itself does not see that data has changed.
         self._fresh = (
             there is not None
@@ -326,7 +332,13 @@ class _Stored:
             return None
         return Result.from_json(json.loads(self._items.read_bytes()))
 
+    def drop(self) -> None:
+        """Takes the items away, lest they be taken for those of a new result of mteb's."""
+        self._items.unlink(missing_ok=True)
+
     def write(self, result: Result) -> None:
         """Keeps a result for the next run."""
         self._items.parent.mkdir(parents=True, exist_ok=True)
-        self._items.write_text(json.dumps(result.to_json()))
+        begun = self._items.with_suffix(".part")
+        begun.write_text(json.dumps(result.to_json()))
+        begun.replace(self._items)

@@ -140,6 +140,9 @@ def _labelled(
     for name, values in columns.items():
         if not next(iter(values.values())):
             raise UserError(f"{folder}: split {name!r} is empty; give at least one line")
+        what = "score" if kind == "sts" else "label" if name == TRAIN else ""
+        if what and len(set(values[what])) == 1:
+            raise UserError(f"{folder}: split {name!r} has one {what} alone; give at least two")
     return LabelledDataset(name=folder.resolve().name, kind=kind, split=split, columns=columns)
 
 

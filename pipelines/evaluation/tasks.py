@@ -193,7 +193,7 @@ def load_mteb_data(task: Any) -> None:
     for part in getattr(task, "tasks", [task]):  # several where mteb aggregates
         try:
             part.load_data()
-        except OSError as error:
+        except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise UserError(
                 f"data of mteb task {part.metadata.name!r} cannot be fetched ({reason}): check the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 from cluster.artifacts import Json
 from cluster.errors import Reject, UserError
 from cluster.storage import Storage, open_storage
-from pipelines.corpus.sources import read_jsonl
+from pipelines.corpus.sources import is_text, read_jsonl
 from pipelines.mixture.config import FIELDS, HUB, RUN_PASSAGES, LabelledSet
 
 if TYPE_CHECKING:
@@ -86,10 +87,14 @@ def beir_files(labelled: LabelledSet) -> tuple[str, str, str]:
 def jsonl_rows(storage: Storage, path: str) -> Iterator[Row | Reject]:
     """Yields the objects of a file of JSON lines."""
     for row in read_jsonl(storage, path):
-        if len(row) == 3 or isinstance(row[1], dict):
+        if len(row) == 3:
+            yield row
+        elif not isinstance(row[1], dict):
+            yield row[0], "no JSON object", str(row[1])
+        elif is_text(row[1]):
             yield row
         else:
-            yield row[0], "no JSON object", str(row[1])
+            yield row[0], "half a character", json.dumps(row[1])[:200]
 
 
 def tsv_rows(storage: Storage, path: str) -> Iterator[Row | Reject]:
@@ -165,7 +170,7 @@ def _bitext_rows(labelled: LabelledSet) -> Iterator[Row | Reject]:
             f"labelled set {labelled.name!r}: {files[0]} has {len(one)} lines and {files[1]}"
             f" {len(other)}: lines of one number have to be translations of each other"
         )
-    names = [PurePosixPath(file).stem for file in files]
+    names = [file.removesuffix(".txt") for file in files]
     for number, pair in enumerate(zip(one, other, strict=True), start=1):
         where = f"{files[0]}:{number}"
         try:
@@ -193,7 +198,7 @@ def _hub_rows(labelled: LabelledSet) -> Iterator[Row]:
         dataset = load_dataset(
             name, config or None, split=split or "train", revision=labelled.revision
         )
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise UserError(
             f"labelled set {labelled.name!r}: {labelled.path} cannot be loaded:"
             f" {' '.join(str(error).split())}"

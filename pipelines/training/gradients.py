@@ -83,7 +83,8 @@ def backward(encoder: Encoder, part: Slice, config: TrainingConfig, rank: int) -
     rows = [*part.queries, *part.positives, *part.negatives]
     if config.gradient_cache_tokens is None:
         loss = batch_loss(_embed_all(encoder, rows, config), part, config, rank)
-        loss.backward()  # type: ignore[no-untyped-call]
+        if loss.requires_grad:  # not where this worker has no example and the loss asks no other
+            loss.backward()  # type: ignore[no-untyped-call]
     else:
         loss = _cached_backward(encoder, rows, part, config, rank)
     total = loss.detach()

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from cluster.artifacts import Json
 from cluster.steps import StepContext
 from cluster.storage import join
 from pipelines.training.config import TrainingConfig
 from pipelines.training.train import train
-
-if TYPE_CHECKING:
-    from pipelines.evaluation.dataset import RetrievalDataset
+from pipelines.training.validation import WatchedSet
 
 
 def train_student(
@@ -19,7 +15,7 @@ def train_student(
     *,
     mixture: str,
     student: str,
-    test_set: RetrievalDataset | None,
+    test_set: WatchedSet | None,
     trust_remote_code: bool,
     context: StepContext,
 ) -> dict[str, Json]:

@@ -6,7 +6,6 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from cluster.errors import TokayError, UserError
 from cluster.steps import Progress
@@ -15,10 +14,8 @@ from pipelines.training.checkpoint import WORK
 from pipelines.training.config import TrainingConfig
 from pipelines.training.examples import count_batches
 from pipelines.training.metrics import MetricsRow, read_metrics, recent_loss
+from pipelines.training.validation import WatchedSet
 from pipelines.training.worker import Job, train_worker
-
-if TYPE_CHECKING:
-    from pipelines.evaluation.dataset import RetrievalDataset
 
 _LOOK_EVERY_S = 1.0
 
@@ -30,7 +27,7 @@ def train(
     student: str,
     output: str,
     scratch: str,
-    test_set: RetrievalDataset | None = None,
+    test_set: WatchedSet | None = None,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
 ) -> list[MetricsRow]:

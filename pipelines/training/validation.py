@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from cluster.errors import UserError
+from cluster.errors import TokayError, UserError
 from cluster.storage import Storage
 from pipelines.training.checkpoint import BEST, restore_weights, save_weights
 from pipelines.training.config import TrainingConfig, ValidationConfig
@@ -25,6 +26,19 @@ LOSS = "validation_loss"
 NDCG = "validation_ndcg_at_10"
 
 
+@dataclass(frozen=True, kw_only=True)
+class WatchedSet:
+    """A retrieval set that a training is watched on.
+
+    Attributes:
+        data: Its passages, queries and qrels.
+        task: For the query template, as the evaluation gives it; its own if None.
+    """
+
+    data: RetrievalDataset
+    task: str | None = None
+
+
 class Validation:
     """What a training is judged by while it runs.
 
@@ -36,7 +50,7 @@ class Validation:
         self,
         config: ValidationConfig,
         batches: Sequence[Batch],
-        test_set: RetrievalDataset | None,
+        test_set: WatchedSet | None,
         rows: Sequence[MetricsRow],
     ) -> None:
         """Goes on where the rows of an earlier part of the training end."""
@@ -59,7 +73,7 @@ class Validation:
         cls,
         config: ValidationConfig,
         examples: str,
-        test_set: RetrievalDataset | None,
+        test_set: WatchedSet | None,
         rows: Sequence[MetricsRow],
     ) -> Validation:
         """Reads the held-out examples."""
@@ -97,7 +111,13 @@ class Validation:
         return found, bool(self._config.patience and looks_since >= self._config.patience)
 
     def take_best(self, storage: Storage, model: torch.nn.Module) -> None:
-        """Sets the model's weights to the best ones."""
+        """Sets the model's weights to the best ones.
+
+        Raises:
+            TokayError: No look found a number.
+        """
+        if not self.best:
+            raise TokayError("the training diverged: each look at it found NaN; try a lower rate")
         restore_weights(storage, BEST, self.best, model)
 
     def _measure(
@@ -115,7 +135,8 @@ class Validation:
             if rank == 0 or is_sharded(encoder.model):  # nobody runs a sharded model alone
                 from pipelines.evaluation.evaluate import evaluate
 
-                measured = evaluate(encoder, self._test_set).ndcg_at_10.mean
+                watched = self._test_set
+                measured = evaluate(encoder, watched.data, task=watched.task).ndcg_at_10.mean
                 score += measured if rank == 0 else 0
             if world > 1:
                 dist.all_reduce(score)

@@ -30,11 +30,10 @@ from pipelines.training.gradients import Slice, backward, slice_batch, uses_bflo
 from pipelines.training.lora import add_adapters, merge_adapters
 from pipelines.training.metrics import MetricsLog, MetricsRow, read_metrics
 from pipelines.training.sharding import is_sharded, shard
-from pipelines.training.validation import Validation
+from pipelines.training.validation import Validation, WatchedSet
 
 if TYPE_CHECKING:
     from actors.encoder import Encoder
-    from pipelines.evaluation.dataset import RetrievalDataset
 
 ENCODER = "encoder"
 
@@ -60,7 +59,7 @@ class Job:
     student: str
     output: str
     num_batches: int
-    test_set: RetrievalDataset | None = None
+    test_set: WatchedSet | None = None
     trust_remote_code: bool = False
 
 

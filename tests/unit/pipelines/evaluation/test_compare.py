@@ -52,6 +52,12 @@ def test_compare_takes_the_first_model_from_the_others() -> None:
     assert rows[1]["interval"] == pytest.approx([0.0, 0.1])
 
 
+def test_compare_has_no_interval_where_one_model_has_no_items() -> None:
+    (row,) = compare([result("a", "x", [0.5, 0.7]), result("b", "x", [0.8, 0.8], samples={})])
+    assert row["difference"] == pytest.approx(0.2)
+    assert row["interval"] is None
+
+
 def test_compare_takes_a_runs_models_from_its_trained_student() -> None:
     models = ("retriever", "student_before", "student_after")
     rows = compare([result(model, "x", [score]) for score, model in enumerate(models)])

@@ -56,6 +56,14 @@ def test_two_actors_give_the_vectors_and_scores_of_one_encoder(encoder: Encoder)
 
 
 @pytest.mark.usefixtures("ray_session")
+def test_model_that_does_not_load_is_the_users_error(tmp_path: Path) -> None:
+    actors = EncoderActors(partial(_load, str(tmp_path), 32), 1)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        assert actors.fingerprint
+    actors.close()
+
+
+@pytest.mark.usefixtures("ray_session")
 def test_more_actors_than_cores_are_refused() -> None:
     with pytest.raises(UserError, match=r"1000 actors: the cluster has \d+ cores"):
         EncoderActors(partial(_load, MINILM, 32), 1000)

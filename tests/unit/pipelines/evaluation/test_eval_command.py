@@ -154,6 +154,19 @@ def test_eval_names_the_models_of_two_runs_apart() -> None:
         MINILM,
     ]
     assert list(name_models({"runs/x": one})) == ["retriever", "student_after"]
+    named = name_models({"one/run": one, "other/run": one})
+    assert list(named) == [
+        "one/run/retriever",
+        "one/run/student_after",
+        "other/run/retriever",
+        "other/run/student_after",
+    ]
+
+
+def test_eval_of_two_folders_of_one_name_is_refused(folder: Path) -> None:
+    sets = [beir(folder), beir(folder.parent / "other" / folder.name)]
+    with pytest.raises(UserError, match="two test sets are called 'builtins': give each once"):
+        run_eval({MINILM: MINILM}, sets)
 
 
 def test_eval_reads_dimensions() -> None:

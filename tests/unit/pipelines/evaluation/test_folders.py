@@ -46,6 +46,13 @@ def test_folder_of_labels_is_read(tmp_path: Path) -> None:
     }
 
 
+def test_classifier_needs_two_labels(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.jsonl", {"text": "a", "label": 1}, {"text": "b", "label": 1})
+    with pytest.raises(UserError, match="split 'train' has one label alone; give at least two"):
+        read_folder("classification", tmp_path)
+
+
 def test_folder_of_candidates_is_read_without_queries_that_rank_nothing(tmp_path: Path) -> None:
     folder = write(
         tmp_path / "test.jsonl",
@@ -71,6 +78,8 @@ def test_folder_of_candidates_is_read_without_queries_that_rank_nothing(tmp_path
         ("sts", "test.tsv", [PAIRS[0], "1 a b"], "test.tsv:2: '1 a b' is not score"),
         ("sts", "test.tsv", [PAIRS[0], "high\ta\tb"], "test.tsv:2: 'high"),
         ("sts", "test.tsv", [PAIRS[0]], "split 'test' is empty"),
+        ("sts", "test.tsv", [PAIRS[1], PAIRS[1]], "split 'test' has one score alone"),
+        ("clustering", "test.jsonl", ['{"text": "\\ud83d"}'], "test.jsonl:1: half a character"),
         ("pairs", "test.tsv", [PAIRS[1]], "test.tsv:1: score 4.5: a pair's is 0 or 1"),
         ("clustering", "test.jsonl", ["{"], "test.jsonl:1: not JSON"),
         ("clustering", "test.jsonl", [{"text": "a"}], 'test.jsonl:1: write {"text"'),

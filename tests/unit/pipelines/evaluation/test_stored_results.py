@@ -75,6 +75,16 @@ def test_results_of_other_content_are_measured(tmp_path: Path) -> None:
     assert measure(tmp_path, model=unknown)[1] == measure(tmp_path, model=unknown)[1] == 8
 
 
+def test_results_that_were_half_written_are_measured_again(tmp_path: Path) -> None:
+    first, _ = measure(tmp_path)
+    for path in sorted(tmp_path.rglob("tiny.json")):
+        path.write_text(path.read_text()[:40])
+        found, asked = measure(tmp_path)
+        assert asked == 8
+        assert [each.mteb_score for each in found] == [each.mteb_score for each in first]
+        assert measure(tmp_path)[1] == 0
+
+
 def test_results_of_two_splits_stand_side_by_side(tmp_path: Path) -> None:
     test, _ = measure(tmp_path)
     dev, asked = measure(tmp_path, data("dev", score=[1.0, 3.0, 2.0, 5.0]))

@@ -17,6 +17,7 @@ from pipelines.training import gradients
 from pipelines.training.config import LoraConfig, LossConfig, TrainingConfig, ValidationConfig
 from pipelines.training.metrics import read_metrics
 from pipelines.training.sharding import shard
+from pipelines.training.validation import WatchedSet
 from pipelines.training.worker import Job, Place, run_training
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -75,7 +76,7 @@ def train(
         config=CONFIG.model_copy(update=settings),
         output=output,
         num_batches=NUM_BATCHES,
-        test_set=TEST_SET if "validation" in settings else None,
+        test_set=WatchedSet(data=TEST_SET) if "validation" in settings else None,
         examples=job["examples"],
         student=job[student],
     )

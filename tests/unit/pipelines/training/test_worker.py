@@ -17,7 +17,7 @@ from cluster.storage import open_storage
 from pipelines.training.checkpoint import FOLDER
 from pipelines.training.config import LoraConfig, LossConfig, TrainingConfig, ValidationConfig
 from pipelines.training.examples import iterate_batches, iterate_validation
-from pipelines.training.gradients import backward, evaluation_loss, slice_batch
+from pipelines.training.gradients import Slice, backward, evaluation_loss, slice_batch
 from pipelines.training.metrics import TENSORBOARD, read_metrics
 from pipelines.training.worker import Job, Place, run_training
 
@@ -71,6 +71,26 @@ def run(
 def test_trained_student_takes_texts_as_long_as_before(examples: str, student: str, tmp_path: Path):
     run(examples, student, tmp_path, max_query_tokens=16, max_passage_tokens=32)
     assert Encoder.load(str(tmp_path / "encoder")).max_tokens == 64
+
+
+def test_worker_without_examples_needs_no_terms_of_others(
+    student: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("pipelines.training.gradients.dist.all_reduce", lambda *_: None)
+    monkeypatch.setattr("pipelines.training.loss._gather", lambda rows, *_: rows.new_zeros(1, 64))
+    alone = LossConfig(in_batch_negatives=False, same_tower_negatives="none")
+    part = Slice(
+        queries=[],
+        positives=[],
+        negatives=[],
+        num_negatives=torch.zeros(0, dtype=torch.int64),
+        teacher_scores=None,
+        sizes=[1, 0],
+        related=None,
+        symmetric=False,
+    )
+    config = CONFIG.model_copy(update={"loss": alone})
+    assert backward(Encoder.load(student, device="cpu"), part, config, rank=1) == 0
 
 
 def weights(output: Path) -> list[torch.Tensor]:
