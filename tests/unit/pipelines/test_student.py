@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,6 +81,10 @@ def test_student_that_cannot_be_made_is_the_users_error(
 def inputs(tiny_model: TinyModel, tmp_path: Path) -> dict[str, Artifact]:
     """What the step `export` reads, of a student with a projection to 24 dimensions."""
     trained = made(tmp_path / "s", tiny_model("modernbert", tmp_path / "plain"), projection=24)
+    return inputs_of(trained, tmp_path)
+
+
+def inputs_of(trained: Encoder, tmp_path: Path) -> dict[str, Artifact]:
     trained.save(tmp_path / "training/encoder", model_card="")
     loss = {"loss": {"matryoshka_dimensions": [8, 16]}}
     fret = {
@@ -106,6 +111,23 @@ def test_export_proves_its_parity_and_names_its_dimensions(
     card = (tmp_path / "export/model/README.md").read_text()
     assert "24 dimensions" in card
     assert "first 16 or 8 dimensions" in card and "truncate_dim=16" in card
+
+
+def test_student_with_code_of_its_own_is_exported(tiny_model: TinyModel, tmp_path: Path):
+    folder = tiny_model("bert", tmp_path / "plain")
+    code = "from transformers import BertModel\n\n\nclass OwnBert(BertModel):\n    pass\n"
+    (folder / "modeling_own.py").write_text(code)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["auto_map"] = {"AutoModel": "modeling_own.OwnBert"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    config = StudentConfig(model=str(folder), max_tokens=64, trust_remote_code=True)
+    make_student(config, context(tmp_path / "s"))
+    own = Encoder.load(str(tmp_path / "s/model"), device="cpu", trust_remote_code=True)
+    assert type(own.model).__name__ == "OwnBert"
+    step = context(tmp_path / "export", **inputs_of(own, tmp_path))
+    metrics = export_student("r", config, TEXTS, step)
+    assert metrics["parity_cosine"] > 0.9999
+    assert (tmp_path / "export/model/modeling_own.py").is_file()
 
 
 def test_export_that_differs_is_refused_by_way_kind_and_dimensions(
