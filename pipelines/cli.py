@@ -182,6 +182,9 @@ def eval_command(
         int | None,
         typer.Option(min=8, help="Cut texts here [default: where the model says, or 256]."),
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate models with mteb on folders of test data or mteb's own tasks."""
@@ -215,6 +218,7 @@ def eval_command(
         results=results,
         num_actors=actors,
         max_tokens=max_tokens,
+        trust_remote_code=trust_remote_code,
         as_json=as_json,
     )
     run_eval(name_models({model: find_models(model) for model in models}), test_sets, options)

@@ -33,6 +33,7 @@ class ServeOptions(BaseModel):
         _MAX_TOKENS, ge=8, description="Longer texts are refused; a model may lower it"
     )
     dtype: str = Field("float32", pattern="^(float32|bfloat16|float16)$")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
     replicas: int = Field(1, ge=1)
     cpus_per_replica: float = Field(1, ge=0, description="Ray gives the encoder so many threads")
     gpus_per_replica: float = Field(0, ge=0)
@@ -60,6 +61,7 @@ class TokayServer:
             max_tokens=options.max_tokens,
             dtype=options.dtype,
             device="cuda" if options.gpus_per_replica else "cpu",
+            trust_remote_code=options.trust_remote_code,
         )
         self.model = ServedModel(
             encoder,

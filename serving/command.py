@@ -54,6 +54,9 @@ def serve(
     ] = 0,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs of each replica")] = 0,
     name: Annotated[str | None, typer.Option(help="What requests call the model")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model")
+    ] = False,
 ) -> None:
     """Serves a model through OpenAI's embeddings API, with search over a corpus and a console."""
     served = find_model(model)
@@ -75,6 +78,7 @@ def serve(
         replicas=replicas,
         cpus_per_replica=cpus or max(1, resources.num_cpus // replicas),
         gpus_per_replica=gpus,
+        trust_remote_code=trust_remote_code,
     )
     check_cluster(options)
     for number in (signal.SIGINT, signal.SIGTERM):

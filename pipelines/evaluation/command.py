@@ -47,6 +47,7 @@ class EvalOptions:
         results: Folder of mteb's results, read and written; None: neither.
         num_actors: Ray actors that share the encoding; 1: in this process, without Ray.
         max_tokens: Longer texts are cut; None: where the model says, or 256.
+        trust_remote_code: Run Python code that comes with a model.
         as_json: Print JSON instead of tables.
     """
 
@@ -54,6 +55,7 @@ class EvalOptions:
     results: Path | None = None
     num_actors: int = 1
     max_tokens: int | None = None
+    trust_remote_code: bool = False
     as_json: bool = False
 
 
@@ -172,11 +174,11 @@ def _identify(name: str, location: Location, encoder: TextEncoder) -> ModelIdent
 @contextmanager
 def _loaded(location: Location, options: EvalOptions) -> Iterator[TextEncoder]:
     if options.num_actors == 1:
-        yield _load(location, options.max_tokens)
+        yield _load(location, options)
         return
     from pipelines.evaluation.encoder_actors import EncoderActors
 
-    actors = EncoderActors(partial(_load, location, options.max_tokens), options.num_actors)
+    actors = EncoderActors(partial(_load, location, options), options.num_actors)
     with quiet_mteb():
         pass  # imported while the actors load
     try:
@@ -185,7 +187,7 @@ def _loaded(location: Location, options: EvalOptions) -> Iterator[TextEncoder]:
         actors.close()
 
 
-def _load(location: Location, max_tokens: int | None) -> TextEncoder:
+def _load(location: Location, options: EvalOptions) -> TextEncoder:
     if isinstance(location, EncoderConfig):
         return load_encoder(location)
     if location.startswith(("http://", "https://")):
@@ -194,7 +196,9 @@ def _load(location: Location, max_tokens: int | None) -> TextEncoder:
         return EndpointEncoder(location)
     from actors.encoder import Encoder
 
-    return Encoder.load(location, max_tokens=max_tokens)
+    return Encoder.load(
+        location, max_tokens=options.max_tokens, trust_remote_code=options.trust_remote_code
+    )
 
 
 def _short_name(model: str) -> str:

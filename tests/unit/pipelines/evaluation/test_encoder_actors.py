@@ -8,13 +8,14 @@ import pytest
 
 from actors.encoder import Encoder
 from cluster.errors import UserError
-from pipelines.evaluation.command import _load
+from pipelines.evaluation.command import EvalOptions, _load
 from pipelines.evaluation.encoder_actors import EncoderActors
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.fingerprint import encoder_fingerprint
 from pipelines.evaluation.folders import LabelledDataset
 
 MINILM = "embedded:all-MiniLM-L6-v2"
+SHORT = EvalOptions(max_tokens=32)
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +34,7 @@ def test_two_actors_give_the_vectors_and_scores_of_one_encoder(encoder: Encoder)
         "sentence2": texts[75:],
     }
     data = LabelledDataset(name="s", kind="sts", columns={"test": columns})
-    actors = EncoderActors(partial(_load, MINILM, 32), 2)
+    actors = EncoderActors(partial(_load, MINILM, SHORT), 2)
     try:
         assert actors.fingerprint == encoder_fingerprint(encoder)
         assert (actors.dimensions, actors.num_parameters) == (384, encoder.num_parameters)
@@ -57,7 +58,7 @@ def test_two_actors_give_the_vectors_and_scores_of_one_encoder(encoder: Encoder)
 
 @pytest.mark.usefixtures("ray_session")
 def test_model_that_does_not_load_is_the_users_error(tmp_path: Path) -> None:
-    actors = EncoderActors(partial(_load, str(tmp_path), 32), 1)
+    actors = EncoderActors(partial(_load, str(tmp_path), SHORT), 1)
     with pytest.raises(UserError, match="cannot be loaded"):
         assert actors.fingerprint
     actors.close()
@@ -66,7 +67,7 @@ def test_model_that_does_not_load_is_the_users_error(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("ray_session")
 def test_more_actors_than_cores_are_refused() -> None:
     with pytest.raises(UserError, match=r"1000 actors: the cluster has \d+ cores"):
-        EncoderActors(partial(_load, MINILM, 32), 1000)
+        EncoderActors(partial(_load, MINILM, SHORT), 1000)
 
 
 def test_one_actor_starts_no_ray(tmp_path: Path) -> None:
