@@ -84,7 +84,7 @@ def test_evaluate_on_folders_equals_sentence_transformers_in_mteb(
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # minutes where other work shares the cores
 def test_evaluate_on_cranfield_gives_the_known_figure(data_folder: Path) -> None:
-    encoder = Encoder.load(MINILM, device="cpu", max_tokens=192, dtype="auto")
+    encoder = Encoder.load(MINILM, device="cpu", max_tokens=192)
     result = evaluate(encoder, read_folder("retrieval", data_folder / "retrieval" / "cranfield"))
     assert result.score.mean == pytest.approx(0.501, abs=0.001)
     assert result.score.low > 0.45
