@@ -83,8 +83,7 @@ def check_parity(
     Returns:
         One agreement for each way, kind of text and number of dimensions.
     """
-    trust = trust_remote_code
-    export = Encoder.load(str(folder), device="cpu", trust_remote_code=trust)
+    export = Encoder.load(str(folder), device="cpu", trust_remote_code=trust_remote_code)
     trained = trained or export
     known = [(each, _written(each, trained.templates, task)) for each in texts]
     # A tokenizer without special tokens makes nothing of nothing, and each library its own of that.
@@ -98,8 +97,8 @@ def check_parity(
         expected = trained.embed(written).cpu().numpy()
     found = {
         EXPORT: export.encode(written),
-        SENTENCE_TRANSFORMERS: _by_sentence_transformers(folder, known, trust),
-        TRANSFORMERS: _by_transformers(folder, export.pooling, written, trust),
+        SENTENCE_TRANSFORMERS: _by_sentence_transformers(folder, known, trust_remote_code),
+        TRANSFORMERS: _by_transformers(folder, export.pooling, written, trust_remote_code),
         SERVED: _as_served(export, written),
     }
     kinds = np.array([each.kind for each, _ in known])

@@ -330,7 +330,10 @@ class _Stored:
         """Returns the result if it is of the same model, data and mteb."""
         if not (self._fresh and self._items.is_file()):
             return None
-        return Result.from_json(json.loads(self._items.read_bytes()))
+        try:
+            return Result.from_json(json.loads(self._items.read_bytes()))
+        except ValueError:  # as above
+            return None
 
     def drop(self) -> None:
         """Takes the items away, lest they be taken for those of a new result of mteb's."""

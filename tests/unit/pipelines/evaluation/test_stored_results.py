@@ -77,7 +77,9 @@ def test_results_of_other_content_are_measured(tmp_path: Path) -> None:
 
 def test_results_that_were_half_written_are_measured_again(tmp_path: Path) -> None:
     first, _ = measure(tmp_path)
-    for path in sorted(tmp_path.rglob("tiny.json")):
+    files = sorted(tmp_path.rglob("tiny-sts.json"))
+    assert len(files) == 4  # mteb's and ours, at two sizes
+    for path in files:
         path.write_text(path.read_text()[:40])
         found, asked = measure(tmp_path)
         assert asked == 8
