@@ -4,7 +4,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from actors.embedded import resolve_model
-from actors.language_model import EngineOptions
+from actors.engine import EngineOptions
 
 if TYPE_CHECKING:
     from vllm import LLM

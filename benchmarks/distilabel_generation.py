@@ -16,7 +16,7 @@ from distilabel.steps import LoadDataFromDicts
 from distilabel.steps.tasks import TextGeneration
 
 from actors.embedded import resolve_model
-from actors.language_model import EngineOptions
+from actors.engine import EngineOptions
 
 
 class StampedVLLM(vLLM):  # type: ignore[misc]

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.encoder import Encoder
-from actors.language_model import EngineOptions, LanguageModel, Sampling
+from actors.engine import EngineOptions
+from actors.language_model import LanguageModel, Sampling
 from actors.passage_index import PassageIndex
 from pipelines.corpus.passages import Passage, passages_of
 from pipelines.corpus.sources import Corpus, CorpusConfig

@@ -26,7 +26,9 @@ import numpy as np
 import psutil
 from bare_vllm import bare_llm
 
-from actors.language_model import EngineOptions, LanguageModel, ScoringPrompt
+from actors.engine import EngineOptions
+from actors.language_model import LanguageModel
+from actors.pair_scores import ScoringPrompt
 from pipelines.fret.fusion import ranks
 from pipelines.fret.prompts import PairPrompts, load_prompts
 

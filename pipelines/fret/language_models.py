@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from actors.language_model import EngineOptions
+from actors.engine import EngineOptions
 
 
 class LlmConfig(BaseModel):
@@ -18,7 +18,7 @@ class LlmConfig(BaseModel):
 
 
 class EngineConfig(BaseModel):
-    """vLLM's own settings; None is left to vLLM. See `actors.language_model.EngineOptions`."""
+    """vLLM's own settings; None is left to vLLM. See `actors.engine.EngineOptions`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from actors.language_model import ScoringPrompt
+from actors.pair_scores import ScoringPrompt
 from cluster.errors import UserError
 from pipelines.corpus.passages import num_words
 

@@ -7,7 +7,8 @@ from typing import Any
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from actors.language_model import EngineOptions, LanguageModel, Sampling
+from actors.engine import EngineOptions
+from actors.language_model import LanguageModel, Sampling
 from cluster.artifacts import Json
 from cluster.stages import Limit, StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import StepContext

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from actors.language_model import EngineOptions, LanguageModel
+from actors.engine import EngineOptions
+from actors.language_model import LanguageModel
 from cluster.artifacts import Json
 from cluster.stages import Limit, StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import StepContext

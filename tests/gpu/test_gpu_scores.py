@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from actors.embedded import embedded_model
-from actors.language_model import EngineOptions, LanguageModel, PairScore, ScoringPrompt
+from actors.engine import EngineOptions
+from actors.language_model import LanguageModel
+from actors.pair_scores import PairScore, ScoringPrompt
 
 MODEL = "embedded:SmolLM2-135M-Instruct"
 # Of a log-probability: a logit between 8 and 16 is rounded to a sixteenth in bfloat16.

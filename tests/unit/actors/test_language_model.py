@@ -10,14 +10,9 @@ import pytest
 import torch
 
 from actors.embedded import embedded_model
-from actors.language_model import (
-    EngineOptions,
-    LanguageModel,
-    PairScore,
-    Sampling,
-    ScoringPrompt,
-    _mean_relevance,
-)
+from actors.engine import EngineOptions
+from actors.language_model import LanguageModel, Sampling
+from actors.pair_scores import PairScore, ScoringPrompt, mean_relevance
 from pipelines.fret.fusion import fuse
 
 MODEL = "embedded:SmolLM2-135M-Instruct"
@@ -188,9 +183,9 @@ def test_mean_relevance_of_graded_labels_is_their_expectation() -> None:
     probabilities, weights = (0.5, 0.1, 0.2), (0.0, 0.25, 1.0)
     expected = math.log((0.1 * 0.25 + 0.2) / 0.8)
     labels = [(math.log(p), w) for p, w in zip(probabilities, weights, strict=True)]
-    assert _mean_relevance(labels) == pytest.approx(expected)
-    assert _mean_relevance([(-1e4, 1.0), (0.0, 0.0)]) == pytest.approx(-1e4)
-    assert _mean_relevance([(0.0, 0.0), (-1.0, 0.0)]) == -math.inf
+    assert mean_relevance(labels) == pytest.approx(expected)
+    assert mean_relevance([(-1e4, 1.0), (0.0, 0.0)]) == pytest.approx(-1e4)
+    assert mean_relevance([(0.0, 0.0), (-1.0, 0.0)]) == -math.inf
 
 
 @pytest.mark.slow

@@ -1,0 +1,219 @@
+"""Starting vLLM's engine, and saying in one line why it did not start or why it died.
+
+vLLM's own processes explain themselves on their standard error, and what their parent raises only
+points there. So that output goes to a file of its own, and the sentence that matters is read there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from actors.embedded import resolve_model
+from cluster.errors import TokayError, UserError
+
+_LOG_BYTES = 2**18  # of the log's end are read
+_MESSAGE_LENGTH = 240
+# What a process says when another one knows why.
+_NO_REASON = re.compile(r"root cause|stack trace|EngineDeadError|Engine core proc")
+_ERROR = re.compile(r"\b[\w.]*(?:Error|Exception): (.+)")
+_MEMORY = re.compile(
+    r"out of memory|memory on (?:device|node)|memory for the cache", flags=re.IGNORECASE
+)
+_LESS_MEMORY = (
+    "; lower resources.engine.gpu_memory_utilization, max_num_seqs or max_num_batched_tokens,"
+    " or take a smaller model"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How the engine is started. What is None is left to vLLM.
+
+    Attributes:
+        model: Folder, hub id or ``embedded:NAME``.
+        max_model_tokens: Longest prompt and answer together, in tokens.
+        dtype: Weights and activations: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
+        enforce_eager: Do not compile: starts a minute sooner, runs slower.
+        gpu_memory_utilization: Share of the GPU's memory that vLLM may take.
+        tensor_parallel_size: GPUs (or groups of CPU cores) that share one copy of the model.
+        kv_cache_gib: Size of the KV cache; on a CPU there is no sensible default.
+        max_num_seqs: Most requests in one engine step.
+        max_num_batched_tokens: Most tokens in one engine step.
+        block_size: Tokens in one block of the KV cache; on a CPU a multiple of 32. Prefixes are
+            shared in whole blocks.
+        seed: The engine's own seed, for requests that bring none.
+        trust_remote_code: Run code that comes with the model.
+    """
+
+    model: str
+    max_model_tokens: int = 2048
+    dtype: str = "auto"
+    enforce_eager: bool = False
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    kv_cache_gib: float | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    block_size: int | None = None
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+class EngineLog:
+    """What the engine's processes print.
+
+    Attributes:
+        path: The file, which only this user can read.
+    """
+
+    def __init__(self) -> None:
+        handle, path = tempfile.mkstemp(prefix="tokay-vllm-", suffix=".log")
+        os.close(handle)
+        self.path = Path(path)
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Sends this process's output to the file; a process begun inside keeps writing there."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        kept = [os.dup(1), os.dup(2)]
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        try:
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, descriptor in enumerate(kept, start=1):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            os.close(file)
+
+    def reason(self) -> str:
+        """Returns the error that the engine's processes printed last, one about memory first."""
+        with self.path.open("rb") as file:
+            file.seek(max(0, self.path.stat().st_size - _LOG_BYTES))
+            found = _ERROR.findall(file.read().decode(errors="replace"))
+        reasons = [line for line in found if not _NO_REASON.search(line)]
+        memory = [line for line in reasons if _MEMORY.search(line)]
+        if memory:
+            return f"{_first_sentences(memory[0])}{_LESS_MEMORY}"
+        return _first_sentences(reasons[-1]) if reasons else "it gave no reason"
+
+    def where(self) -> str:
+        """Says on which machine the file is, and where."""
+        return f"{socket.gethostname()}:{self.path}"
+
+    def delete(self) -> None:
+        """Deletes the file, which nobody will ask for."""
+        self.path.unlink(missing_ok=True)
+
+
+def start_engine(options: EngineOptions) -> tuple[Any, EngineLog]:
+    """Starts vLLM's asynchronous engine, in its own processes (half a minute to some minutes).
+
+    Raises:
+        UserError: The model does not exist, or vLLM refuses an option.
+        TokayError: The engine does not start.
+    """
+    model = resolve_model(options.model)
+    _set_environment(options)
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    optional: dict[str, Any] = {
+        "max_num_seqs": options.max_num_seqs,
+        "max_num_batched_tokens": options.max_num_batched_tokens,
+        "block_size": options.block_size,
+    }
+    if current_platform.is_cpu():
+        # A seeded request whose prefill is cut in two kills the CPU engine
+        # ("CPU Generator does not use offset"), so there every prefill runs whole.
+        optional["enable_chunked_prefill"] = False
+        optional["max_num_batched_tokens"] = max(
+            options.max_num_batched_tokens or 0, options.max_model_tokens
+        )
+    if options.kv_cache_gib is not None:
+        optional["kv_cache_memory_bytes"] = int(options.kv_cache_gib * 2**30)
+    log = EngineLog()
+    try:
+        with log.capture():
+            arguments = AsyncEngineArgs(
+                model=model,
+                max_model_len=options.max_model_tokens,
+                dtype=cast(Any, options.dtype),
+                enforce_eager=options.enforce_eager,
+                gpu_memory_utilization=options.gpu_memory_utilization,
+                tensor_parallel_size=options.tensor_parallel_size,
+                seed=options.seed,
+                trust_remote_code=options.trust_remote_code,
+                enable_prefix_caching=True,
+                disable_log_stats=True,
+                **{name: value for name, value in optional.items() if value is not None},
+            )
+            # The defaults of an engine's steps are those of offline work: 16,384 tokens and 1,024
+            # sequences on an H100, where AsyncLLM alone would take 2,048 and 128.
+            engine = AsyncLLM.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
+    except ValueError as error:  # vLLM's word for options that do not fit the model
+        log.delete()
+        raise UserError(f"vLLM refuses model {options.model!r}: {_refusal(error)}") from error
+    except Exception as error:
+        raise TokayError(
+            f"vLLM did not start with model {options.model!r}: {log.reason()} (its log:"
+            f" {log.where()})"
+        ) from error
+    return engine, log
+
+
+def _refusal(error: ValueError) -> str:
+    """Returns the sentences that say what was wrong; pydantic's message ends with an address."""
+    if isinstance(error, ValidationError):
+        mistake = error.errors()[0]
+        key = ".".join(str(part) for part in mistake["loc"])
+        message = mistake["msg"].removeprefix("Value error, ")
+        return _first_sentences(f"{key}: {message}" if key else message)
+    return _first_sentences(str(error))
+
+
+def _first_sentences(text: str) -> str:
+    """Returns as many whole sentences as make a line that is read, and the first at least."""
+    first, *more = " ".join(text.split()).rstrip(".").split(". ")
+    for sentence in more:
+        if len(first) + len(sentence) > _MESSAGE_LENGTH:
+            break
+        first = f"{first}. {sentence}"
+    return first
+
+
+def _set_environment(options: EngineOptions) -> None:
+    """Set what vLLM takes from the environment only; what the user has set stays."""
+    from vllm.platforms import current_platform
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if not current_platform.is_cpu():
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    size = options.tensor_parallel_size
+    groups = [",".join(map(str, cores[rank::size])) for rank in range(size)]
+    # vLLM's own choice leaves one core of two idle.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(groups))
+    # One order of summation, however many requests share a step: the same numbers every time.
+    os.environ.setdefault("VLLM_CPU_ATTN_SPLIT_KV", "0")
+    if options.enforce_eager:
+        # Eager vLLM still compiles a helper of prompt log-probabilities: 20 s, and a C++ compiler.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
