@@ -51,3 +51,7 @@ class TooManyRejects(TokayError):
 
 class EngineDied(TokayError):
     """The engine that a stage works with is gone; the stage must be loaded anew."""
+
+
+class ScoresDiffer(TokayError):
+    """The teacher's scores over its prefix cache are not those that it computes separately."""

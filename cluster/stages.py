@@ -53,12 +53,14 @@ class StageOutput:
         rejects: (id, reason, text) of each refused row.
         unusable: (id, reason, text) of what stays in `rows`, marked as unfit for what follows.
         metrics: Counts to be summed over shards.
+        highest: Figures of which the highest of all shards is kept.
     """
 
     rows: pa.Table
     rejects: list[Reject] = field(default_factory=list)
     unusable: list[Reject] = field(default_factory=list)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    highest: Mapping[str, float] = field(default_factory=dict)
 
 
 StageFunction = Callable[[pa.Table], Awaitable[StageOutput]]
@@ -100,7 +102,7 @@ class Limit:
 def run_stage(
     stage: Stage, source: Artifact, context: StepContext, limit: Limit | None = None
 ) -> dict[str, Json]:
-    """Transforms every shard of `source` that has no output yet; returns the summed metrics.
+    """Transforms every shard of `source` that has no output yet; returns metrics.
 
     Raises:
         TokayError: An actor failed for good, or a stage lost rows.
@@ -149,7 +151,7 @@ def run_stage(
                 tally.check(limit, context)
         except ray.exceptions.RayError as error:
             raise _cause(error) from error
-    return dict(tally.metrics)
+    return {**tally.metrics, **tally.highest}
 
 
 class _Tally:
@@ -157,6 +159,7 @@ class _Tally:
 
     def __init__(self) -> None:
         self.metrics: Counter[str] = Counter()
+        self.highest: dict[str, float] = {}
         self.reasons: Counter[str] = Counter()
         self.examples: list[Reject] = []
 
@@ -165,13 +168,20 @@ class _Tally:
         """Returns a shard's own, as JSON."""
         refused = [*output.rejects, *output.unusable]
         reasons = Counter(reason for _, reason, _ in refused)
-        rows = {"metrics": dict(output.metrics), "reasons": reasons, "examples": refused[:3]}
+        rows = {
+            "metrics": dict(output.metrics),
+            "highest": dict(output.highest),
+            "reasons": reasons,
+            "examples": refused[:3],
+        }
         return json.dumps(rows).encode()
 
     def add(self, content: bytes) -> None:
         """Adds a shard's."""
         rows = json.loads(content)
         self.metrics.update(rows.get("metrics", {}))
+        for name, value in rows.get("highest", {}).items():
+            self.highest[name] = max(value, self.highest.get(name, value))
         self.reasons.update(rows.get("reasons", {}))
         self.examples += [tuple(row) for row in rows.get("examples", [])][: 3 - len(self.examples)]
 

@@ -1,5 +1,6 @@
 """The step `scores`: the LLM judges each query's nearest candidates twice, in one prompt."""
 
+import asyncio
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -7,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from actors.engine import EngineOptions
 from actors.language_model import LanguageModel
+from actors.pair_scores import ScoringPrompt
+from actors.score_check import check_scores
 from cluster.artifacts import Json
 from cluster.stages import Limit, StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import StepContext
@@ -46,9 +49,18 @@ class ScorePairs:
     columns: tuple[str, ...] = tuple(PAIRS.names)
 
     def load(self) -> StageFunction:
-        """Starts the engine."""
+        """Starts the engine; its first pairs are scored both ways before anything is."""
         config = self.config
         llm = LanguageModel.load(self.engine)
+        checking, difference = asyncio.Lock(), None
+
+        async def check(pairs: list[ScoringPrompt]) -> float | None:
+            """Checks the engine on the first pairs that show anything; others wait for it."""
+            nonlocal difference
+            async with checking:
+                if difference is None and not config.separate_prompts:
+                    difference = await check_scores(llm, pairs)
+            return difference
 
         async def score(passages: pa.Table) -> StageOutput:
             rows = passages.to_pylist()
@@ -56,6 +68,7 @@ class ScorePairs:
             for row in rows:
                 text = llm.truncate(row["text"], config.max_passage_tokens)
                 pairs += [self.prompts.render(q, row["title"], text) for q in row["queries"]]
+            apart = await check(pairs)
             answers = await llm.score(pairs, separate=config.separate_prompts)
             rest = iter(answers)
             scores, unusable = [], []
@@ -83,7 +96,12 @@ class ScorePairs:
                 "num_cached_tokens": sum(answer.num_cached_tokens for answer in answers),
             }
             table = pa.Table.from_pylist(scores, schema=SCORES)
-            return StageOutput(rows=table, unusable=unusable, metrics=metrics)
+            return StageOutput(
+                rows=table,
+                unusable=unusable,
+                metrics=metrics,
+                highest={} if apart is None else {"largest_score_difference": apart},
+            )
 
         return score
 

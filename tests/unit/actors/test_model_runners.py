@@ -20,7 +20,9 @@ from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsTensors
 
 from actors.language_model import LanguageModel
-from actors.pair_scores import PairScore, ScoringPrompt
+from actors.pair_scores import PairScore, PairScorer, ScoringPrompt
+from actors.score_check import check_scores
+from cluster.errors import ScoresDiffer
 
 VOCABULARY, BLOCK, YES, NO = 50, 16, 0, 1
 # Log-probabilities of the next token, by the last one.
@@ -304,6 +306,44 @@ def test_rows_that_do_not_come_back_are_an_error_and_no_number(runner: str):
     for found in score(Silent(runner), pairs_of(40)):
         assert found.ql is None
         assert "no log-probabilities" in (found.error or "")
+
+
+@both_runners
+def test_the_check_finds_fast_scores_equal(runner: str):
+    llm = LanguageModel(Engine(runner), Numbers(), 4096)
+    assert asyncio.run(check_scores(llm, pairs_of(200))) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_the_check_stops_a_run_whose_rows_are_shifted(runner: str, monkeypatch: pytest.MonkeyPatch):
+    """As if the slice were wrong by one: the numbers are those of other tokens."""
+    original = PairScorer._ask
+
+    async def shifted(self: PairScorer, tokens: list[int], **asked: Any) -> Any:
+        output, log_p = await original(self, tokens, **asked)
+        return output, log_p and [-1.0, *log_p[:-1]]
+
+    monkeypatch.setattr(PairScorer, "_ask", shifted)
+    llm = LanguageModel(Engine(runner), Numbers(), 4096)
+    with pytest.raises(ScoresDiffer, match=r"accepted is 0\.002.*separate_prompts"):
+        asyncio.run(check_scores(llm, pairs_of(200)))
+
+
+def test_the_check_shows_nothing_where_nothing_was_cached():
+    llm = LanguageModel(Engine("v2"), Numbers(), 4096)
+    assert asyncio.run(check_scores(llm, pairs_of(5, num_query=3)[:3])) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "expected"),
+    [(torch.float32, None, 2e-3), (torch.bfloat16, None, 0.15), (torch.bfloat16, "fp8", 0.3)],
+)
+def test_the_tolerance_is_that_of_the_precision(
+    dtype: torch.dtype, quantization: str | None, expected: float
+):
+    engine = Engine("v2")
+    engine.vllm_config.model_config = SimpleNamespace(dtype=dtype, quantization=quantization)
+    assert LanguageModel(engine, Numbers(), 4096).score_tolerance == expected
 
 
 def test_rows_of_other_tokens_are_an_error_and_no_number():

@@ -1,0 +1,69 @@
+"""Before an engine scores: are its fast scores those of the slow way?
+
+Fast scores come over a prefix cache, from one prompt, by requests that an engine's version, its
+model runner and its device may each answer differently, and a wrong number looks like a right one.
+So a few of a run's own pairs are scored both ways first.
+"""
+
+import math
+from collections.abc import Sequence
+
+from actors.language_model import LanguageModel
+from actors.pair_scores import PairScore, ScoringPrompt
+from cluster.errors import ScoresDiffer
+
+NUM_CHECKED = 5
+
+
+async def check_scores(
+    llm: LanguageModel, pairs: Sequence[ScoringPrompt], tolerance: float | None = None
+) -> float | None:
+    """Scores the first few pairs over the cache and separately, and compares.
+
+    Query likelihoods are compared as they are, relevances as probabilities: where they are small,
+    their logarithm is all rounding.
+
+    Args:
+        llm: The engine.
+        pairs: A run's own.
+        tolerance: How far two scores may be apart; what the engine's precision allows if None.
+
+    Returns:
+        The largest difference, or None if this shows nothing: no pair could be scored, or none was
+        read from the cache.
+
+    Raises:
+        ScoresDiffer: They are further apart.
+    """
+    chosen = list(pairs[:NUM_CHECKED])
+    fast = await llm.score(chosen)
+    if not any(score.num_cached_tokens > 0 for score in fast):
+        return None
+    slow = await llm.score(chosen, separate=True)
+    found = [
+        (_apart(one, other), pair.query.strip(), one, other)
+        for pair, one, other in zip(chosen, fast, slow, strict=True)
+        if one.error is None and other.error is None
+    ]
+    if not found:
+        return None
+    apart, query, one, other = max(found, key=lambda row: row[0])
+    accepted = llm.score_tolerance if tolerance is None else tolerance
+    if apart > accepted:
+        raise ScoresDiffer(
+            f"this engine's fast scores are wrong: for the query {query[:60]!r} they"
+            f" are QL {one.ql:.3f} and RC {one.rc:.3f}, and computed separately {other.ql:.3f} and"
+            f" {other.rc:.3f} ({apart:.3g} apart; accepted is {accepted}). Nothing was scored. Set"
+            " scores.separate_prompts to true (slow), or try vLLM's other model runner by the"
+            " environment variable VLLM_USE_V2_MODEL_RUNNER (0 or 1), and report it with the"
+            " versions of vLLM and the driver"
+        )
+    return apart
+
+
+def _apart(one: PairScore, other: PairScore) -> float:
+    assert one.ql is not None
+    assert one.rc is not None
+    assert other.ql is not None
+    assert other.rc is not None
+    return max(abs(one.ql - other.ql), abs(math.exp(one.rc) - math.exp(other.rc)))
