@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick lint lock clean
+.PHONY: help install demo test quick gpu lint lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,12 @@ test: $(STAMP)  ## every test that needs no GPU (about 12 minutes)
 
 quick: $(STAMP)  ## the tests that start no engine (under 90 seconds)
 	@$(BIN)/pytest -m "not gpu and not slow"
+
+# Another interpreter (PYTHON=...) takes the place of .venv's: nothing is installed, and what it
+# lacks is skipped. CORPUS names a folder in BEIR's layout; OPTIONS are those of the script.
+gpu:  ## tests and figures of this machine's GPU, as a table (at most 15 minutes)
+	@$(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py \
+	  $(if $(CORPUS),--corpus "$(CORPUS)") $(OPTIONS)
 
 lint: $(STAMP)  ## ruff, mypy, import-linter
 	$(BIN)/ruff format --check .

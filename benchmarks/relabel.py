@@ -37,6 +37,7 @@ ENGINE = EngineOptions(
     dtype="bfloat16",
     max_model_tokens=1024,
     enforce_eager=True,
+    gpu_memory_utilization=0.4,  # both engines are on one GPU
     kv_cache_gib=2,
     max_num_seqs=96,
     block_size=32,
@@ -83,7 +84,7 @@ def naive(connection: Connection) -> None:
     """Scores lists of pairs as vLLM's own examples would."""
     from vllm import SamplingParams
 
-    llm = bare_llm(ENGINE)
+    llm = bare_llm(ENGINE, gpu_memory_utilization=ENGINE.gpu_memory_utilization)
     tokenizer = llm.get_tokenizer()
 
     def ids(text: str) -> list[int]:

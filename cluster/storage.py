@@ -4,6 +4,8 @@ Steps run on any node of a cluster, so nothing but a storage URI may tie them to
 is atomic: a reader sees the whole file or none.
 """
 
+from __future__ import annotations
+
 import errno
 import hashlib
 import os
@@ -16,12 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from cluster.errors import StorageError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from mypy_boto3_s3 import S3Client
 
 
@@ -216,7 +216,7 @@ class S3Storage:
         return {"bucket": self.bucket, "prefix": self.prefix, "uri": self.uri}
 
     @cached_property
-    def client(self) -> "S3Client":
+    def client(self) -> S3Client:
         """The boto3 client, made on first use in each process."""
         import boto3
         from botocore.config import Config
@@ -343,6 +343,9 @@ def read_table(storage: Storage, path: str, columns: list[str] | None = None) ->
         FileNotFoundError: It is not there.
         StorageError: It is not Parquet, or lacks a column.
     """
+    import pyarrow as pa  # here, since encoders and training steps go without it
+    import pyarrow.parquet as pq
+
     try:
         return pq.read_table(pa.BufferReader(storage.read_bytes(path)), columns=columns)
     except (pa.ArrowInvalid, KeyError) as error:
@@ -354,6 +357,9 @@ def read_table(storage: Storage, path: str, columns: list[str] | None = None) ->
 
 def write_table(storage: Storage, path: str, table: pa.Table) -> int:
     """Writes one Parquet file atomically and returns its bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     content = sink.getvalue().to_pybytes()

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from cluster.errors import UserError
 from cluster.storage import Storage, join, open_storage, read_table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _COLUMNS = [
     "batch",
@@ -83,6 +84,9 @@ def iterate_batches(uri: str, start: int = 0) -> Iterator[Batch]:
     Raises:
         UserError: The rows are not in the order of batches.
     """
+    import pyarrow as pa  # here, since a training step goes without it
+    import pyarrow.compute as pc
+
     storage = open_storage(uri)
     rest: pa.Table | None = None
     number = start
