@@ -193,7 +193,11 @@ class PairScorer:
         output = await self._send(pair.all, _params(labels=list(pair.labels), cached=False))
         params = _params(labels=[], cached=False, prompt_logprobs=True)
         alone = await self._send([*pair.context, *pair.query], params)
-        log_p = _last_log_p(alone.prompt_logprobs, pair.query, len(pair.query))
+        # With nothing cached a row is a token's place; the fast way counts otherwise, and is
+        # checked against this.
+        found, log_p = alone.prompt_logprobs, None
+        if len(found or ()) == len(pair.context) + len(pair.query):
+            log_p = [found.logprobs[place] for place in found.start_indices[len(pair.context) :]]
         score = _pair_score(pair, output, log_p)
         both = score.num_prompt_tokens + len(pair.context) + len(pair.query)
         return replace(score, num_prompt_tokens=both)
