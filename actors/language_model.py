@@ -61,12 +61,6 @@ class LanguageModel:
         self._max_model_tokens = max_model_tokens
         self._log = log
         self._ids = itertools.count()
-        config = getattr(engine, "vllm_config", None)
-        self._scorer = PairScorer(
-            self._request,
-            on_v2=bool(config and config.use_v2_model_runner),
-            block_size=(config and config.cache_config.block_size) or _BLOCK_SIZE,
-        )
         from vllm.platforms import current_platform
 
         self._on_cpu = bool(current_platform.is_cpu())
@@ -186,7 +180,13 @@ class LanguageModel:
             else:
                 scores.append(None)
                 fitting.append(tokens)
-        scorer = self._scorer
+        config = getattr(self._engine, "vllm_config", None)
+        # Not kept: the engine's sockets are closed in the right order only outside a cycle.
+        scorer = PairScorer(
+            self._request,
+            on_v2=bool(config and config.use_v2_model_runner),
+            block_size=(config and config.cache_config.block_size) or _BLOCK_SIZE,
+        )
         found = iter(await (scorer.score_separately if separate else scorer.score)(fitting))
         return [next(found) if score is None else score for score in scores]
 
