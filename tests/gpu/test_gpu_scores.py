@@ -1,32 +1,30 @@
-"""vLLM's scores on a GPU beside plain logits of transformers on the CPU, without Ray."""
+"""Scores of vLLM's engine on a GPU, over its cache, beside plain logits of the same weights.
+
+The model is a small Llama with random weights and a vocabulary of numbers, so nothing is needed
+but vLLM's build for CUDA.
+"""
 
 import asyncio
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from actors.embedded import embedded_model
 from actors.engine import EngineOptions
 from actors.language_model import LanguageModel
 from actors.pair_scores import PairScore, ScoringPrompt
+from actors.score_check import check_scores
 
-MODEL = "embedded:SmolLM2-135M-Instruct"
-# Of a log-probability: a logit between 8 and 16 is rounded to a sixteenth in bfloat16.
-TOLERANCES = {"float32": 2e-3, "bfloat16": 0.15}
-SHOTS = "Passage: Bread is baked from dough.\nQuestion: what is bread made of\nAnswered: yes\n\n"
-PASSAGES = (
-    "The tide follows the moon: where the moon stands highest the sea rises, and half a day later"
-    " it rises again on the other side of the earth.",
-    "A violin's bow is strung with horsehair, which is rubbed with rosin so that it grips the"
-    " strings.",
-    "Yeast turns sugar into alcohol and carbon dioxide; in dough the gas makes bubbles and the"
-    " alcohol leaves in the oven.",
-)
-QUERIES = ("why does the sea rise twice a day", "what is a bow made of", "how does bread get holes")
-
+VOCABULARY, BLOCK, YES, NO = 2000, 16, 5, 6
+CONTEXTS = (200, 4 * BLOCK, 3 * BLOCK, 3 * BLOCK - 1, BLOCK + 1, BLOCK, 10)
+# How far from the same model in float32 on the CPU: an attention kernel in Triton multiplies
+# float32 in TF32; in bfloat16 a logit between 8 and 16 is rounded to a sixteenth.
+FROM_EXACT = {"float32": 0.02, "bfloat16": 0.15}
+FROM_SEPARATE = {"float32": 2e-3, "bfloat16": 0.15}
 
 Score = Callable[..., list[PairScore]]
 
@@ -42,83 +40,149 @@ def _vllm_for_gpus() -> bool:
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU"),
-]
-
-
-@pytest.fixture(scope="module", params=TOLERANCES)
-def engine(request: pytest.FixtureRequest) -> Iterator[tuple[Score, float]]:
-    """An engine and its tolerance; in a loop of its own, since it belongs to that it began in."""
-    if not _vllm_for_gpus():
-        pytest.skip("needs vLLM's build for CUDA: pip install -r requirements.txt")
-    loop = asyncio.new_event_loop()
-    llm = LanguageModel.load(
-        EngineOptions(
-            model=MODEL,
-            dtype=request.param,
-            max_model_tokens=256,
-            enforce_eager=True,
-            gpu_memory_utilization=0.3,
-            kv_cache_gib=0.5,
-        )
-    )
-
-    def score(pairs: list[ScoringPrompt], **options: Any) -> list[PairScore]:
-        return loop.run_until_complete(llm.score(pairs, **options))
-
-    yield score, TOLERANCES[request.param]
-    llm.close()
-    loop.close()
-
-
-PAIRS = [
-    ScoringPrompt(
-        context=f"{SHOTS}Passage: {passage}\nQuestion:",
-        query=f" {query}",
-        question="\nAnswered:",
-        labels=((" yes", 1.0), (" no", 0.0)),
-    )
-    for passage in PASSAGES
-    for query in QUERIES
+    pytest.mark.skipif(
+        not _vllm_for_gpus(), reason="needs vLLM's build for CUDA: pip install -r requirements.txt"
+    ),
 ]
 
 
 @pytest.fixture(scope="module")
-def expected() -> list[tuple[float, float]]:
-    """QL and RC of each pair in float32: the whole prompt in one pass."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama whose logits differ widely, and a tokenizer of numbers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = embedded_model(MODEL)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=512,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    llama = LlamaForCausalLM(config)
+    for name, weight in llama.named_parameters():
+        if "norm" not in name:
+            weight.data.mul_(4)
+    llama.save_pretrained(folder)
+    ids = {"<none>": 0, "<end>": 1} | {str(number): number for number in range(2, VOCABULARY)}
+    words = Tokenizer(models.WordLevel(ids, unk_token="<none>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
+    return folder
 
-    def ids(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+@pytest.fixture(scope="module", params=[("v2", "float32"), ("v2", "bfloat16"), ("v1", "bfloat16")])
+def engine(request: pytest.FixtureRequest, model: Path) -> Iterator[tuple[Any, Score, str]]:
+    """An engine in a loop of its own, since it belongs to that it began in; and its precision."""
+    runner, dtype = request.param
+    patch = pytest.MonkeyPatch()
+    patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1" if runner == "v2" else "0")
+    loop = asyncio.new_event_loop()
+    llm = LanguageModel.load(
+        EngineOptions(
+            model=str(model),
+            dtype=dtype,
+            max_model_tokens=512,
+            enforce_eager=True,
+            gpu_memory_utilization=0.3,
+            kv_cache_gib=0.5,
+            block_size=BLOCK,
+        )
+    )
+
+    def run(work: Any) -> Any:
+        return loop.run_until_complete(work)
+
+    yield llm, run, dtype
+    llm.close()
+    loop.close()
+    patch.undo()
+
+
+def pairs() -> list[ScoringPrompt]:
+    """Three queries a context, of which the third begins as the second does."""
+    rng = np.random.default_rng(0)
+
+    def words(count: int) -> str:
+        return " ".join(map(str, rng.integers(10, VOCABULARY, count)))
+
+    found = []
+    for length in CONTEXTS:
+        context, question, begin = words(length), words(12), words(3)
+        for query in (words(8), f"{begin} {words(5)}", f"{begin} {words(6)}"):
+            found.append(
+                ScoringPrompt(
+                    context=context,
+                    query=query,
+                    question=question,
+                    labels=((str(YES), 1.0), (str(NO), 0.0)),
+                )
+            )
+    return found
+
+
+@pytest.fixture(scope="module")
+def exact(model: Path) -> list[tuple[float, float]]:
+    """QL and RC of each pair in float32 on the CPU: the whole prompt in one pass."""
+    from transformers import AutoModelForCausalLM
+
+    llama = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
     def scores(pair: ScoringPrompt) -> tuple[float, float]:
-        context, query, question = map(ids, (pair.context, pair.query, pair.question))
+        parts = (pair.context, pair.query, pair.question)
+        context, query, question = ([int(word) for word in part.split()] for part in parts)
         with torch.inference_mode():
-            logits = model(torch.tensor([context + query + question])).logits[0]
-        log_p = logits.log_softmax(-1)
+            log_p = llama(torch.tensor([context + query + question])).logits[0].log_softmax(-1)
         ql = sum(float(log_p[len(context) + i - 1, token]) for i, token in enumerate(query))
-        yes, no = (float(log_p[-1, ids(label)[0]]) for label, _ in pair.labels)
+        yes, no = (float(log_p[-1, label]) for label in (YES, NO))
         return ql / len(query), yes - math.log(math.exp(yes) + math.exp(no))
 
-    return [scores(pair) for pair in PAIRS]
+    return [scores(pair) for pair in pairs()]
 
 
-def test_scores_equal_a_plain_forward_pass(
-    expected: list[tuple[float, float]], engine: tuple[Score, float]
+def test_scores_over_the_cache_equal_a_plain_forward_pass(
+    exact: list[tuple[float, float]], engine: tuple[Any, Score, str]
 ):
-    score, tolerance = engine
-    scores = score(PAIRS)
-    assert sum(each.num_cached_tokens for each in scores) > 0  # the prefix was shared
-    for found, plain in zip(scores, expected, strict=True):
-        assert (found.ql, found.rc) == pytest.approx(plain, abs=tolerance)
-    own = [max(range(3), key=lambda at: scores[3 * at + query].ql) for query in range(3)]
-    assert own == [0, 1, 2]  # each question is likeliest behind the passage that answers it
+    llm, run, dtype = engine
+    for _ in range(2):  # the second time the queries are in the cache, too
+        scores = run(llm.score(pairs()))
+        for found, plain in zip(scores, exact, strict=True):
+            assert found.error is None
+            assert found.ql == pytest.approx(plain[0], abs=FROM_EXACT[dtype])
+            relevance = math.exp(found.rc or 0)
+            assert relevance == pytest.approx(math.exp(plain[1]), abs=FROM_EXACT[dtype])
+    assert max(ql for ql, _ in exact) - min(ql for ql, _ in exact) > 1  # else any would do
 
 
-def test_fused_prompts_over_the_cache_score_as_separate_ones(engine: tuple[Score, float]):
-    score, tolerance = engine
-    for fused, alone in zip(score(PAIRS), score(PAIRS, separate=True), strict=True):
-        assert (fused.ql, fused.rc) == pytest.approx((alone.ql, alone.rc), abs=tolerance)
+def test_scores_over_the_cache_equal_separate_ones(engine: tuple[Any, Score, str]):
+    llm, run, dtype = engine
+    assert llm.score_tolerance == FROM_SEPARATE[dtype]
+    fast, slow = run(llm.score(pairs())), run(llm.score(pairs(), separate=True))
+    for one, other in zip(fast, slow, strict=True):
+        assert one.ql == pytest.approx(other.ql, abs=FROM_SEPARATE[dtype])
+    shown = run(check_scores(llm, pairs()))
+    assert shown is None or shown < FROM_SEPARATE[dtype]  # None: all of it was cached
+
+
+def test_an_engine_without_memory_says_which_key_to_lower(model: Path):
+    from cluster.errors import TokayError
+
+    held = torch.empty(torch.cuda.mem_get_info()[0] * 9 // 10, dtype=torch.uint8, device="cuda")
+    with pytest.raises(TokayError, match=r"gpu_memory_utilization") as error:
+        LanguageModel.load(
+            EngineOptions(
+                model=str(model),
+                max_model_tokens=512,
+                enforce_eager=True,
+                gpu_memory_utilization=0.5,
+            )
+        )
+    assert "\n" not in str(error.value)
+    del held
+    torch.cuda.empty_cache()
