@@ -1,6 +1,7 @@
 """The index actor over an artifact's shards, exact and not."""
 
 import os
+from pathlib import Path
 
 import faiss
 import numpy as np
@@ -13,6 +14,8 @@ from cluster.stages import StageResources
 from cluster.storage import open_storage
 from pipelines.encoders import vector_column
 from pipelines.fret.neighbours import CandidatesConfig, IndexActor, check_index
+from pipelines.graph import build_run
+from pipelines.recipe import load_recipe
 
 NUM_ROWS, FIRST_ROW = 2000, 100
 
@@ -124,3 +127,9 @@ def test_index_that_its_gpus_cannot_hold_is_refused(
 )
 def test_index_that_fits_its_gpus_is_accepted(index: str, resources: dict[str, float]) -> None:
     check_index(CandidatesConfig(index=index), StageResources(**resources))
+
+
+def test_run_of_an_index_that_its_gpus_cannot_hold_does_not_begin(tmp_path: Path) -> None:
+    settings = ["candidates.index=ivf", "resources.index.num_gpus=1", "corpus.path=nowhere"]
+    with pytest.raises(UserError, match=r"candidates\.index: 'ivf' with .* set num_gpus to 0"):
+        build_run(load_recipe("gpu", settings), str(tmp_path))
