@@ -44,12 +44,13 @@ lint: $(STAMP)  ## ruff, mypy, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Of the GPU lock every package has a wheel for this platform, or there is no lock: nodes build nothing.
 lock:  ## resolve both locks anew (needs uv)
 	uv pip compile pyproject.toml --extra cpu --extra dev --override cpu-overrides.txt \
 	  --python-version 3.11 --no-header -o requirements-cpu.txt
 	sed -i 's/^torch==\(.*\)+cpu$$/torch==\1/' requirements-cpu.txt
-	uv pip compile pyproject.toml --extra gpu --python-version 3.11 \
-	  --python-platform x86_64-manylinux_2_28 --no-header -o requirements.txt
+	uv pip compile pyproject.toml --extra gpu --python-version 3.11 --only-binary :all: \
+	  --python-platform x86_64-manylinux_2_31 --no-header -o requirements.txt
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

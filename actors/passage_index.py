@@ -7,6 +7,7 @@ suits how many vectors.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -19,6 +20,13 @@ IndexKind = Literal["auto", "flat", "ivf", "hnsw", "pq"]
 _TIE = 1e-5
 _SLACK = 8
 _QUERIES_AT_ONCE = 256
+# FAISS' kernels select no more than this on a GPU.
+_MAX_GPU_K = 2048
+# Beside the vectors: 1.5 GiB that FAISS takes for its searches, and what cuBLAS and CUDA want.
+_GPU_WORKSPACE_BYTES = 2 * 2**30
+# What `auto` searches whole on the CPU, and what it holds in half precision; of float32 vectors.
+_MAX_FLAT_BYTES = 2**28
+_MAX_IVF_BYTES = 32 * 2**30
 
 
 class PassageIndex:
@@ -36,28 +44,28 @@ class PassageIndex:
 
         Args:
             dimensions: Length of a vector.
-            gpu: Search on the first GPU that this process sees (needs ``faiss-gpu``); the vectors
-                stay in the host's memory too.
+            gpu: Search on the first GPU that this process sees (needs ``faiss-gpu``), if the
+                vectors fit there (`fits_gpu`); they stay in the host's memory too.
         """
         import faiss
 
         self.dimensions = dimensions
         self._host: Any = faiss.IndexFlatIP(dimensions)
         self._gpu: Any = None
-        if gpu:
-            if not hasattr(faiss, "StandardGpuResources"):
-                raise ValueError("gpu=True needs faiss-gpu, and faiss-cpu is installed")
-            self._gpu = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), dimensions)
+        self._gpu_wanted = gpu
 
     def __len__(self) -> int:
         return int(self._host.ntotal)
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU is searched: decided by the first search after `add`."""
+        return self._gpu is not None
+
     def add(self, vectors: np.ndarray) -> None:
         """Appends float32 ``[rows, dimensions]``; their row numbers go on from the last."""
-        checked = self._checked(vectors)
-        self._host.add(checked)
-        if self._gpu is not None:
-            self._gpu.add(checked)
+        self._host.add(self._checked(vectors))
+        self._gpu = None
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """Returns the vectors of int64 ``[rows]`` as float32 ``[rows, dimensions]``."""
@@ -87,7 +95,10 @@ class PassageIndex:
 
     def _search(self, queries: np.ndarray, k: int) -> Neighbours:
         width = min(k + _SLACK, len(self))
-        index = self._host if self._gpu is None else self._gpu
+        if self._gpu_wanted and self._gpu is None:
+            self._gpu = _gpu_copy(self._host)
+            self._gpu_wanted = self.on_gpu
+        index = self._gpu if self.on_gpu and width <= _MAX_GPU_K else self._host
         scores, rows = self._rescored(queries, index.search(queries, width)[1])
         # Where the slack does not reach beyond a tie at the border, look wider, alone.
         tied = scores[:, k - 1] - scores[:, -1] <= _TIE * np.maximum(1, np.abs(scores[:, k - 1]))
@@ -129,15 +140,13 @@ class ApproximateIndex:
             (inverted lists of product-quantised residuals).
     """
 
-    def __init__(self, dimensions: int, kind: str, num_vectors: int, gpu: bool = False) -> None:
+    def __init__(self, dimensions: int, kind: str, num_vectors: int) -> None:
         """Makes an empty index.
 
         Args:
             dimensions: Length of a vector.
             kind: `ivf`, `hnsw` or `pq`.
             num_vectors: How many vectors will be added, about.
-            gpu: Search on the first GPU that this process sees (`ivf` and `pq`; needs
-                ``faiss-gpu``).
         """
         import faiss
 
@@ -164,10 +173,6 @@ class ApproximateIndex:
         index.cp.niter = 6
         index.cp.max_points_per_centroid = _POINTS_PER_LIST
         index.make_direct_map(True)
-        if gpu:
-            if not hasattr(faiss, "StandardGpuResources"):
-                raise ValueError("gpu=True needs faiss-gpu, and faiss-cpu is installed")
-            self._index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
 
     def __len__(self) -> int:
         return int(self._index.ntotal)
@@ -205,13 +210,57 @@ class ApproximateIndex:
 _POINTS_PER_LIST = 30
 
 
-def choose_kind(kind: IndexKind, num_vectors: int) -> str:
-    """Returns the kind that `auto` means for so many vectors on one actor."""
+def choose_kind(kind: IndexKind, num_vectors: int, dimensions: int) -> str:
+    """Returns the kind that `auto` means for so many vectors on one actor that has no GPU."""
     if kind != "auto":
         return kind
-    if num_vectors <= 100_000:
+    num_bytes = 4 * num_vectors * dimensions
+    if num_bytes <= _MAX_FLAT_BYTES:
         return "flat"
-    return "ivf" if num_vectors <= 20_000_000 else "pq"
+    return "ivf" if num_bytes <= _MAX_IVF_BYTES else "pq"
+
+
+def fits_gpu(num_vectors: int, dimensions: int, share: float = 1.0) -> bool:
+    """Says whether a `PassageIndex` of so many vectors fits what is free of the first GPU.
+
+    Args:
+        num_vectors: How many.
+        dimensions: Length of a vector.
+        share: Of what is free, for an actor that shares its GPU.
+
+    Returns:
+        False too where this process sees no GPU, or ``faiss-cpu`` is installed.
+    """
+    import faiss
+
+    if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
+        return False
+    num_bytes = 4 * num_vectors * (dimensions + 1)  # each vector's norm too
+    return num_bytes + _GPU_WORKSPACE_BYTES <= share * _free_gpu_bytes()
+
+
+def _free_gpu_bytes() -> int:
+    """Asks the driver, for FAISS does not tell."""
+    import faiss
+
+    faiss.gpu_sync_all_devices()  # makes the context that the driver wants to see
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    failed = ctypes.CDLL("libcuda.so.1").cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+    if failed:
+        raise RuntimeError(f"the CUDA driver does not say how much memory is free: error {failed}")
+    return free.value
+
+
+def _gpu_copy(host: Any) -> Any:
+    """Returns a flat index on the first GPU, or None where it does not fit.
+
+    It is copied whole: `add` on a GPU holds the old vectors beside the new ones as it grows.
+    """
+    import faiss
+
+    if not fits_gpu(host.ntotal, host.d):
+        return None
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, host)
 
 
 def exact_top_k(queries: np.ndarray, parts: Iterable[np.ndarray], k: int) -> Neighbours:

@@ -106,13 +106,14 @@ def finish(folder: Path) -> None:
 
 def tokay(connection: Connection, folder: Path) -> None:
     """Mines with Tokay's index actor, from Parquet to Parquet."""
+    from cluster.stages import StageResources
     from pipelines.fret.neighbours import IndexActor
 
     embeddings = open_artifact(str(folder / "embeddings"))
     queries = np.load(folder / "queries.npy", mmap_mode="r")
     positives = np.load(folder / "positives.npy")
     begin = time.perf_counter()
-    index = IndexActor(embeddings, list(embeddings.shards), 0, "auto", False)
+    index = IndexActor(embeddings, list(embeddings.shards), 0, "auto", StageResources())
     built = time.perf_counter() - begin
     chosen = np.empty((len(queries), NUM_NEGATIVES), np.int64)
     with tempfile.TemporaryDirectory() as target:

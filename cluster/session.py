@@ -35,7 +35,8 @@ def connect(log_folder: Path | None = None, *, serve: bool = False) -> ClusterRe
     Raises:
         UserError: RAY_ADDRESS names a cluster that does not answer.
     """
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Processes that asked for no GPU see none: each would keep half a gigabyte of the first.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2", "1")
     import ray
 
@@ -116,6 +117,8 @@ def _configure_ray_data() -> None:
     context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # Else a step ends that waits half an hour for nodes, or for the first shard of a large model.
+    context.execution_no_progress_timeout_s = -1
 
 
 def _short_temporary_folder() -> str:

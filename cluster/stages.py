@@ -18,11 +18,12 @@ import pyarrow as pa
 from cluster import errors
 from cluster.artifacts import Artifact, FileEntry, Json, shard_path, write_rejects
 from cluster.errors import Reject, TokayError, TooManyRejects
+from cluster.presence import MAX_DEATHS, actor_begins, clear_actors, waiting_told
 from cluster.steps import StepContext
 from cluster.storage import Storage, read_table, write_table
 
 TALLY = b"tokay.tally"
-MAX_DEATHS = 3  # of an actor's engine; then something is wrong with the work
+_ACTORS = "stage"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,8 @@ class StageResources:
     """What each actor of a stage needs; changes no number, so it is in no fingerprint.
 
     Attributes:
-        num_actors: Actors at most; the pool starts with one and grows.
+        num_actors: Actors at most. The pool starts with one and grows to what the cluster has;
+            where they go to one type of node, with all, so that those nodes are sent for at once.
         num_cpus: Logical CPUs an actor.
         num_gpus: GPUs an actor.
         node_resource: Custom resource that steers actors to one node type of the cluster.
@@ -42,6 +44,16 @@ class StageResources:
     num_gpus: float = 0.0
     node_resource: str | None = None
     shards_in_flight: int = 1
+
+    @property
+    def custom(self) -> dict[str, float]:
+        """The custom resources of an actor."""
+        return {self.node_resource: 0.001} if self.node_resource else {}
+
+    @property
+    def needs(self) -> dict[str, float]:
+        """All that an actor asks for, by Ray's names."""
+        return {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.custom}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +117,7 @@ def run_stage(
     """Transforms every shard of `source` that has no output yet; returns metrics.
 
     Raises:
-        TokayError: An actor failed for good, or a stage lost rows.
+        TokayError: An actor failed for good or died again and again, or a stage lost rows.
         TooManyRejects: More rows were refused than `limit` allows; what is done stays.
     """
     import ray
@@ -122,15 +134,9 @@ def run_stage(
     context.progress.update(num_done, source.num_rows, "starting actors" if todo else "")
     if todo:
         resources = stage.resources
-        pool = ActorPoolStrategy(
-            min_size=1,
-            max_size=min(resources.num_actors, len(todo)),
-            max_tasks_in_flight_per_actor=2 * resources.shards_in_flight,
-            max_concurrent_calls_per_actor=resources.shards_in_flight,
-        )
-        extra: dict[str, Any] = {}
-        if resources.node_resource:
-            extra["resources"] = {resources.node_resource: 0.001}
+        most = min(resources.num_actors, len(todo))
+        # Ray Data asks for nodes by CPUs and GPUs alone; actors that wait name theirs.
+        fewest = most if resources.node_resource else 1
         references = ray.data.from_items(
             [{"path": shard.path} for shard in todo], override_num_blocks=len(todo)
         )
@@ -138,19 +144,28 @@ def run_stage(
             _ShardWorker,
             fn_constructor_args=(stage, source, context.storage),
             batch_size=1,
-            compute=pool,
+            compute=ActorPoolStrategy(
+                min_size=fewest,
+                max_size=most,
+                max_tasks_in_flight_per_actor=2 * resources.shards_in_flight,
+                max_concurrent_calls_per_actor=resources.shards_in_flight,
+            ),
             num_cpus=resources.num_cpus,
             num_gpus=resources.num_gpus,
-            **extra,
+            resources=resources.custom,
         )
+        clear_actors(context.storage, _ACTORS)
         try:
-            for result in results.iter_rows():
-                num_done += result["num_rows"]
-                context.progress.update(num_done, source.num_rows)
-                tally.add(result["tally"])
-                tally.check(limit, context)
+            with waiting_told(
+                context, _ACTORS, fewest, resources.needs, lambda: (num_done, source.num_rows)
+            ):
+                for result in results.iter_rows():
+                    num_done += result["num_rows"]
+                    context.progress.update(num_done, source.num_rows)
+                    tally.add(result["tally"])
+                    tally.check(limit, context)
         except ray.exceptions.RayError as error:
-            raise _cause(error) from error
+            raise cause(error) from error
     return {**tally.metrics, **tally.highest}
 
 
@@ -200,6 +215,7 @@ class _ShardWorker:
     """The actor: loads the stage once, then turns shard after shard."""
 
     def __init__(self, stage: Stage, source: Artifact, target: Storage) -> None:
+        actor_begins(target, _ACTORS)
         self.stage, self.source, self.target = stage, source, target
         self.transform = stage.load()
         self.num_deaths = 0
@@ -224,7 +240,7 @@ class _ShardWorker:
         yield {"num_rows": [table.num_rows], "tally": [tally]}
 
     async def _transformed(self, table: pa.Table) -> StageOutput:
-        """Transforms a shard; loads the stage anew when its engine has died, a few times."""
+        """Transforms a shard; loads the stage anew when its engine has died, MAX_DEATHS times."""
         while True:
             transform = self.transform
             try:
@@ -242,7 +258,7 @@ def _number(shard: FileEntry) -> int:
     return int(shard.path.removeprefix("shards/").removesuffix(".parquet"))
 
 
-def _cause(error: BaseException) -> TokayError:
+def cause(error: BaseException) -> TokayError:
     """Finds our own error in what Ray reports, or makes one line of Ray's last.
 
     Ray keeps the exception of a failed task as a text within a text, and of an actor that could not

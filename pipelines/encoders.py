@@ -36,14 +36,15 @@ class EncoderConfig(BaseModel):
     trust_remote_code: bool = False
 
 
-def load_encoder(config: EncoderConfig) -> Encoder:
-    """Loads the encoder with the recipe's templates."""
+def load_encoder(config: EncoderConfig, device: str | None = None) -> Encoder:
+    """Loads the encoder with the recipe's templates, on `device` as `Encoder.load` takes it."""
     from actors.encoder import Encoder, PromptTemplates
 
     encoder = Encoder.load(
         config.model,
         max_tokens=config.max_tokens,
         dtype=config.dtype,
+        device=device,
         trust_remote_code=config.trust_remote_code,
     )
     encoder.templates = PromptTemplates(

@@ -21,7 +21,7 @@ from pipelines.evaluation.steps import (
 )
 from pipelines.fret.fret import make_fret
 from pipelines.fret.language_models import engine_options
-from pipelines.fret.neighbours import find_candidates
+from pipelines.fret.neighbours import check_index, find_candidates
 from pipelines.fret.pairs import group_pairs
 from pipelines.fret.prompts import PairPrompts, load_prompts
 from pipelines.fret.queries import query_prompts, write_queries
@@ -64,8 +64,9 @@ def build_run(recipe: Recipe, uri: str) -> Run:
     """Returns the run of a recipe in a folder; finds the corpus, runs nothing.
 
     Raises:
-        UserError: The corpus or a test set does not exist.
+        UserError: The corpus or a test set does not exist, or a GPU cannot hold the index.
     """
+    check_index(recipe.candidates, recipe.resources.index.stage())
     corpus = Corpus(recipe.corpus)
     judged_by = evaluation_queries(recipe.evaluation)
     resources = recipe.resources
@@ -80,6 +81,8 @@ def build_run(recipe: Recipe, uri: str) -> Run:
         return export_student(recipe.name, recipe.student, sample, context)
 
     def evaluate(context: StepContext) -> dict[str, Json]:
+        import torch
+
         encoders = {
             "retriever": load_encoder(recipe.retriever),
             "student_before": load_encoder(_saved(context.input("student"), recipe)),
@@ -88,7 +91,11 @@ def build_run(recipe: Recipe, uri: str) -> Run:
             trained = context.input("prefinetuning")
             encoders["student_prefinetuned"] = load_encoder(_saved(trained, recipe, ENCODER))
         encoders["student_after"] = load_encoder(_saved(context.input("export"), recipe))
-        return run_evaluation(recipe.evaluation, encoders, context)
+        try:
+            return run_evaluation(recipe.evaluation, encoders, context)
+        finally:
+            encoders.clear()
+            torch.cuda.empty_cache()  # this process lives on
 
     steps = [
         Step(
@@ -233,7 +240,7 @@ def _mixture_step(
         return make_mixture(
             config,
             formatter=Formatter(
-                encoder=load_encoder(_saved(context.input("student"), recipe)),
+                encoder=load_encoder(_saved(context.input("student"), recipe), device="cpu"),
                 max_query_tokens=training.max_query_tokens,
                 max_passage_tokens=training.max_passage_tokens,
             ),

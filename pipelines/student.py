@@ -67,7 +67,8 @@ def load_student(config: StudentConfig) -> Encoder:
     """
     from actors.encoder import add_projection, cut_layers, see_both_ways
 
-    encoder = load_encoder(config.model_copy(update={"dtype": "float32"}))  # to be trained
+    weights = config.model_copy(update={"dtype": "float32"})  # to be trained
+    encoder = load_encoder(weights, device="cpu")  # by workers; here is the driver
     try:
         if config.layers is not None:
             encoder = cut_layers(encoder, config.layers)

@@ -1,6 +1,7 @@
 """The step `candidates`: each query's nearest passages, through encoder and FAISS actors."""
 
 import asyncio
+import os
 import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from actors.passage_index import IndexKind
 from cluster.artifacts import Artifact, FileEntry, Json
-from cluster.stages import StageFunction, StageOutput, StageResources, run_stage
+from cluster.errors import UserError
+from cluster.presence import actor_begins, clear_actors, waiting_told
+from cluster.stages import StageFunction, StageOutput, StageResources, cause, run_stage
 from cluster.steps import StepContext
+from cluster.storage import Storage
 from pipelines.encoders import EncoderConfig, column_vectors, load_encoder
 from pipelines.records import CANDIDATES, QUERY
 
+INDEX_ACTORS = "index"
 # Recall is audited on the first queries of the first searches.
 MAX_AUDITS, AUDITED_OF_EACH = 16, 32
 
@@ -30,7 +35,8 @@ class CandidatesConfig(BaseModel):
     index: IndexKind = Field(
         default="auto",
         description="flat is exact; ivf, hnsw and pq are not, and their recall is audited; auto: by"
-        " the number of passages an actor has, flat to 100,000, ivf to 20 million, then pq",
+        " an actor's bytes of float32 vectors: flat where they fit its GPU, and on the CPU to"
+        " 256 MiB, ivf to 32 GiB, then pq",
     )
     max_seed_rank: int | None = Field(
         default=None,
@@ -52,7 +58,8 @@ class IndexActor:
         shards: list[FileEntry],
         first_row: int,
         kind: IndexKind,
-        gpu: bool,
+        resources: StageResources,
+        notes: Storage | None = None,
     ) -> None:
         """Reads the shards, one at a time, and builds the index.
 
@@ -60,21 +67,32 @@ class IndexActor:
             embeddings: The artifact.
             shards: Which of its shards.
             first_row: Their first row in the whole.
-            kind: Of the index; `auto` goes by the number of vectors.
-            gpu: Whether this actor has a GPU.
+            kind: Of the index; `auto` goes by the vectors' bytes.
+            resources: What this actor has. Up to one CPU, it may use all cores of its node: the
+                actors that ask it wait meanwhile.
+            notes: The step's folder, where Ray's actors note that they begin.
         """
-        from actors.passage_index import ApproximateIndex, PassageIndex, choose_kind
+        import faiss
 
+        from actors.passage_index import ApproximateIndex, PassageIndex, choose_kind, fits_gpu
+
+        if notes is not None:
+            actor_begins(notes, INDEX_ACTORS)
+        # Ray sets OMP_NUM_THREADS to 1 where it gives an actor one CPU or less.
+        cores = len(os.sched_getaffinity(0))
+        faiss.omp_set_num_threads(int(resources.num_cpus) if resources.num_cpus > 1 else cores)
         self._embeddings, self._shards, self._first_row = embeddings, shards, first_row
         num_vectors = sum(shard.num_rows or 0 for shard in shards)
         dimensions = next(self._parts()).shape[1]
-        self.kind = choose_kind(kind, num_vectors)
+        share = min(1.0, resources.num_gpus)
+        gpu = share > 0 and fits_gpu(num_vectors, dimensions, share)
+        self.kind = "flat" if gpu else choose_kind(kind, num_vectors, dimensions)
         self._audited: list[tuple[np.ndarray, np.ndarray]] = []
         self._index: PassageIndex | ApproximateIndex
         if self.kind == "flat":
             self._index = PassageIndex(dimensions, gpu=gpu)
         else:
-            self._index = ApproximateIndex(dimensions, self.kind, num_vectors, gpu=gpu)
+            self._index = ApproximateIndex(dimensions, self.kind, num_vectors)
             self._index.train(self._sample(self._index.num_training_vectors, num_vectors))
         for part in self._parts():
             self._index.add(part)
@@ -100,8 +118,8 @@ class IndexActor:
     def audit(self) -> dict[str, Json]:
         """Compares some of the searches with exact ones over the same shards.
 
-        Returns the kind of index, the mean recall, how many queries it is of (0: an exact index, or
-        nothing was asked), and this process's highest memory in bytes.
+        Returns the kind of index, whether it is on a GPU, the mean recall, how many queries that is
+        of (0: an exact index, or nothing was asked), and this process's highest memory in bytes.
         """
         from actors.passage_index import exact_top_k
 
@@ -114,6 +132,7 @@ class IndexActor:
             recalls = [len(np.intersect1d(*pair)) / k for pair in zip(found, exact, strict=True)]
         return {
             "kind": self.kind,
+            "on_gpu": getattr(self._index, "on_gpu", False),
             "recall": float(np.mean(recalls)) if recalls else 1.0,
             "num_audited": len(recalls),
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -196,6 +215,24 @@ class FindCandidates:
         return find
 
 
+def check_index(config: CandidatesConfig, resources: StageResources) -> None:
+    """Raises UserError for an index that the GPUs it is given cannot hold."""
+    if resources.num_gpus <= 0:
+        return
+    if config.index not in ("auto", "flat"):
+        raise UserError(
+            f"candidates.index: {config.index!r} with resources.index.num_gpus"
+            f" {resources.num_gpus:g}; on a GPU accepted are auto and flat: set num_gpus to 0 to"
+            f" search {config.index} on the CPU"
+        )
+    if resources.num_actors > 1 and resources.num_gpus <= 0.5:
+        raise UserError(
+            f"resources.index.num_gpus: {resources.num_gpus:g} for each of {resources.num_actors}"
+            " actors, of which Ray would put two on one GPU; accepted is more than 0.5, such as 0.6"
+            " beside an encoder's 0.4, or 0 for the CPU"
+        )
+
+
 def find_candidates(
     config: CandidatesConfig,
     retriever: EncoderConfig,
@@ -216,14 +253,16 @@ def find_candidates(
         num_gpus=index_resources.num_gpus,
         max_restarts=-1,
         max_task_retries=-1,
-        resources=(
-            {index_resources.node_resource: 0.001} if index_resources.node_resource else None
-        ),
+        resources=index_resources.custom,
     )
+    clear_actors(context.storage, INDEX_ACTORS)
     for start in range(0, len(shards), size):
         part = shards[start : start + size]
-        gpu = index_resources.num_gpus > 0
-        indexes.append(actor.remote(embeddings, part, first_row, config.index, gpu))
+        indexes.append(
+            actor.remote(
+                embeddings, part, first_row, config.index, index_resources, context.storage
+            )
+        )
         first_row += sum(shard.num_rows or 0 for shard in part)
     stage = FindCandidates(
         retriever=retriever,
@@ -233,14 +272,20 @@ def find_candidates(
         resources=resources,
     )
     try:
+        # They have their places before the encoders come: each of those would wait for all of them.
+        with waiting_told(context, INDEX_ACTORS, len(indexes), index_resources.needs):
+            ray.get([index.__ray_ready__.remote() for index in indexes])
         metrics = run_stage(stage, context.input("queries"), context)
         audits = ray.get([index.audit.remote() for index in indexes])
-        return metrics | {
-            "index": sorted({audit["kind"] for audit in audits}),
-            "index_recall": round(float(np.mean([audit["recall"] for audit in audits])), 4),
-            "index_num_audited": sum(audit["num_audited"] for audit in audits),
-            "index_peak_bytes": max(audit["peak_bytes"] for audit in audits),
-        }
+    except ray.exceptions.RayError as error:
+        raise cause(error) from error
     finally:
         for index in indexes:
             ray.kill(index)
+    return metrics | {
+        "index": sorted({audit["kind"] for audit in audits}),
+        "index_num_on_gpu": sum(audit["on_gpu"] for audit in audits),
+        "index_recall": round(float(np.mean([audit["recall"] for audit in audits])), 4),
+        "index_num_audited": sum(audit["num_audited"] for audit in audits),
+        "index_peak_bytes": max(audit["peak_bytes"] for audit in audits),
+    }

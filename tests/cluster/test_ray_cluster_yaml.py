@@ -43,6 +43,7 @@ HEALTH_CHECKS = {
     "RAY_health_check_failure_threshold": 3,
     "RAY_grpc_client_keepalive_time_ms": 3000,
     "RAY_grpc_client_keepalive_timeout_ms": 3000,
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": 1,
 }
 
 

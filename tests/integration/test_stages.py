@@ -12,6 +12,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import ray
+from ray.data import DataContext
+from ray.data.exceptions import ExecutionTimeoutError
 
 from cluster.artifacts import Artifact, write_shards
 from cluster.errors import EngineDied, TokayError, TooManyRejects, UserError
@@ -24,6 +26,9 @@ RESOURCES = StageResources(num_cpus=1, shards_in_flight=2)
 
 
 class Silent:
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
     def step_found(self, step: Step, artifact: Artifact) -> None: ...
 
     def step_begins(self, step: Step, resumed: bool) -> "Silent":
@@ -31,7 +36,8 @@ class Silent:
 
     def step_done(self, step: Step, artifact: Artifact) -> None: ...
 
-    def update(self, done: float, total: float | None = None, note: str = "") -> None: ...
+    def update(self, done: float, total: float | None = None, note: str = "") -> None:
+        self.notes.append(note)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +53,8 @@ class Square:
     def load(self) -> StageFunction:
         if self.fail_with == "load":
             raise UserError("model 'x' does not exist: correct llm.model")
+        if self.fail_with == "kill at load":
+            os._exit(1)
 
         async def square(table: pa.Table) -> StageOutput:
             await asyncio.sleep(self.seconds_a_shard)
@@ -59,6 +67,8 @@ class Square:
                 if self.fail_with == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise EngineDied("the engine died")
+            if first == "r015" and self.fail_with == "kill always":
+                os.kill(os.getpid(), signal.SIGKILL)
             if self.fail_with == "die always":
                 raise EngineDied("the engine died")
             rows = table.to_pylist()
@@ -176,6 +186,35 @@ def test_engine_that_dies_again_and_again_fails_the_step(ray_session: None, tmp_
         make_run(tmp_path, stage).execute(Silent())
 
 
+@pytest.mark.parametrize("fail_with", ["kill always", "kill at load"])
+def test_actor_that_dies_again_and_again_ends_the_step_with_one_line(
+    fail_with: str, ray_session: None, tmp_path: Path
+) -> None:
+    stage = Square(notes=str(tmp_path / "notes"), fail_with=fail_with)
+    told = (
+        r"^step 'squares': an actor died 4 times on nodes that are still alive, the last time so:"
+        r" Worker unexpectedly exits with a connection [^\n]*, for what is done stays$"
+    )
+    with pytest.raises(TokayError, match=told):
+        make_run(tmp_path, stage).execute(Silent())
+    squares = make_run(tmp_path, Square(notes=str(tmp_path / "notes"))).execute(Silent())["squares"]
+    assert squares.read().to_pylist() == expected_rows()
+    assert not (tmp_path / "run" / "squares" / "work").exists()
+
+
+def test_stage_outlives_a_long_time_without_a_shard(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = DataContext.get_current()
+    assert context.execution_no_progress_timeout_s == -1
+    slow = Square(notes=str(tmp_path / "notes"), seconds_a_shard=4)
+    monkeypatch.setattr(context, "execution_no_progress_timeout_s", 1.5)  # Ray's own: half an hour
+    with pytest.raises(ExecutionTimeoutError, match="no progress"):
+        make_run(tmp_path / "ended", slow, rows_per_shard=60).execute(Silent())
+    monkeypatch.undo()
+    make_run(tmp_path, slow, rows_per_shard=60).execute(Silent())
+
+
 def test_users_mistake_in_an_actor_stays_the_users_mistake(
     ray_session: None, tmp_path: Path
 ) -> None:
@@ -243,6 +282,49 @@ def test_stage_on_a_faulty_s3_gives_the_rows_of_a_sound_one(
     squares.verify()
     assert squares.read().to_pylist() == expected_rows()
     assert squares.num_rejects == 6
+
+
+NODES_THAT_COME = """
+import threading
+from ray.cluster_utils import Cluster
+from cluster import presence
+from cluster.session import connect, disconnect
+
+presence._LOOK_EVERY_S = 0.2
+folder, listener = Path(sys.argv[1]), Silent()
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
+os.environ["RAY_ADDRESS"] = cluster.address
+connect(folder / "logs")
+
+def come(missing, has):
+    told = f"waiting for {missing} of 2 actors (each 1 CPU, 0.001 llm; the cluster has {has}): "
+    while not any(note.startswith(told) for note in listener.notes):
+        assert running.is_alive()
+        time.sleep(0.1)
+    cluster.add_node(num_cpus=1, num_gpus=1, resources={"llm": 1})
+
+resources = StageResources(num_actors=2, num_cpus=1, node_resource="llm")
+stage = Square(notes=f"{folder}/notes", seconds_a_shard=0.5, resources=resources)
+running = threading.Thread(target=lambda: make_run(folder, stage).execute(listener), daemon=True)
+running.start()
+come(2, "4 CPU, 0 llm")
+come(1, "5 CPU, 1 llm")
+running.join()
+assert listener.notes[-1] == "", listener.notes
+disconnect()
+cluster.shutdown()
+"""
+
+
+def test_stage_tells_which_nodes_it_waits_for_and_takes_them_as_they_come(tmp_path: Path) -> None:
+    drive(NODES_THAT_COME, str(tmp_path))
+    assert squares_of(tmp_path).read().to_pylist() == expected_rows()
+    assert len(list(tmp_path.glob("notes.*"))) == 2
+
+
+def test_process_that_asked_for_no_gpu_sees_none(ray_session: None) -> None:
+    look = ray.remote(num_cpus=0)(lambda: os.environ.get("CUDA_VISIBLE_DEVICES"))
+    assert ray.get(look.remote()) == ""
 
 
 TWO_NODES = """

@@ -1,3 +1,4 @@
+import faiss
 import numpy as np
 import pytest
 
@@ -6,6 +7,7 @@ from actors.passage_index import (
     PassageIndex,
     choose_kind,
     exact_top_k,
+    fits_gpu,
     merge_top_k,
 )
 
@@ -127,18 +129,90 @@ def test_exact_top_k_over_parts_equals_one_index():
 
 
 @pytest.mark.parametrize(
-    ("kind", "num_vectors", "expected"),
+    ("kind", "num_vectors", "dimensions", "expected"),
     [
-        ("auto", 100_000, "flat"),
-        ("auto", 100_001, "ivf"),
-        ("auto", 30_000_000, "pq"),
-        ("hnsw", 5, "hnsw"),
+        ("auto", 2**18, 256, "flat"),
+        ("auto", 2**18, 257, "ivf"),
+        ("auto", 2**23, 1024, "ivf"),
+        ("auto", 2**23, 1025, "pq"),
+        ("hnsw", 5, 16, "hnsw"),
     ],
 )
-def test_kind_of_index_goes_by_size(kind, num_vectors, expected):
-    assert choose_kind(kind, num_vectors) == expected
+def test_kind_of_index_goes_by_bytes(kind, num_vectors, dimensions, expected):
+    assert choose_kind(kind, num_vectors, dimensions) == expected
 
 
 def test_unknown_kind_of_index_is_named():
     with pytest.raises(ValueError, match="'tree': accepted are ivf, hnsw, pq"):
         ApproximateIndex(16, "tree", 10)
+
+
+class OtherOrder:
+    """Stands in for a GPU: the same rows, the scores added up otherwise, the width noted."""
+
+    def __init__(self, index):
+        self.index, self.widths = faiss.clone_index(index), []
+
+    def search(self, queries, k):
+        self.widths.append(k)
+        scores, rows = self.index.search(queries, k)
+        return scores[:, ::-1] + np.float32(1e-6), rows[:, ::-1]
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """FAISS for GPUs, as far as it is asked; the GPU has 3 GiB free."""
+    copies = []
+
+    def copy(_resources, device, index):
+        assert device == 0
+        copies.append(OtherOrder(index))
+        return copies[-1]
+
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", copy, raising=False)
+    monkeypatch.setattr("actors.passage_index._free_gpu_bytes", lambda: 3 * 2**30)
+    return copies
+
+
+def test_gpu_gets_the_vectors_once_and_gives_the_same_as_the_cpu(copies):
+    rng = np.random.default_rng(7)
+    passages, queries = unit(rng, 3000), unit(rng, 300)
+    passages[500:600] = queries[0]
+    index = PassageIndex(16, gpu=True)
+    for part in np.split(passages, 3):
+        index.add(part)
+    assert not copies
+    for k in (10, 2048 - 8, 2048):
+        found, expected = index.search(queries, k), index_of(passages).search(queries, k)
+        np.testing.assert_array_equal(found[1], expected[1])
+        np.testing.assert_array_equal(found[0], expected[0])
+    assert index.on_gpu
+    assert len(copies) == 1
+    assert set(copies[0].widths) == {18, 2048}  # a wider search is the CPU's
+    index.add(passages[:5])
+    assert not index.on_gpu
+    assert len(index.search(queries, 1)[1]) == 300
+    assert len(copies) == 2
+
+
+def test_vectors_that_do_not_fit_the_gpu_are_searched_on_the_cpu(copies, monkeypatch):
+    rng = np.random.default_rng(8)
+    index = PassageIndex(16, gpu=True)
+    index.add(unit(rng, 100))
+    monkeypatch.setattr("actors.passage_index._free_gpu_bytes", lambda: 2 * 2**30)
+    assert index.search(unit(rng, 2), 3)[1].shape == (2, 3)
+    assert not index.on_gpu
+    assert not copies
+
+
+def test_fit_goes_by_bytes_share_and_workspace(copies, monkeypatch):
+    gib = 2**30 // (4 * 1024)  # vectors of 1,023 dimensions, with their norms
+    assert fits_gpu(gib, 1023)
+    assert not fits_gpu(gib + 1, 1023)
+    monkeypatch.setattr("actors.passage_index._free_gpu_bytes", lambda: 6 * 2**30)
+    assert fits_gpu(gib, 1023, share=0.5)
+    assert not fits_gpu(gib, 1023, share=0.49)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
+    assert not fits_gpu(1, 16)

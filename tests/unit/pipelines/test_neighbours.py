@@ -1,13 +1,21 @@
 """The index actor over an artifact's shards, exact and not."""
 
+import os
+from pathlib import Path
+
+import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from cluster.artifacts import MANIFEST, Artifact, Manifest, list_files, open_artifact, write_shards
+from cluster.errors import UserError
+from cluster.stages import StageResources
 from cluster.storage import open_storage
 from pipelines.encoders import vector_column
-from pipelines.fret.neighbours import IndexActor
+from pipelines.fret.neighbours import CandidatesConfig, IndexActor, check_index
+from pipelines.graph import build_run
+from pipelines.recipe import load_recipe
 
 NUM_ROWS, FIRST_ROW = 2000, 100
 
@@ -39,7 +47,7 @@ def embeddings(vectors: np.ndarray, tmp_path_factory: pytest.TempPathFactory) ->
 def test_index_actor_finds_rows_of_the_whole_and_audits_itself(
     kind: str, chosen: str, num_audited: int, vectors: np.ndarray, embeddings: Artifact
 ) -> None:
-    actor = IndexActor(embeddings, list(embeddings.shards), FIRST_ROW, kind, False)
+    actor = IndexActor(embeddings, list(embeddings.shards), FIRST_ROW, kind, StageResources())
     for start in (0, 500):
         similarities, rows = actor.search(vectors[start : start + 40], 5)
         assert rows[:, 0].tolist() == list(range(FIRST_ROW + start, FIRST_ROW + start + 40))
@@ -53,8 +61,75 @@ def test_index_actor_finds_rows_of_the_whole_and_audits_itself(
 def test_index_actor_returns_the_vectors_that_it_holds(
     vectors: np.ndarray, embeddings: Artifact
 ) -> None:
-    actor = IndexActor(embeddings, list(embeddings.shards[2:4]), 600, "auto", False)
+    actor = IndexActor(embeddings, list(embeddings.shards[2:4]), 600, "auto", StageResources())
     held, elsewhere = f"{700 * 7919 % NUM_ROWS:016x}", f"{5 * 7919 % NUM_ROWS:016x}"
     found = actor.vectors([elsewhere, held, "ffffffffffffffff", "0"])
     assert list(found) == [held]
     np.testing.assert_array_equal(found[held], vectors[700])
+
+
+@pytest.mark.parametrize(("num_cpus", "expected"), [(0.0, None), (1.0, None), (3.0, 3)])
+def test_index_actor_takes_its_cpus_or_all_cores(
+    num_cpus: float, expected: int | None, embeddings: Artifact
+) -> None:
+    faiss.omp_set_num_threads(1)  # as Ray leaves it, with one CPU or less
+    try:
+        IndexActor(
+            embeddings, list(embeddings.shards), 0, "auto", StageResources(num_cpus=num_cpus)
+        )
+        assert faiss.omp_get_max_threads() == (expected or len(os.sched_getaffinity(0)))
+    finally:
+        faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
+
+
+def test_index_actor_with_a_gpu_goes_by_what_fits_its_share(
+    embeddings: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fits(num_vectors: int, dimensions: int, share: float) -> bool:
+        asked.append((num_vectors, dimensions, share))
+        return len(asked) > 1
+
+    monkeypatch.setattr("actors.passage_index.fits_gpu", fits)
+    monkeypatch.setattr("actors.passage_index._MAX_FLAT_BYTES", 1000)
+    resources = StageResources(num_gpus=0.6)
+    shards = list(embeddings.shards)
+    assert IndexActor(embeddings, shards, 0, "auto", resources).kind == "ivf"
+    assert IndexActor(embeddings, shards, 0, "auto", resources).kind == "flat"
+    assert asked == [(NUM_ROWS, 32, 0.6)] * 2
+    IndexActor(embeddings, shards, 0, "auto", StageResources())
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("index", "resources", "told"),
+    [
+        ("ivf", {"num_gpus": 1}, "on a GPU accepted are auto and flat: set num_gpus to 0"),
+        ("pq", {"num_gpus": 0.6, "num_actors": 2}, "candidates.index: 'pq'"),
+        ("auto", {"num_gpus": 0.5, "num_actors": 2}, "0.5 for each of 2 actors"),
+    ],
+)
+def test_index_that_its_gpus_cannot_hold_is_refused(
+    index: str, resources: dict[str, float], told: str
+) -> None:
+    with pytest.raises(UserError, match=told):
+        check_index(CandidatesConfig(index=index), StageResources(**resources))
+
+
+@pytest.mark.parametrize(
+    ("index", "resources"),
+    [
+        ("ivf", {"num_actors": 4}),
+        ("auto", {"num_gpus": 0.6, "num_actors": 4}),
+        ("flat", {"num_gpus": 0.1}),
+    ],
+)
+def test_index_that_fits_its_gpus_is_accepted(index: str, resources: dict[str, float]) -> None:
+    check_index(CandidatesConfig(index=index), StageResources(**resources))
+
+
+def test_run_of_an_index_that_its_gpus_cannot_hold_does_not_begin(tmp_path: Path) -> None:
+    settings = ["candidates.index=ivf", "resources.index.num_gpus=1", "corpus.path=nowhere"]
+    with pytest.raises(UserError, match=r"candidates\.index: 'ivf' with .* set num_gpus to 0"):
+        build_run(load_recipe("gpu", settings), str(tmp_path))

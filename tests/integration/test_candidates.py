@@ -1,0 +1,91 @@
+"""Each query's neighbours through real encoder and index actors."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from cluster.artifacts import Artifact, Json, write_shards
+from cluster.errors import TokayError
+from cluster.stages import StageResources
+from cluster.steps import Run, Step, StepContext
+from pipelines.console import JsonLines
+from pipelines.corpus.passages import passage_id
+from pipelines.encoders import EncoderConfig, embed_passages, load_encoder
+from pipelines.fret import neighbours
+from pipelines.fret.neighbours import CandidatesConfig, IndexActor, find_candidates
+from pipelines.records import PASSAGE, QUERY
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+TEXTS = [f"{animal} {verb}" for animal in ("Cats", "Owls", "Bees") for verb in ("sleep", "eat")]
+IDS = [passage_id("", text) for text in TEXTS]
+RETRIEVER = EncoderConfig(model="embedded:all-MiniLM-L6-v2", max_tokens=16)
+
+
+def written(rows: list[dict[str, Any]], schema: pa.Schema) -> Any:
+    def work(context: StepContext) -> dict[str, Json]:
+        write_shards(context.storage, pa.Table.from_pylist(rows, schema=schema), 2)
+        return {}
+
+    return work
+
+
+def candidates(folder: Path) -> Artifact:
+    passages = [
+        {"id": id_, "title": "", "text": text, "source": "a#1"}
+        for id_, text in zip(IDS, TEXTS, strict=True)
+    ]
+    queries = [
+        {"id": f"q{n}", "seed_id": IDS[n], "task": "search result", "query": TEXTS[n].lower()}
+        for n in range(4)
+    ]
+    one, index = StageResources(), StageResources(num_actors=3, num_cpus=0)
+    steps = [
+        Step(name="passages", config={}, inputs=(), work=written(passages, PASSAGE)),
+        Step(name="queries", config={}, inputs=(), work=written(queries, QUERY)),
+        Step(
+            name="embeddings",
+            config={},
+            inputs=("passages",),
+            work=lambda context: embed_passages(RETRIEVER, one, context),
+        ),
+        Step(
+            name="candidates",
+            config={},
+            inputs=("queries", "embeddings"),
+            work=lambda context: find_candidates(
+                CandidatesConfig(num_candidates=3), RETRIEVER, one, index, context
+            ),
+        ),
+    ]
+    return Run(str(folder), steps).execute(JsonLines())["candidates"]
+
+
+class DyingIndex(IndexActor):
+    """Runs out of memory over every search, as its process sees it."""
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        os._exit(1)
+
+
+def test_candidates_of_three_indexes_are_those_of_one_and_an_index_that_dies_ends_the_step(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(neighbours, "IndexActor", DyingIndex)
+        told = "^step 'candidates': an actor died 4 times on nodes that are still alive"
+        with pytest.raises(TokayError, match=told):
+            candidates(tmp_path)
+    found = candidates(tmp_path)
+    encoder = load_encoder(RETRIEVER)
+    passages = encoder.encode_passages(TEXTS, [""] * len(TEXTS))
+    for number, row in enumerate(found.read().to_pylist()):
+        text = encoder.templates.format_query(TEXTS[number].lower(), task="search result")
+        scores = passages @ encoder.encode([text])[0]
+        assert row["candidate_ids"] == [IDS[place] for place in np.argsort(-scores)[:3]]
+        assert row["seed_rank"] == 1
+    metrics = found.manifest.metrics
+    assert (metrics["index"], metrics["index_num_on_gpu"]) == (["flat"], 0)
