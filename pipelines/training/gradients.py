@@ -28,7 +28,7 @@ from pipelines.training.sharding import is_sharded
 if TYPE_CHECKING:
     from actors.encoder import Encoder
 
-_PASS_TOKENS = 16384  # of a sharded model without a gradient cache
+_PASS_TOKENS = 16384  # of a GPU; also of a sharded model without a gradient cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,8 +201,10 @@ def _plan(
     Returns:
         The rows, with one of one token for each chunk that was missing; and the chunks.
     """
-    chunks = _chunks([len(row) for row in rows], max_tokens)
-    if not is_sharded(encoder.model):
+    sharded = is_sharded(encoder.model)
+    pass_tokens = sys.maxsize if sharded else _PASS_TOKENS
+    chunks = _chunks([len(row) for row in rows], max_tokens, pass_tokens)
+    if not sharded:
         return rows, chunks
     missing = most(len(chunks), encoder.device) - len(chunks)
     fillers = [[len(rows) + number] for number in range(missing)]
@@ -245,16 +247,23 @@ def _cached_backward(
     return loss.detach()
 
 
-def _chunks(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cuts the rows, shortest first, into lists of at most so many tokens, padding counted.
+def _chunks(lengths: Sequence[int], max_tokens: int, pass_tokens: int) -> list[list[int]]:
+    """Cuts the rows, shortest first, into lists of at most so many tokens.
 
-    The last and longest keeps its graph, so that nothing long is computed twice without need.
+    The padding of their passes is counted. The last and longest list keeps its graph, so that
+    nothing long is computed twice without need.
     """
     chunks: list[list[int]] = []
+    before = in_pass = last = 0
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        if not chunks or (len(chunks[-1]) + 1) * lengths[row] > max_tokens:
+        length = lengths[row]
+        if (in_pass + 1) * length > pass_tokens:
+            before, in_pass = before + in_pass * last, 0
+        if not chunks or before + (in_pass + 1) * length > max_tokens:
             chunks.append([])
+            before = in_pass = 0
         chunks[-1].append(row)
+        in_pass, last = in_pass + 1, length
     return chunks
 
 
