@@ -1,11 +1,14 @@
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cluster.errors import StorageError
 from cluster.storage import LocalStorage, Storage, open_storage
+from pipelines.training import checkpoint
 from pipelines.training.checkpoint import (
     BEST,
     FOLDER,
@@ -80,7 +83,14 @@ class SlowStorage(LocalStorage):
         super().upload(source, path)
 
 
-def test_checkpoint_is_written_while_the_training_goes_on(tmp_path: Path):
+def test_checkpoint_is_written_while_the_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def slow(*given: Any) -> None:
+        time.sleep(SlowStorage.seconds)  # so that the next step comes before the first byte
+        save_file(*given)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
     storage, (model, optimizer) = SlowStorage(tmp_path), small()
     step(model, optimizer, 0)
     with CheckpointWriter(storage) as writer:
