@@ -1,16 +1,19 @@
-"""Whole training steps of a 110 M and a 0.6 B student: throughput and share of the GPU's peak.
+"""Whole training steps of students of 110 M to 0.6 B: throughput and share of the GPU's peak.
 
     python benchmarks/training_steps.py [--device cuda] [--batch 64] [--steps 10] [--students ...]
 
-The students have random weights in the shapes of BERT-base and of Qwen3-0.6B with attention both
-ways; both pool by the mean. A batch is of random token ids: query, positive and one hard negative
-an example, as long as the questions and answers of stackexchange-answers behind a task. A step is
-`train_batch`: encoding, equation 3 at two sizes, gradients, clipping and AdamW. It is measured in
-float32 (no TF32) and in bfloat16; plain, with a gradient cache, and with gradient checkpointing.
+The students have random weights in the shapes of BERT-base, of ModernBERT-base, which the recipes
+for GPUs train, and of Qwen3-0.6B with attention both ways; all pool by the mean. A batch is of
+random token ids: query, positive and one hard negative an example, as long as the questions and
+answers of stackexchange-answers behind a task. A step is `train_batch`: encoding, equation 3 at two
+sizes, gradients, clipping and AdamW. It is measured in float32 (no TF32) and in bfloat16; plain,
+with a gradient cache, and with gradient checkpointing. With `--modes auto` a batch is the largest
+of the recipes, 512 examples of 96, 384 and 384 tokens, and the gradient cache as large as a trial
+finds, smaller after a step that runs out of memory.
 The first three steps of each do not count; medians. FLOPs are the model's, as in PaLM (arXiv
 2204.02311, appendix B): 6 a weight and token, embeddings left out, and for attention 12 x layers x
-width x length a token; what is padded or computed twice adds nothing to them. The share of the peak
-is that of bfloat16.
+width x length a token, a window's length where there is one; what is padded or computed twice adds
+nothing to them. The share of the peak is that of bfloat16.
 
 Needs no Ray, no vLLM and no download; of the packages only torch, transformers, pydantic and
 pyarrow. Without a GPU, try `--layers 2 --hidden 128 --batch 8`. Each measurement goes to stderr
@@ -27,6 +30,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,13 +43,15 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where the project is not installed
 
 from actors.encoder import Encoder, PromptTemplates, see_both_ways
+from pipelines.training.agreement import OutOfMemory
 from pipelines.training.config import LossConfig, TrainingConfig
 from pipelines.training.examples import Batch
 from pipelines.training.gradients import slice_batch
-from pipelines.training.worker import train_batch
+from pipelines.training.memory import fit
+from pipelines.training.worker import train_batch, train_fitting
 
 PRECISIONS = ("float32", "bfloat16")
-MODES = ("plain", "gradient_cache", "gradient_checkpointing")
+MODES = ("plain", "gradient_cache", "gradient_checkpointing", "auto")
 # Dense products in bfloat16, in TFLOP/s, by words of the device's name: NVIDIA's data sheets of
 # H100, H200, A100 and L4, halved where they count on sparsity.
 PEAK_TFLOPS = {
@@ -58,6 +64,8 @@ PEAK_TFLOPS = {
     ("L4",): 121,
 }
 MAX_TOKENS = 256
+BATCH_SIZE = 64
+RECIPE_BATCH_SIZE, RECIPE_QUERY_TOKENS, RECIPE_PASSAGE_TOKENS = 512, 96, 384
 WARM_UP_STEPS = 3
 
 
@@ -68,6 +76,16 @@ def bert(layers: int = 12, hidden: int = 768) -> Any:
         hidden_size=hidden,
         num_attention_heads=hidden // 64,
         intermediate_size=4 * hidden,
+    )
+
+
+def modernbert(layers: int = 22, hidden: int = 768) -> Any:
+    """ModernBERT-base, or one of its shape that is smaller."""
+    return transformers.ModernBertConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=hidden // 64,
+        intermediate_size=3 * hidden // 2,
     )
 
 
@@ -83,7 +101,7 @@ def qwen3(layers: int = 28, hidden: int = 1024) -> Any:
     )
 
 
-STUDENTS = {"bert-110m": bert, "qwen3-0.6b": qwen3}
+STUDENTS = {"bert-110m": bert, "modernbert-149m": modernbert, "qwen3-0.6b": qwen3}
 
 
 def make_model(config: Any, device: str) -> Any:
@@ -135,6 +153,24 @@ def random_batches(num_batches: int, batch_size: int, vocabulary: int) -> list[B
     ]
 
 
+def longest_batches(num_batches: int, batch_size: int, vocabulary: int) -> list[Batch]:
+    """Draws token ids, all texts as long as the recipes for GPUs let them be."""
+    rng = np.random.default_rng(0)
+
+    def texts(length: int) -> list[np.ndarray]:
+        return list(rng.integers(1000, vocabulary, (batch_size, length)))
+
+    return [
+        replace(
+            batch,
+            queries=texts(RECIPE_QUERY_TOKENS),
+            positives=texts(RECIPE_PASSAGE_TOKENS),
+            negatives=[[row] for row in texts(RECIPE_PASSAGE_TOKENS)],
+        )
+        for batch in random_batches(num_batches, batch_size, vocabulary)
+    ]
+
+
 def model_flops(model: Any, lengths: Sequence[int]) -> float:
     """FLOPs of one training step over texts of these lengths; see above."""
     config = model.config
@@ -146,16 +182,21 @@ def model_flops(model: Any, lengths: Sequence[int]) -> float:
     weights = sum(weight.numel() for weight in model.parameters()) - looked_up
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    squares = sum(length**2 for length in lengths)
-    return 6.0 * weights * sum(lengths) + 12.0 * config.num_hidden_layers * width * squares
+    kinds = getattr(config, "layer_types", None) or ["full"] * config.num_hidden_layers
+    near = getattr(config, "local_attention", None)
+    spans = [near if kind == "sliding_attention" and near else sys.maxsize for kind in kinds]
+    attended = sum(length * min(length, span) for length in lengths for span in spans)
+    return 6.0 * weights * sum(lengths) + 12.0 * width * attended
 
 
-def measure(model: Any, config: TrainingConfig, batches: Sequence[Batch]) -> dict[str, float]:
+def measure(model: Any, config: TrainingConfig, batches: Sequence[Batch]) -> dict[str, Any]:
     """Trains a model on all batches and returns its figures."""
     encoder = make_student(model)
     encoder.set_training(dropout=False, checkpointing=config.gradient_checkpointing)
     optimizer = torch.optim.AdamW(encoder.model.parameters(), fused=True)
     on_gpu = encoder.device.type == "cuda"
+    auto = config.gradient_cache_tokens == "auto"
+    config = fit(encoder, optimizer, config)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     computed = 0
@@ -170,7 +211,10 @@ def measure(model: Any, config: TrainingConfig, batches: Sequence[Batch]) -> dic
     for batch in batches:
         part = slice_batch(batch, config)
         start = time.perf_counter()
-        loss, _ = train_batch(encoder, optimizer, part, config, rate=1e-5)
+        if auto:
+            loss, _, config = train_fitting(encoder, optimizer, part, config, rate=1e-5, seed=0)
+        else:
+            loss, _ = train_batch(encoder, optimizer, part, config, rate=1e-5)
         if on_gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
@@ -183,7 +227,7 @@ def measure(model: Any, config: TrainingConfig, batches: Sequence[Batch]) -> dic
         rates = [amount / s for amount, s in zip(amounts, seconds, strict=True)]
         return statistics.median(rates[WARM_UP_STEPS:])
 
-    figures = {
+    figures: dict[str, Any] = {
         "step_s": round(statistics.median(seconds[WARM_UP_STEPS:]), 4),
         "examples_per_s": round(rate([len(batch.queries) for batch in batches]), 1),
         "tokens_per_s": round(rate(tokens)),
@@ -193,6 +237,8 @@ def measure(model: Any, config: TrainingConfig, batches: Sequence[Batch]) -> dic
         "first_loss": round(losses[0], 4),
         "last_loss": round(losses[-1], 4),
     }
+    if auto:  # None: the whole batch
+        figures["gradient_cache_tokens"] = config.gradient_cache_tokens
     if on_gpu:
         figures["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     return figures
@@ -224,8 +270,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--batch", type=int, default=64, help="examples in a batch")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES[:3]))
+    parser.add_argument(
+        "--batch",
+        type=int,
+        help=f"examples in a batch: {BATCH_SIZE}, with `auto` {RECIPE_BATCH_SIZE}",
+    )
     parser.add_argument("--steps", type=int, default=10, help="that count")
     parser.add_argument("--cache-tokens", type=int, default=8192, help="of the gradient cache")
     parser.add_argument("--layers", type=int, help="fewer than the student's own")
@@ -247,29 +297,32 @@ def main() -> None:
     figures: dict[str, Any] = {}
     for kind in arguments.students:
         student = STUDENTS[kind](**shape)
-        batches = random_batches(
-            WARM_UP_STEPS + arguments.steps, arguments.batch, student.vocab_size
-        )
         size = sum(weight.numel() for weight in make_model(student, "meta").parameters())
         figures[kind] = {"parameters_m": round(size / 1e6, 1)}
         for precision in arguments.precisions:
             figures[kind][precision] = {}
             for mode in arguments.modes:
+                auto = mode == "auto"
+                batch_size = arguments.batch or (RECIPE_BATCH_SIZE if auto else BATCH_SIZE)
+                draw = longest_batches if auto else random_batches
+                batches = draw(WARM_UP_STEPS + arguments.steps, batch_size, student.vocab_size)
                 config = TrainingConfig(
-                    batch_size=arguments.batch,
+                    batch_size=batch_size,
+                    max_query_tokens=RECIPE_QUERY_TOKENS,
+                    max_passage_tokens=RECIPE_PASSAGE_TOKENS,
                     loss=LossConfig(
                         mask_duplicates=True, matryoshka_dimensions=(student.hidden_size // 2,)
                     ),
                     precision=precision,
-                    gradient_cache_tokens=(
-                        arguments.cache_tokens if mode == "gradient_cache" else None
-                    ),
+                    gradient_cache_tokens={
+                        "gradient_cache": arguments.cache_tokens,
+                        "auto": "auto",
+                    }.get(mode),
                     gradient_checkpointing=mode == "gradient_checkpointing",
                 )
-                found: dict[str, Any]
                 try:
                     found = measure(make_model(student, device), config, batches)
-                except torch.OutOfMemoryError:
+                except (OutOfMemory, torch.OutOfMemoryError):
                     found = {"out_of_memory": True}
                 else:
                     if peak and precision == "bfloat16":
@@ -284,7 +337,7 @@ def main() -> None:
         "device": name,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "batch": arguments.batch,
+        "batch": arguments.batch or BATCH_SIZE,
         "cache_tokens": arguments.cache_tokens,
         "peak_tflops": peak,
         "product_tflops": round(product_tflops(device), 2),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,26 +32,65 @@ SOUP = f"{WORK}/soup"
 BEST = f"{WORK}/best"
 
 
+class CheckpointWriter:
+    """Writes one checkpoint at a time, on a thread, while the training goes on.
+
+    Leaving its context waits for the thread.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def save(
+        self,
+        batches: int,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        write: bool = True,
+    ) -> None:
+        """Copies the state after so many batches and begins to write it, after the one before.
+
+        Once it is whole the older ones are deleted. All workers call this; one of them writes.
+
+        Raises:
+            StorageError: The checkpoint before could not be written; its copy or upload failed.
+        """
+        self.wait()
+        tensors = _prefixed(trained_weights(model))
+        for name, weights in model.named_parameters():
+            for key, value in optimizer.state.get(weights, {}).items():
+                tensors[f"optimizer/{key}/{name}"] = gather(value)
+        if write:
+            copied = _Copy(tensors)
+            self._writing = self._pool.submit(_write, self._storage, batches, copied)
+
+    def wait(self) -> None:
+        """Waits until the last one is whole; raises what its thread raised."""
+        if self._writing:
+            self._writing.result()
+
+    def check(self) -> None:
+        """Raises what the thread has raised, without waiting."""
+        if self._writing and self._writing.done():
+            self.wait()
+
+
 def save_checkpoint(
-    storage: Storage,
-    batches: int,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    *,
-    write: bool = True,
+    storage: Storage, batches: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Writes a checkpoint after so many batches and deletes the older ones."""
-    tensors = _prefixed(trained_weights(model))
-    for name, weights in model.named_parameters():
-        for key, value in optimizer.state.get(weights, {}).items():
-            tensors[f"optimizer/{key}/{name}"] = gather(value)
-    if not write:
-        return
-    path = _path(FOLDER, batches)
-    _save(storage, path, tensors)
-    for old in storage.list(FOLDER):
-        if old < path:
-            storage.delete(old)
+    """Writes a whole model's checkpoint after so many batches and deletes the older ones."""
+    with CheckpointWriter(storage) as writer:
+        writer.save(batches, model, optimizer)
+        writer.wait()
 
 
 def load_checkpoint(
@@ -124,6 +164,33 @@ def copy_weights(weights: Mapping[str, torch.Tensor], model: torch.nn.Module) ->
 
 def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: weights for name, weights in model.named_parameters() if weights.requires_grad}
+
+
+class _Copy:
+    """Tensors on the CPU, while the GPU goes on with what comes after them."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._copied = None
+        for name, tensor in tensors.items():
+            copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self._tensors[name] = copy.copy_(tensor, non_blocking=tensor.is_cuda)
+        for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+            self._copied = torch.cuda.current_stream(device).record_event()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Returns them when they are there."""
+        if self._copied:
+            self._copied.synchronize()
+        return self._tensors
+
+
+def _write(storage: Storage, batches: int, copied: _Copy) -> None:
+    path = _path(FOLDER, batches)
+    _save(storage, path, copied.tensors())
+    for old in storage.list(FOLDER):
+        if old < path:
+            storage.delete(old)
 
 
 def _prefixed(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

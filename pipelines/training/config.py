@@ -7,7 +7,7 @@ Options beyond the paper name where they come from and are off.
 
 from typing import ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class LossConfig(BaseModel):
@@ -126,6 +126,8 @@ class TrainingConfig(BaseModel):
         "min_workers",
         "use_gpu",
         "sharding",
+        "gradient_cache_tokens",
+        "gradient_checkpointing",
         "checkpoint_every_batches",
         "max_failures",
         "node_resource",
@@ -149,11 +151,11 @@ class TrainingConfig(BaseModel):
         description="of the matrix products, weights stay float32; auto is bfloat16 where the "
         "hardware multiplies it faster",
     )
-    gradient_cache_tokens: int | None = Field(
-        default=None,
-        ge=64,
+    gradient_cache_tokens: int | Literal["auto"] | None = Field(
+        default="auto",
         description="keep the activations of only so many tokens at a time, and compute them twice"
-        " (GradCache), for batches larger than memory",
+        " (GradCache), for batches larger than memory; auto: as many as a trial finds to fit the"
+        " GPU, all on a CPU. Halved where memory runs out",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="keep each layer's input alone, and compute the layer twice"
@@ -191,3 +193,10 @@ class TrainingConfig(BaseModel):
     tracking: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
         default=("tensorboard",), description="beside metrics.jsonl"
     )
+
+    @field_validator("gradient_cache_tokens")
+    @classmethod
+    def _is_enough(cls, tokens: int | str | None) -> int | str | None:
+        if isinstance(tokens, int) and tokens < 64:
+            raise ValueError("give at least 64, auto or null")
+        return tokens

@@ -19,15 +19,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pipelines.training.agreement import OutOfMemory, agree, most
 from pipelines.training.config import TrainingConfig
 from pipelines.training.examples import Batch
 from pipelines.training.loss import Vectors, contrastive_loss, related_examples
-from pipelines.training.sharding import is_sharded, most
+from pipelines.training.sharding import is_sharded
 
 if TYPE_CHECKING:
     from actors.encoder import Encoder
 
-_PASS_TOKENS = 16384  # of a sharded model without a gradient cache
+_PASS_TOKENS = 16384  # of a GPU; also of a sharded model without a gradient cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,11 @@ class Slice:
     related: torch.Tensor | None
     symmetric: bool
 
+    @property
+    def rows(self) -> list[np.ndarray]:
+        """All its texts, in the order of the loss: queries, positives, negatives."""
+        return [*self.queries, *self.positives, *self.negatives]
+
 
 def slice_batch(batch: Batch, config: TrainingConfig, rank: int = 0, world: int = 1) -> Slice:
     """Returns a worker's part of a batch: every so-manieth example."""
@@ -79,21 +85,28 @@ def slice_batch(batch: Batch, config: TrainingConfig, rank: int = 0, world: int 
 
 
 def backward(encoder: Encoder, part: Slice, config: TrainingConfig, rank: int) -> float:
-    """Adds the whole batch's gradients to the weights and returns its loss."""
-    rows = [*part.queries, *part.positives, *part.negatives]
-    if config.gradient_cache_tokens is None:
-        loss = batch_loss(_embed_all(encoder, rows, config), part, config, rank)
-        if loss.requires_grad:  # not where this worker has no example and the loss asks no other
-            loss.backward()  # type: ignore[no-untyped-call]
-    else:
-        loss = _cached_backward(encoder, rows, part, config, rank)
-    total = loss.detach()
-    if len(part.sizes) > 1:
-        if not is_sharded(encoder.model):
+    """Adds the whole batch's gradients to the weights and returns its loss.
+
+    Raises:
+        OutOfMemory: A worker has run out of memory, and the gradients are of no use.
+        torch.OutOfMemoryError: This worker has, and the model is sharded: the others wait for it.
+    """
+    several, sharded = len(part.sizes) > 1, is_sharded(encoder.model)
+    try:
+        total = _own_backward(encoder, part, config, rank)
+        if several and not sharded:
             weights = encoder.model.parameters()
             _add_up_gradients([weight for weight in weights if weight.requires_grad])
-        dist.all_reduce(total)
-    return float(total)
+    except torch.OutOfMemoryError:
+        if sharded:
+            raise
+    else:
+        if several:
+            dist.all_reduce(total)
+        return float(total)
+    if several:  # behind the error, which held on to activations
+        agree(encoder.device, ran_out=True)
+    raise OutOfMemory
 
 
 def batch_loss(
@@ -136,8 +149,7 @@ def batch_loss(
 def evaluation_loss(encoder: Encoder, part: Slice, config: TrainingConfig, rank: int) -> float:
     """Returns the whole batch's loss, without gradients."""
     with torch.inference_mode():
-        rows = [*part.queries, *part.positives, *part.negatives]
-        loss = batch_loss(_embed_all(encoder, rows, config), part, config, rank)
+        loss = batch_loss(_embed_all(encoder, part.rows, config), part, config, rank)
         if len(part.sizes) > 1:
             dist.all_reduce(loss)
     return float(loss)
@@ -162,7 +174,8 @@ def _teacher_scores(scores: list[list[float]], negatives: list[Any]) -> torch.Te
     return table
 
 
-def _embed(encoder: Encoder, rows: Sequence[np.ndarray], config: TrainingConfig) -> torch.Tensor:
+def embed(encoder: Encoder, rows: Sequence[np.ndarray], config: TrainingConfig) -> torch.Tensor:
+    """Embeds texts in the training's precision, a sharded model's in one pass."""
     device = encoder.device
     batch_tokens = sys.maxsize if is_sharded(encoder.model) else None
     with torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(config, device)):
@@ -173,9 +186,9 @@ def _embed_all(
     encoder: Encoder, rows: Sequence[np.ndarray], config: TrainingConfig
 ) -> torch.Tensor:
     if not is_sharded(encoder.model):
-        return _embed(encoder, rows, config)
+        return embed(encoder, rows, config)
     filled, chunks = _plan(encoder, rows, _PASS_TOKENS)
-    vectors = torch.cat([_embed(encoder, [filled[row] for row in c], config) for c in chunks])
+    vectors = torch.cat([embed(encoder, [filled[row] for row in c], config) for c in chunks])
     places = torch.tensor(list(chain.from_iterable(chunks))).argsort()[: len(rows)]
     return vectors[places.to(vectors.device)]
 
@@ -188,24 +201,36 @@ def _plan(
     Returns:
         The rows, with one of one token for each chunk that was missing; and the chunks.
     """
-    chunks = _chunks([len(row) for row in rows], max_tokens)
-    if not is_sharded(encoder.model):
+    sharded = is_sharded(encoder.model)
+    pass_tokens = sys.maxsize if sharded else _PASS_TOKENS
+    chunks = _chunks([len(row) for row in rows], max_tokens, pass_tokens)
+    if not sharded:
         return rows, chunks
     missing = most(len(chunks), encoder.device) - len(chunks)
     fillers = [[len(rows) + number] for number in range(missing)]
     return [*rows, *[np.zeros(1, np.int64)] * missing], fillers + chunks
 
 
+def _own_backward(encoder: Encoder, part: Slice, config: TrainingConfig, rank: int) -> torch.Tensor:
+    """Adds what this worker's texts have of the gradients and returns its share of the loss."""
+    max_tokens = config.gradient_cache_tokens
+    if isinstance(max_tokens, int):
+        return _cached_backward(encoder, part, config, rank, max_tokens)
+    loss = batch_loss(_embed_all(encoder, part.rows, config), part, config, rank)
+    if loss.requires_grad:  # not where this worker has no example and the loss asks no other
+        loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
 def _cached_backward(
-    encoder: Encoder, rows: Sequence[np.ndarray], part: Slice, config: TrainingConfig, rank: int
+    encoder: Encoder, part: Slice, config: TrainingConfig, rank: int, max_tokens: int
 ) -> torch.Tensor:
-    assert config.gradient_cache_tokens is not None
-    num_rows = len(rows)
-    rows, chunks = _plan(encoder, rows, config.gradient_cache_tokens)
-    embed = [_replayable(encoder, [rows[row] for row in chunk], config) for chunk in chunks]
+    num_rows = len(part.rows)
+    rows, chunks = _plan(encoder, part.rows, max_tokens)
+    passes = [_replayable(encoder, [rows[row] for row in chunk], config) for chunk in chunks]
     with torch.no_grad():
-        vectors = [again() for again in embed[:-1]]
-    last = [again() for again in embed[-1:]]
+        vectors = [again() for again in passes[:-1]]
+    last = [again() for again in passes[-1:]]
     order = torch.tensor([row for chunk in chunks for row in chunk], dtype=torch.long)
     found = torch.cat([*vectors, *last]) if rows else encoder.embed_tokens([])
     leaf = torch.empty_like(found)
@@ -217,21 +242,28 @@ def _cached_backward(
         sizes = [len(chunk) for chunk in chunks]
         gradients = torch.split(leaf.grad[order.to(leaf.device)], sizes)
         last[0].backward(gradients[-1])  # type: ignore[no-untyped-call]
-        for again, gradient in zip(embed[:-1], gradients[:-1], strict=True):
+        for again, gradient in zip(passes[:-1], gradients[:-1], strict=True):
             again().backward(gradient)  # type: ignore[no-untyped-call]
-    return loss
+    return loss.detach()
 
 
-def _chunks(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cuts the rows, shortest first, into lists of at most so many tokens, padding counted.
+def _chunks(lengths: Sequence[int], max_tokens: int, pass_tokens: int) -> list[list[int]]:
+    """Cuts the rows, shortest first, into lists of at most so many tokens.
 
-    The last and longest keeps its graph, so that nothing long is computed twice without need.
+    The padding of their passes is counted. The last and longest list keeps its graph, so that
+    nothing long is computed twice without need.
     """
     chunks: list[list[int]] = []
+    before = in_pass = last = 0
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        if not chunks or (len(chunks[-1]) + 1) * lengths[row] > max_tokens:
+        length = lengths[row]
+        if (in_pass + 1) * length > pass_tokens:
+            before, in_pass = before + in_pass * last, 0
+        if not chunks or before + (in_pass + 1) * length > max_tokens:
             chunks.append([])
+            before = in_pass = 0
         chunks[-1].append(row)
+        in_pass, last = in_pass + 1, length
     return chunks
 
 
@@ -242,12 +274,12 @@ def _replayable(
     seed = int(torch.randint(2**62, ()).item())
     devices = [encoder.device] if encoder.device.type == "cuda" else []
 
-    def embed() -> torch.Tensor:
+    def again() -> torch.Tensor:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            return _embed(encoder, rows, config)
+            return embed(encoder, rows, config)
 
-    return embed
+    return again
 
 
 def _add_up_gradients(weights: Sequence[torch.nn.Parameter]) -> None:
@@ -256,6 +288,7 @@ def _add_up_gradients(weights: Sequence[torch.nn.Parameter]) -> None:
         weight.grad if weight.grad is not None else torch.zeros_like(weight) for weight in weights
     ]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    agree(flat.device)
     dist.all_reduce(flat)
     parts = torch.split(flat, [weight.numel() for weight in weights])
     for weight, summed in zip(weights, parts, strict=True):

@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
+from pipelines.training.agreement import agree
 from pipelines.training.config import LossConfig
 
 _NEVER = float("-inf")
@@ -80,6 +81,8 @@ def contrastive_loss(
 
     Raises:
         ValueError: The vectors are shorter than a Matryoshka dimension.
+        OutOfMemory: Another worker ran out of memory before or in its loss; in the backward pass
+            too.
     """
     first, own, batch = sum(sizes[:rank]), sizes[rank], sum(sizes)
     queries, positives = _gather(
@@ -211,11 +214,13 @@ class _Gather(torch.autograd.Function):
         padded = rows.new_zeros(max(sizes), rows.shape[1])
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in sizes]
+        agree(rows.device)
         dist.all_gather(parts, padded)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         total = gradients[0].contiguous()
+        agree(total.device)
         dist.all_reduce(total)
         return total[ctx.own], None, None

@@ -73,10 +73,3 @@ def share(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if not isinstance(like, DTensor) or whole.shape != like.shape:
         return whole
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def most(count: int, device: torch.device) -> int:
-    """Returns the highest count of all workers, who all call this."""
-    found = torch.tensor(count, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)

@@ -41,4 +41,7 @@ def train_student(
         trust_remote_code=trust_remote_code,
     )
     tail = [row["loss"] for row in rows[-20:]]
-    return {"num_batches": len(rows), "final_loss": round(sum(tail) / len(tail), 4)}
+    metrics = {"num_batches": len(rows), "final_loss": round(sum(tail) / len(tail), 4)}
+    if "gradient_cache_tokens" in rows[-1]:
+        metrics["gradient_cache_tokens"] = rows[-1]["gradient_cache_tokens"]
+    return metrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from cluster.errors import TokayError, UserError
@@ -48,8 +48,9 @@ def train(
 
     Returns:
         A row for each batch: batch, dataset, loss, learning_rate, gradient_norm, examples_per_s,
-        tokens_per_s, padding_share (of rank 0's passes), and where the training looked,
-        validation_loss and validation_ndcg_at_10.
+        tokens_per_s, padding_share (of rank 0's passes); where there is a gradient cache,
+        gradient_cache_tokens, and out_of_memory 1 where it was made smaller; and where the
+        training looked, validation_loss and validation_ndcg_at_10.
 
     Raises:
         UserError: There are no examples, or the student does not load.
@@ -125,6 +126,16 @@ def _cause(error: BaseException) -> TokayError:
     return TokayError(f"training failed: {' '.join(str(error).split())}")
 
 
+def _note(rows: Sequence[MetricsRow]) -> str:
+    """Returns the loss, and how much of a batch is in memory at once where it is not all of it."""
+    note = f"loss {recent_loss(rows):.3f}"
+    tokens = rows[-1].get("gradient_cache_tokens") if rows else None
+    times = sum(row.get("out_of_memory", 0) for row in rows)
+    if times:
+        note += f", ran out of memory in {times} batch{'es' if times > 1 else ''}"
+    return note + (f", gradient cache of {tokens:,} tokens" if tokens else "")
+
+
 @contextmanager
 def _followed(storage: Storage, total: int, progress: Progress | None) -> Iterator[None]:
     """Tells `progress` what rank 0 has written, until the block ends."""
@@ -139,7 +150,7 @@ def _followed(storage: Storage, total: int, progress: Progress | None) -> Iterat
         rows = read_metrics(storage)
         if len(rows) != told:
             told = len(rows)
-            progress.update(len(rows), total, f"loss {recent_loss(rows):.3f}")
+            progress.update(len(rows), total, _note(rows))
 
     def follow() -> None:
         while not done.wait(_LOOK_EVERY_S):

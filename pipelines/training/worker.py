@@ -7,20 +7,24 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from cluster.errors import TokayError
 from cluster.storage import Storage, open_storage
+from pipelines.training.agreement import OutOfMemory
 from pipelines.training.checkpoint import (
     SOUP,
+    CheckpointWriter,
     average_weights,
     copy_weights,
     load_checkpoint,
-    save_checkpoint,
     save_weights,
     trained_weights,
 )
@@ -28,6 +32,7 @@ from pipelines.training.config import TrainingConfig
 from pipelines.training.examples import iterate_batches
 from pipelines.training.gradients import Slice, backward, slice_batch, uses_bfloat16
 from pipelines.training.lora import add_adapters, merge_adapters
+from pipelines.training.memory import fit, halve, remember, remembered, too_small
 from pipelines.training.metrics import MetricsLog, MetricsRow, read_metrics
 from pipelines.training.sharding import is_sharded, shard
 from pipelines.training.validation import Validation, WatchedSet
@@ -85,12 +90,13 @@ def train_worker(told: dict[str, Job]) -> None:
     import ray.train
     from ray.train.torch import get_device
 
-    context = ray.train.get_context()
+    context, config = ray.train.get_context(), told["job"].config
     place = Place(
         rank=context.get_world_rank(),
         world=context.get_world_size(),
         local_world=context.get_local_world_size(),
-        device=str(get_device()),
+        # A worker without GPUs of its own sees them all the same.
+        device=str(get_device()) if config.use_gpu else "cpu",
     )
     run_training(told["job"], place, report=ray.train.report)
 
@@ -105,12 +111,31 @@ def run_training(
     Args:
         job: What to train.
         place: This worker's place.
-        report: Called at every checkpoint and at the end, by all workers.
+        report: Called for every checkpoint once it is whole and at the end, by all workers.
+
+    Raises:
+        UserError: The training does not fit in this worker's memory.
+        TokayError: It does in smaller parts, with which the next start goes on.
     """
-    rank, world, config = place.rank, place.world, job.config
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world))
     storage = open_storage(job.output)
     encoder = _load_student(job, place.device)
+    try:
+        with CheckpointWriter(storage) as checkpoints:
+            _train(job, place, encoder, storage, checkpoints, report or _tell_nobody)
+    except torch.OutOfMemoryError as error:
+        raise too_small(encoder, job.config) from error
+
+
+def _train(
+    job: Job,
+    place: Place,
+    encoder: Encoder,
+    storage: Storage,
+    checkpoints: CheckpointWriter,
+    report: Callable[[MetricsRow], None],
+) -> None:
+    rank, world, config = place.rank, place.world, job.config
     if config.sharding == "fsdp2" and world > 1:
         shard(encoder.model, bfloat16=uses_bfloat16(config, encoder.device))
     optimizer = make_optimizer(encoder, config)
@@ -123,16 +148,43 @@ def run_training(
         validation = Validation.open(config.validation, job.examples, job.test_set, rows)
     soup = _soup_batches(config, job.num_batches)
     encoder.set_training(dropout=config.dropout, checkpointing=config.gradient_checkpointing)
-    slices = (
-        (batch, slice_batch(batch, config, rank, world))
-        for batch in iterate_batches(job.examples, start=done)
+    batches = iterate_batches(job.examples, start=done)
+    first = list(islice(batches, 1))
+    config = fit(
+        encoder,
+        optimizer,
+        remembered(storage, config),
+        num_negatives=max((len(rows) for batch in first for rows in batch.negatives), default=1),
+        rank=rank,
+        world=world,
     )
+    slices = ((each, slice_batch(each, config, rank, world)) for each in chain(first, batches))
+    due: MetricsRow = {}
     for batch, part in _ahead(slices):
+        checkpoints.check()
         start = time.perf_counter()
-        rate = learning_rate(config, batch.number, job.num_batches)
-        torch.manual_seed((config.seed * job.num_batches + batch.number) * world + rank)
         tokens, places = encoder.num_tokens, encoder.num_places
-        loss, norm = train_batch(encoder, optimizer, part, config, rate=rate, rank=rank)
+        before = config
+        try:
+            loss, norm, config = train_fitting(
+                encoder,
+                optimizer,
+                part,
+                config,
+                rate=learning_rate(config, batch.number, job.num_batches),
+                rank=rank,
+                seed=(config.seed * job.num_batches + batch.number) * world + rank,
+            )
+        except torch.OutOfMemoryError as error:
+            if not is_sharded(encoder.model):
+                raise
+            # The others wait inside the model: they can only begin again.
+            config = halve(encoder, part, config)
+            remember(storage, config)
+            raise TokayError(
+                f"worker {rank} ran out of memory; the next start goes on from the last checkpoint"
+                f" with gradient_cache_tokens {config.gradient_cache_tokens}"
+            ) from error
         seconds = time.perf_counter() - start
         tokens, places = encoder.num_tokens - tokens, encoder.num_places - places
         done = batch.number + 1
@@ -140,12 +192,18 @@ def run_training(
             "batch": batch.number,
             "dataset": batch.dataset,
             "loss": round(loss, 6),
-            "learning_rate": rate,
+            "learning_rate": optimizer.param_groups[0]["lr"],
             "gradient_norm": round(norm, 6),
             "examples_per_s": round(len(batch.queries) / seconds, 2),
             "tokens_per_s": round(batch.num_tokens / seconds, 2),
             "padding_share": round(1 - tokens / max(1, places), 4),
         }
+        if config.gradient_cache_tokens is not None:
+            row["gradient_cache_tokens"] = config.gradient_cache_tokens
+        if config is not before:
+            row["out_of_memory"] = 1
+            if rank == 0:
+                remember(storage, config)
         stop = False
         if validation and validation.is_due(done, job.num_batches):
             found, stop = validation.look(
@@ -158,12 +216,17 @@ def run_training(
             log.append(row, flush=checkpoint or ended)
         if done in soup:
             save_weights(storage, SOUP, done, encoder.model, write=rank == 0)
+        if checkpoint or ended:
+            checkpoints.wait()
+            if due:
+                report(due)
+            due = row
         if checkpoint:
-            save_checkpoint(storage, done, encoder.model, optimizer, write=rank == 0)
-        if report and (checkpoint or ended):
-            report(row)
+            checkpoints.save(done, encoder.model, optimizer, write=rank == 0)
         if ended:
             break
+    if due:
+        report(due)
     if is_sharded(encoder.model):
         weights = trained_weights(encoder.model)
         if rank == 0:
@@ -212,6 +275,33 @@ def make_optimizer(encoder: Encoder, config: TrainingConfig) -> torch.optim.Adam
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
 
+def train_fitting(
+    encoder: Encoder,
+    optimizer: torch.optim.Optimizer,
+    part: Slice,
+    config: TrainingConfig,
+    *,
+    rate: float,
+    rank: int = 0,
+    seed: int,
+) -> tuple[float, float, TrainingConfig]:
+    """Takes one optimizer step, again with half of the activations where memory runs out.
+
+    Returns:
+        What :func:`train_batch` does, and the configuration that fitted: `config` itself or one
+        with fewer `gradient_cache_tokens`.
+
+    Raises:
+        UserError: Not even one text at a time fits.
+        torch.OutOfMemoryError: A sharded model, or the optimizer, does not fit.
+    """
+    while True:
+        torch.manual_seed(seed)
+        with suppress(OutOfMemory):
+            return (*train_batch(encoder, optimizer, part, config, rate=rate, rank=rank), config)
+        config = halve(encoder, part, config)
+
+
 def train_batch(
     encoder: Encoder,
     optimizer: torch.optim.Optimizer,
@@ -225,6 +315,9 @@ def train_batch(
 
     Returns:
         The whole batch's loss, and the norm of its gradient before clipping.
+
+    Raises:
+        OutOfMemory: A worker's memory was too small; no weight has changed.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -236,6 +329,9 @@ def train_batch(
     # A fused step changes weights without a sign of it, by which oneDNN's layouts are known as old.
     torch.autograd.graph.increment_version(weights)
     return loss, float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def _tell_nobody(_: MetricsRow) -> None: ...
 
 
 def _soup_batches(config: TrainingConfig, num_batches: int) -> set[int]:

@@ -3,7 +3,7 @@
 Needs no Ray, no data and no model from elsewhere: the students have random weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +15,12 @@ from transformers import AutoModel, BertConfig, PretrainedConfig, Qwen3Config
 
 from actors.encoder import Encoder, PromptTemplates, see_both_ways
 from cluster.storage import open_storage
-from pipelines.training.checkpoint import load_checkpoint, save_checkpoint
+from pipelines.training.checkpoint import CheckpointWriter, load_checkpoint, save_checkpoint
 from pipelines.training.config import LossConfig, TrainingConfig
 from pipelines.training.examples import Batch
 from pipelines.training.gradients import Slice, backward, slice_batch
-from pipelines.training.worker import train_batch
+from pipelines.training.memory import fit
+from pipelines.training.worker import train_batch, train_fitting
 
 DEVICE = "cuda"
 pytestmark = [
@@ -222,3 +223,116 @@ def test_training_goes_on_from_a_checkpoint(kind: str, tmp_path: Path):
     assert train(resumed, state, CONFIG, 2, 3) == pytest.approx(losses, rel=1e-4)
     for expected, found in zip(encoder.model.parameters(), resumed.model.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_checkpoint_is_copied_before_the_next_step_changes_the_weights(tmp_path: Path):
+    storage = open_storage(str(tmp_path))
+    encoder = student("bert")
+    state = optimizer(encoder)
+    train(encoder, state, CONFIG, 0)
+    weights = [weight.detach().clone() for weight in encoder.model.parameters()]
+    moments = [state.state[weight]["exp_avg"].clone() for weight in encoder.model.parameters()]
+    with CheckpointWriter(storage) as writer:
+        writer.save(1, encoder.model, state)
+        train(encoder, state, CONFIG, 1, 2)
+    resumed = student("bert")
+    state = optimizer(resumed)
+    assert load_checkpoint(storage, resumed.model, state) == 1
+    for weight, expected, moment in zip(resumed.model.parameters(), weights, moments, strict=True):
+        assert torch.equal(weight, expected)
+        assert torch.equal(state.state[weight]["exp_avg"], moment)
+
+
+@pytest.fixture
+def limit() -> Iterator[Callable[[int], int]]:
+    """Lets this process take so many MiB more of the GPU, and returns its bytes in all."""
+    total = torch.cuda.mem_get_info()[1]
+
+    def set_limit(more_mib: int) -> int:
+        torch.cuda.empty_cache()
+        allowed = torch.cuda.memory_reserved() + more_mib * 2**20
+        torch.cuda.set_per_process_memory_fraction(allowed / total)
+        return allowed
+
+    yield set_limit
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
+
+
+def long_part(config: TrainingConfig) -> Slice:
+    """A batch of the longest texts."""
+    rng = np.random.default_rng(0)
+
+    def texts(length: int) -> list[np.ndarray]:
+        return list(rng.integers(1, VOCABULARY, (config.batch_size, length)))
+
+    ids = [str(place) for place in range(config.batch_size)]
+    found = Batch(
+        number=0,
+        dataset="random",
+        queries=texts(config.max_query_tokens),
+        positives=texts(config.max_passage_tokens),
+        negatives=[[row] for row in texts(config.max_passage_tokens)],
+        teacher_scores=[[1.0, 0.5]] * config.batch_size,
+        query_ids=[f"q{id_}" for id_ in ids],
+        positive_ids=[f"p{id_}" for id_ in ids],
+        symmetric=False,
+    )
+    return slice_batch(found, config)
+
+
+@both_kinds
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_auto_finds_a_gradient_cache_that_fits(
+    kind: str, precision: str, limit: Callable[[int], int]
+):
+    config = CONFIG.model_copy(update={"precision": precision, "batch_size": 256})
+    part = long_part(config)
+    encoder = student(kind)
+    encoder.set_training(dropout=True)
+    state = optimizer(encoder)
+    small = config.model_copy(update={"batch_size": BATCH_SIZE})  # fits any card
+    assert fit(encoder, state, small).gradient_cache_tokens is None
+    allowed = limit(1500)
+    before = torch.cuda.memory_allocated()
+    weights = [weight.detach().clone() for weight in encoder.model.parameters()]
+    own = torch.cuda.memory_allocated() - before
+    torch.manual_seed(5)
+    numbers = torch.rand(3, device=DEVICE)
+    torch.manual_seed(5)
+    fitted = fit(encoder, state, config)
+    # No trace of it.
+    assert torch.equal(torch.rand(3, device=DEVICE), numbers)
+    assert torch.cuda.memory_allocated() - before - own < 2**20
+    assert not state.state and all(w.grad is None for w in encoder.model.parameters())
+    for weight, expected in zip(encoder.model.parameters(), weights, strict=True):
+        assert torch.equal(weight, expected)
+    # No step runs out of memory, and none leaves much of it.
+    assert 256 < fitted.gradient_cache_tokens < sum(map(len, part.rows))
+    torch.cuda.reset_peak_memory_stats()
+    for seed in range(3):
+        *_, after = train_fitting(encoder, state, part, fitted, rate=1e-5, seed=seed)
+        assert after is fitted
+    assert 0.5 * allowed < torch.cuda.max_memory_allocated() <= allowed
+
+
+@both_kinds
+def test_step_that_runs_out_of_memory_is_halved_and_loses_the_same(
+    kind: str, limit: Callable[[int], int]
+):
+    config = CONFIG.model_copy(update={"batch_size": 128, "gradient_cache_tokens": None})
+    part, found = long_part(config), []
+    for more_mib in (None, 1000):
+        encoder = student(kind)
+        state, now, losses = optimizer(encoder), config, []
+        if more_mib:
+            limit(more_mib)
+        for seed in range(4):
+            loss, norm, now = train_fitting(encoder, state, part, now, rate=1e-4, seed=seed)
+            losses += [loss, norm]
+        found.append((losses, now.gradient_cache_tokens))
+        del encoder, state
+    (losses, none), (other_losses, tokens) = found
+    assert none is None
+    assert 256 <= tokens < sum(map(len, part.rows)) / 2
+    assert other_losses == pytest.approx(losses, rel=1e-3)

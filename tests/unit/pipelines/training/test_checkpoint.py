@@ -1,13 +1,19 @@
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from cluster.errors import StorageError
 from cluster.storage import LocalStorage, Storage, open_storage
+from pipelines.training import checkpoint
 from pipelines.training.checkpoint import (
     BEST,
     FOLDER,
     SOUP,
+    CheckpointWriter,
     average_weights,
     load_checkpoint,
     restore_weights,
@@ -63,6 +69,64 @@ def test_only_the_last_checkpoint_is_kept_and_half_a_one_is_not_seen(tmp_path: P
     assert len(storage.list(FOLDER)) == 1
     (tmp_path / FOLDER / ".000000009.safetensors.x.unfinished").write_bytes(b"half")
     assert load_checkpoint(storage, model, optimizer) == 4
+
+
+class SlowStorage(LocalStorage):
+    """Takes a while for an upload, and refuses those of some paths."""
+
+    seconds, refused = 0.5, ""
+
+    def upload(self, source: Path, path: str) -> None:
+        time.sleep(self.seconds)
+        if self.refused and self.refused in path:
+            raise StorageError(f"cannot use {path}: simulated")
+        super().upload(source, path)
+
+
+def test_checkpoint_is_written_while_the_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def slow(*given: Any) -> None:
+        time.sleep(SlowStorage.seconds)  # so that the next step comes before the first byte
+        save_file(*given)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    storage, (model, optimizer) = SlowStorage(tmp_path), small()
+    step(model, optimizer, 0)
+    with CheckpointWriter(storage) as writer:
+        writer.save(1, model, optimizer)
+        writer.wait()
+        before = [weights.detach().clone() for weights in model.parameters()]
+        moments = [optimizer.state[w]["exp_avg"].clone() for w in model.parameters()]
+        start = time.perf_counter()
+        writer.save(2, model, optimizer)
+        step(model, optimizer, 1)
+        writer.check()
+        assert time.perf_counter() - start < SlowStorage.seconds
+        assert [Path(path).stem for path in storage.list(FOLDER)] == ["000000001"]
+        start = time.perf_counter()
+        writer.save(3, model, optimizer)  # after the one before
+        assert time.perf_counter() - start > 0.5 * SlowStorage.seconds
+        assert [Path(path).stem for path in storage.list(FOLDER)] == ["000000002"]
+        other = small()
+        assert load_checkpoint(storage, *other) == 2
+        for weights, expected, moment in zip(other[0].parameters(), before, moments, strict=True):
+            assert torch.equal(weights, expected)  # without the step that was taken meanwhile
+            assert torch.equal(other[1].state[weights]["exp_avg"], moment)
+    assert [Path(path).stem for path in storage.list(FOLDER)] == ["000000003"]
+
+
+def test_checkpoint_that_cannot_be_written_ends_the_training(tmp_path: Path):
+    storage, (model, optimizer) = SlowStorage(tmp_path), small()
+    storage.refused = "000000002"
+    with CheckpointWriter(storage) as writer:
+        writer.save(1, model, optimizer)
+        writer.save(2, model, optimizer)
+        with pytest.raises(StorageError, match="simulated"):
+            writer.save(3, model, optimizer)
+        with pytest.raises(StorageError, match="simulated"):
+            writer.check()
+    assert load_checkpoint(storage, model, optimizer) == 1
 
 
 def test_soup_is_the_mean_of_the_written_weights_and_the_models_own(tmp_path: Path):

@@ -17,7 +17,7 @@ from cluster.storage import open_storage
 from pipelines.training.checkpoint import FOLDER
 from pipelines.training.config import LoraConfig, LossConfig, TrainingConfig, ValidationConfig
 from pipelines.training.examples import iterate_batches, iterate_validation
-from pipelines.training.gradients import Slice, backward, evaluation_loss, slice_batch
+from pipelines.training.gradients import Slice, _chunks, backward, evaluation_loss, slice_batch
 from pipelines.training.metrics import TENSORBOARD, read_metrics
 from pipelines.training.worker import Job, Place, run_training
 
@@ -153,6 +153,24 @@ def test_gradient_cache_changes_neither_loss_nor_gradients(
     assert value == pytest.approx(expected, rel=1e-5)
     for one, other in zip(plain, gradients, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5)
+
+
+def test_chunk_holds_as_many_tokens_as_its_passes(student: str):
+    encoder = Encoder.load(student, device="cpu")
+    encoder.packed = False
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(4.5, 0.8, 1500), 4, 384).astype(int).tolist()
+    for max_tokens in (500, 40_000, 10**6):
+        chunks = _chunks(lengths, max_tokens, 16384)
+        assert sorted(row for chunk in chunks for row in chunk) == list(range(1500))
+        for number, chunk in enumerate(chunks, 1):
+            rows = sorted((np.zeros(lengths[row]) for row in chunk), key=len, reverse=True)
+            passes = encoder._batches(rows, 16384)
+            places = sum(len(each) * len(each[0]) for each in passes)
+            assert places < 1.03 * max_tokens
+            if number < len(chunks):
+                assert places + 2 * len(rows[0]) > 0.9 * max_tokens
+    assert len(chunks) == 1
 
 
 def test_gradient_cache_and_validation_see_each_batchs_weights(

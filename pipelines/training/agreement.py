@@ -1,0 +1,49 @@
+"""How several workers end a step together where one of them has run out of memory.
+
+All workers agree before whatever they do together in a step. One that has run out agrees at once,
+in place of the point that the others will come to next, so that nobody waits for it in vain.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from cluster.errors import TokayError
+
+
+class OutOfMemory(TokayError):
+    """A worker's memory was too small for a step; raised on all of them."""
+
+    def __init__(self) -> None:
+        super().__init__("a training step needs more memory than there is")
+
+
+def agree(device: torch.device, *, ran_out: bool = False) -> None:
+    """Lets workers go on together.
+
+    Args:
+        device: Where the workers' messages are sent from.
+        ran_out: Whether this worker has run out of memory.
+
+    Raises:
+        OutOfMemory: One of the workers has.
+    """
+    if most(int(ran_out), device):
+        raise OutOfMemory
+
+
+def most(count: int, device: torch.device) -> int:
+    """Returns the highest count of all workers, who all call this."""
+    return _reduced(count, device, dist.ReduceOp.MAX)
+
+
+def least(count: int, device: torch.device) -> int:
+    """Returns the lowest count of all workers, who all call this."""
+    return _reduced(count, device, dist.ReduceOp.MIN)
+
+
+def _reduced(count: int, device: torch.device, operation: dist.ReduceOp.RedOpType) -> int:
+    found = torch.tensor(count, device=device)
+    dist.all_reduce(found, operation)
+    return int(found)
