@@ -248,24 +248,23 @@ def _training(
     least, margin, less = certain, "", f"activations taken {ERROR:.0%} less than reckoned"
     note = f"activations {a_token / 1024:,.0f} KiB a token"
     note += f", whole batch {batch * a_token / GIB:,.0f} GiB at the longest lengths"
-    cache_tokens: int | str | None = training.gradient_cache_tokens
+    cache_tokens = training.gradient_cache_tokens
     if cache_tokens is None or (cache_tokens == "auto" and not gpu):
         tokens = batch
         least += (1 - ERROR) * a_token * batch / SHORT
         margin = f" ({less}, of texts 1/{SHORT} as long as they may be)"
-        if cache_tokens is None and gpu:
-            mend = f"set {key}.gradient_cache_tokens, or {mend.removeprefix('set ')}"
     elif cache_tokens == "auto":
         tokens = longest
         if have is not None:
-            left = min(batch, int((have - sum(parts.values())) / a_token))
+            left = (1 - ERROR) * (have - sum(parts.values())) / a_token
             if left >= longest:
-                note += f"; room for about {left:,} tokens at a time"
+                note += f"; room for about {min(batch, round(left, -2)):,.0f} tokens at a time"
     else:
-        tokens = max(longest, min(batch, int(cache_tokens)))
+        tokens = max(longest, min(batch, cache_tokens))
         least += (1 - ERROR) * a_token * min(tokens, batch / SHORT)
         margin = f" ({less})"
-        mend = f"lower {key}.gradient_cache_tokens, or {mend}"
+    if least > certain:
+        mend = f"set {key}.gradient_cache_tokens: auto"
     parts[f"activations of {tokens:,} tokens"] = tokens * a_token
     return Need(
         steps=(step,),

@@ -15,13 +15,14 @@ import re
 import threading
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from rich.console import Console
 from rich.table import Table
 
-from actors.embedded import PREFIX, find_model, resolve_model
+from actors.embedded import PREFIX, resolve_model
 from actors.language_model import truncate
 from cluster.artifacts import Artifact
 from cluster.errors import TokayError, UserError
@@ -39,6 +40,8 @@ NUM_SAMPLED = 50
 NUM_READ = 2000  # passages that are read of a corpus to draw the sample from
 BLOCK_SIZE = 16  # vLLM's own, on a GPU: prefixes are cached in whole blocks
 PATIENCE_S = 15.0  # for a first word from S3 or the hub, whose clients try for minutes
+
+T = TypeVar("T")
 
 
 def make_plan(recipe: Recipe, uri: str) -> dict[str, Any]:
@@ -134,6 +137,7 @@ def _print_needs(needs: list[dict[str, Any]], console: Console) -> None:
 
 
 def _in_gib(need: Need) -> dict[str, Any]:
+    mend = need.mend if need.fits in ("no", "perhaps") else ""
     return {
         "steps": list(need.steps),
         "what": need.what,
@@ -143,7 +147,7 @@ def _in_gib(need: Need) -> dict[str, Any]:
         "fits": need.fits,
         "parts_gib": {part: round(size / GIB, 2) for part, size in need.parts.items()},
         "unknown": need.unknown,
-        "note": need.note,
+        "note": "; ".join(filter(None, (need.note, mend))),
     }
 
 
@@ -154,7 +158,11 @@ def _states(
     try:
         text = json.dumps(recipe.model_dump(mode="json"))
         _check_reach(uri, *re.findall(r"\$\{\w+\}|s3://[^\"]+", text))
-        run = build_run(recipe, uri)
+        if any(test_set.kind == "mteb" for test_set in recipe.evaluation):
+            late = "the data of mteb's tasks in evaluation did not come"
+            run = _within(4 * PATIENCE_S, late, lambda: build_run(recipe, uri))
+        else:
+            run = build_run(recipe, uri)
         states = {step.name: str(run.state(step)) for step in run.steps}
         found = {step.name: run.artifact(step) for step in run.steps}
     except (TokayError, OSError) as error:
@@ -193,15 +201,15 @@ def _ask(place: str) -> TokayError | None:
     """Returns why a place on S3 gives no answer."""
     path = "" if place.rstrip("/").count("/") > 2 else "any"
     try:
-        _within_patience(f"{place} did not answer", lambda: open_storage(place).exists(path))
+        _within(PATIENCE_S, f"{place} did not answer", lambda: open_storage(place).exists(path))
     except TokayError as error:
         return error
     return None
 
 
-def _within_patience(what: str, work: Callable[[], Any]) -> Any:
-    """Returns what `work` returns or raises; UserError if it takes too long."""
-    answer: list[Any] = []
+def _within(seconds: float, late: str, work: Callable[[], T]) -> T:
+    """Returns what `work` returns, or raises what it raises; UserError if it takes longer."""
+    answer: list[tuple[T | None, Exception | None]] = []
 
     def ask() -> None:
         try:
@@ -211,13 +219,13 @@ def _within_patience(what: str, work: Callable[[], Any]) -> Any:
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(PATIENCE_S)
+    thread.join(seconds)
     if not answer:
-        raise UserError(f"{what} within {PATIENCE_S:.0f} s")
+        raise UserError(f"{late} within {seconds:.0f} s")
     found, error = answer[0]
     if error is not None:
         raise error
-    return found
+    return cast(T, found)
 
 
 def _llm_tokens(recipe: Recipe, done: dict[str, Artifact]) -> dict[str, dict[str, int]]:
@@ -305,11 +313,11 @@ class _Tokens:
         if model.startswith("s3://"):
             raise UserError(f"llm.model {model} is on S3, from where a plan fetches no model")
         try:
-            if model.startswith(PREFIX) or find_model(model):
+            if model.startswith(PREFIX) or Path(model).expanduser().is_dir():
                 self._tokenizer = self._load(recipe)
             else:
                 late = f"the model hub did not give the tokenizer of llm.model {model}"
-                self._tokenizer = _within_patience(late, lambda: self._load(recipe))
+                self._tokenizer = _within(PATIENCE_S, late, lambda: self._load(recipe))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"llm.model {recipe.llm.model!r} has no tokenizer that can be loaded, and a plan"
