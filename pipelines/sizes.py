@@ -129,6 +129,7 @@ class ModelSize(BaseModel):
         return hidden, inner, number * width, (self.num_key_value_heads or number) * width
 
 
+_MAX_HEADER = 100_000_000  # bytes; safetensors allows no more
 _BERT = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 _DECODERS = ("qwen3", "qwen2", "llama", "mistral")
 
@@ -137,38 +138,51 @@ def read_size(folder: Path) -> ModelSize | None:
     """Reads a model folder's config.json and the headers of its weights.
 
     Returns:
-        None where there is no config.json, or neither safetensors nor a kind of model whose
-        parameters can be counted without them.
+        None where there is no config.json that can be read, or neither safetensors nor a kind of
+        model whose parameters can be counted without them.
     """
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return None
-    config = config.get("text_config") or config
-    quantised = "quantization_config" in config
-    fields = ModelSize.model_fields.keys() - {"parameters", "weights_gib"}
-    shape = {name: config[name] for name in fields if config.get(name) is not None}
-    headers = [_header(file) for file in sorted(folder.glob("*.safetensors"))]
-    tensors = [tensor for header in headers for tensor in header.values() if "shape" in tensor]
-    if tensors:
-        ends = (tensor["data_offsets"] for tensor in tensors)
+        config = json.loads((folder / "config.json").read_bytes())
+        config = config.get("text_config") or config
+        fields = ModelSize.model_fields.keys() - {"parameters", "weights_gib"}
+        shape = {name: config[name] for name in fields if config.get(name) is not None}
+        tensors = [tensor for file in _weights(folder) for tensor in _header(file)]
+        if not tensors:
+            return _by_shape(config, ModelSize(parameters=1, **shape))
+        num_bytes = sum(end - start for start, end in (t["data_offsets"] for t in tensors))
         return ModelSize(
             parameters=sum(math.prod(tensor["shape"]) for tensor in tensors),
-            weights_gib=sum(end - start for start, end in ends) / GIB if quantised else None,
+            weights_gib=num_bytes / GIB if config.get("quantization_config") else None,
             **shape,
         )
-    size = ModelSize(parameters=1, **shape)
-    matrices = size.layer_matrices()
-    if not matrices or quantised or not size.num_hidden_layers or "vocab_size" not in config:
+    # A run reads them anyway, with libraries that say better what is wrong.
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, struct.error):
+        return None
+
+
+def _by_shape(config: dict[str, Any], size: ModelSize) -> ModelSize | None:
+    """Counts the parameters of the matrices and the words."""
+    matrices, words = size.layer_matrices(), config.get("vocab_size")
+    if not (matrices and words and size.num_hidden_layers) or config.get("quantization_config"):
         return None
     a_layer = sum(ins * outs for ins, outs in matrices.values())
-    words = config["vocab_size"] * config["hidden_size"]
-    parameters = words + size.num_hidden_layers * a_layer
+    parameters = words * config["hidden_size"] + size.num_hidden_layers * a_layer
     return size.model_copy(update={"parameters": parameters})
 
 
-def _header(file: Path) -> dict[str, Any]:
+def _weights(folder: Path) -> list[Path]:
+    """Returns the files of the weights, none if one of them is missing."""
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+    files = [folder / name for name in sorted(names)]
+    return files if all(file.is_file() for file in files) else []
+
+
+def _header(file: Path) -> list[dict[str, Any]]:
+    """Returns shape and place of each tensor."""
     with file.open("rb") as source:
         (length,) = struct.unpack("<Q", source.read(8))
-        found: dict[str, Any] = json.loads(source.read(length))
-        return found
+        found: dict[str, Any] = json.loads(source.read(min(length, _MAX_HEADER)))
+    return [tensor for name, tensor in found.items() if name != "__metadata__"]

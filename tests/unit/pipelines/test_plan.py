@@ -1,5 +1,6 @@
 """What a plan reckons, counted anew with the LLM's own tokenizer; and what it cannot know."""
 
+import io
 import json
 import subprocess
 import sys
@@ -8,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from actors.embedded import embedded_model
 from pipelines import plan as planning
 from pipelines.fret.prompts import PairPrompts, QueryPrompts, load_prompts
-from pipelines.plan import make_plan
+from pipelines.plan import make_plan, print_plan
 from pipelines.recipe import load_recipe, recipe_names
 
 TEXT = (
@@ -140,3 +142,12 @@ def test_bucket_that_never_answers_is_not_waited_for(
     monkeypatch.setattr("cluster.storage.S3Storage.exists", lambda *_: time.sleep(60))
     made = make_plan(load_recipe("cluster"), "s3://b/run")
     assert made["unknown"]["states of the steps are"].startswith("s3://b/run did not answer within")
+
+
+@pytest.mark.parametrize("name", ["gpu", "gpu-80gb", "gpu-8x80gb", "cluster"])
+def test_documented_table_is_what_a_plan_prints(name: str, nowhere: Path) -> None:
+    written = (Path(__file__).parents[3] / "docs/gpus.md").read_text()
+    table = written.split(f"### {name}: ")[1].split("```\n")[1]
+    out = io.StringIO()
+    print_plan(make_plan(load_recipe(name), str(nowhere)), Console(file=out, width=110))
+    assert table in "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())

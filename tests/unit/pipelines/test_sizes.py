@@ -121,6 +121,26 @@ def test_size_of_quantised_weights_is_that_of_their_files(tmp_path: Path) -> Non
     assert size is not None and size.weights_bytes("float32") == num_bytes
 
 
+def test_size_is_of_all_the_files_that_the_index_names(tmp_path: Path) -> None:
+    model = AutoModel.from_config(CONFIGS["qwen3"])
+    model.save_pretrained(tmp_path, max_shard_size="500KB")
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 1
+    (tmp_path / "consolidated.safetensors").write_bytes(files[0].read_bytes())
+    size, counted = read_size(tmp_path), sum(weight.numel() for weight in model.parameters())
+    assert size is not None and size.parameters == counted
+    files[1].unlink()  # half fetched: then it is counted by the shape
+    size = read_size(tmp_path)
+    assert size is not None and size.parameters == pytest.approx(counted, rel=0.2)
+
+
+@pytest.mark.parametrize("config", ["no JSON", "[]", '{"hidden_size": [1, 2]}'])
+def test_size_of_a_strange_folder_is_unknown(config: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    assert read_size(tmp_path) is None
+
+
 def test_size_of_an_unknown_kind_is_unknown(tmp_path: Path) -> None:
     assert read_size(tmp_path) is None
     (tmp_path / "config.json").write_text('{"model_type": "mamba", "hidden_size": 64}')
