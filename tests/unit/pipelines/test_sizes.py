@@ -1,6 +1,7 @@
 """Sizes of models: against models that are built, and against what autograd saves of them."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,15 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(hidden_size=128, num_key_value_heads=2, head_dim=64, **SHAPE),
     "llama": LlamaConfig(hidden_size=128, num_key_value_heads=2, **SHAPE),
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models, which threads only wait for."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def saved_bytes(config: PreTrainedConfig, num_texts: int, *, bfloat16: bool, again: bool) -> int:
@@ -67,15 +77,14 @@ def test_kept_bytes_are_what_autograd_saves(kind: str, bfloat16: bool, tmp_path:
     assert size is not None
 
     def a_token(again: bool) -> float:  # copies of weights are the same in both
-        more, fewer = (saved_bytes(config, n, bfloat16=bfloat16, again=again) for n in (4, 2))
-        return (more - fewer) / 64
+        more, fewer = (saved_bytes(config, n, bfloat16=bfloat16, again=again) for n in (2, 1))
+        return (more - fewer) / 32
 
-    kept = a_token(False)
+    kept = a_token(again=False)
     assert size.kept_bytes(bfloat16=bfloat16) == pytest.approx(kept, rel=0.1)
-    # Its backward pass computes one layer of three again, which is not in what was saved.
-    again = a_token(True) + kept / 3
-    found = size.kept_bytes(bfloat16=bfloat16, checkpointing=True)
-    assert found == pytest.approx(again, rel=0.15)
+    if bfloat16:  # its backward pass computes one layer of three again, which was not saved
+        found = size.kept_bytes(bfloat16=True, checkpointing=True)
+        assert found == pytest.approx(a_token(again=True) + kept / 3, rel=0.15)
 
 
 def test_kept_bytes_of_modernbert_base_are_those_that_were_counted() -> None:
