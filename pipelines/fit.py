@@ -309,10 +309,10 @@ def _states(
 
 
 def _loss_bytes(size: ModelSize, training: TrainingConfig, num_negatives: int) -> float:
-    """Reckons the vectors of all workers and the similarities of one worker's examples, float32."""
+    """Reckons three times what autograd saves of the vectors and of their similarities, float32."""
     batch, own = training.batch_size, -(-training.batch_size // training.num_workers)
     vectors = (2 * batch + own * (2 + num_negatives)) * (size.hidden_size or 0)
-    return 4.0 * (1 + len(training.loss.matryoshka_dimensions)) * (3 * vectors + 12 * own * batch)
+    return 4.0 * (1 + len(training.loss.matryoshka_dimensions)) * (2 * vectors + 6 * own * batch)
 
 
 def _num_negatives(recipe: Recipe, mixture: SetsConfig) -> int:
