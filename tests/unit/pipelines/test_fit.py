@@ -198,6 +198,9 @@ def test_run_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     assert answer.stdout.startswith("UserError recipe gpu: student (training) needs at least")
     assert answer.stdout.endswith("and nothing was loaded\n")
     assert not (tmp_path / "run").exists()
+    there = [*command[:3], "submit", "gpu", "--storage", "s3://b/run", "--address", "http://[::]:9"]
+    answer = subprocess.run([*there, *settings], capture_output=True, text=True)
+    assert answer.stdout.startswith("UserError recipe gpu: student (training) needs at least")
     # Its corpus is missing, which is the next thing to be told.
     answer = subprocess.run(
         [*command, *settings, "--until", "fret"], capture_output=True, text=True
