@@ -71,6 +71,34 @@ def resolve_model(name: str) -> str:
     return name
 
 
+def find_model(name: str) -> Path | None:
+    """Find a model's folder on this disk; nothing is fetched or unpacked.
+
+    Args:
+        name: As for :func:`resolve_model`.
+
+    Returns:
+        None where it would have to come from the hub, from S3, or out of a wheel.
+    """
+    if name.startswith(PREFIX):
+        distribution, module, inside = _WHEELS.get(name.removeprefix(PREFIX), ("", "", ""))
+        spec = util.find_spec(module) if module else None
+        if spec is None or not spec.submodule_search_locations:
+            return None
+        source = Path(spec.submodule_search_locations[0]) / inside
+        unpacked = _cache() / f"{name.removeprefix(PREFIX)}-{metadata.version(distribution)}"
+        return next((folder for folder in (source, unpacked) if folder.is_dir()), None)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not _HUB_ID.fullmatch(name):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def embedded_model(name: str) -> Path:
     """Find an embedded model's folder, unpacking its weights on first use.
 

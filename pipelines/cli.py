@@ -40,7 +40,10 @@ TestFolders = Annotated[
     typer.Option(help="A folder of test data: a path, file:// or s3://; may be repeated."),
 ]
 RecipeFile = Annotated[
-    str, typer.Argument(help="A YAML file, or laptop, gpu, cluster or gecko-mini.")
+    str,
+    typer.Argument(
+        help="A YAML file, or laptop, gpu, gpu-80gb, gpu-8x80gb, cluster or gecko-mini."
+    ),
 ]
 LOCAL_DASHBOARD = "http://127.0.0.1:8265"
 
@@ -101,11 +104,11 @@ def plan(
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the steps, what is done, and what the rest would cost."""
+    """Show the steps, what is done, what fits the GPUs, and what the rest would cost."""
     from pipelines.plan import make_plan, print_plan
     from pipelines.recipe import load_recipe
 
-    loaded = load_recipe(recipe, settings)
+    loaded = load_recipe(recipe, settings, keep_unset=True)
     made = make_plan(loaded, storage or f"runs/{loaded.name}")
     _print_json(made) if as_json else print_plan(made, console)
 
@@ -238,9 +241,11 @@ def submit(
     import yaml
 
     from cluster import jobs
+    from pipelines.fit import refuse_unfit
     from pipelines.recipe import load_recipe, read_keys
 
     loaded = load_recipe(recipe, settings)  # a mistake is told here, not by a job an hour later
+    refuse_unfit(loaded, here=False)
     files, settings = {}, settings or []
     if loaded.prompts:
         files["prompts.yaml"] = Path(loaded.prompts).read_text(encoding="utf-8")

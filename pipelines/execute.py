@@ -13,7 +13,8 @@ from cluster.steps import Run
 from cluster.storage import LocalStorage, Storage, join, open_storage
 from pipelines.console import JsonLines, RunConsole
 from pipelines.encoders import EncoderConfig
-from pipelines.graph import ENCODER, build_run
+from pipelines.fit import refuse_unfit
+from pipelines.graph import ENCODER, TITLES, build_run
 from pipelines.recipe import Recipe
 from pipelines.report.write import print_evaluation, write_report
 from pipelines.student import MODEL
@@ -31,7 +32,19 @@ def execute(
     fresh: bool = False,
     as_json: bool = False,
 ) -> dict[str, Artifact]:
-    """Runs a recipe, shows its progress, and writes its report when all steps are done."""
+    """Runs a recipe, shows its progress, and writes its report when all steps are done.
+
+    Raises:
+        UserError: A part of it cannot fit its GPU, among other mistakes.
+    """
+
+    def needless(step: str) -> bool:
+        order = list(TITLES)
+        if until in order and order.index(step) > order.index(until):
+            return True
+        return not fresh and Artifact.open(open_storage(join(uri, step))) is not None
+
+    refuse_unfit(recipe, needless=needless)  # before anything starts, or is paid for
     run = build_run(recipe, uri)
     if fresh:
         for step in run.steps:

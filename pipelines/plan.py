@@ -1,63 +1,88 @@
-"""`tokay plan`: what a recipe would run, and what the language model would cost.
+"""`tokay plan`: what a recipe would run, what fits, and what the language model would cost.
 
 The estimate is made from a sample of passages: they are put into the recipe's prompts and counted
-by the LLM's own tokenizer, without starting an engine.
+by the LLM's own tokenizer, without starting an engine. A plan is made without corpus, hub and
+credentials too: what they would have told is then unknown.
 """
 
+from __future__ import annotations
+
 import itertools
+import json
 import math
 import random
+import re
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from rich.console import Console
 from rich.table import Table
 
+from actors.embedded import PREFIX, resolve_model
 from actors.language_model import truncate
 from cluster.artifacts import Artifact
-from cluster.errors import UserError
+from cluster.errors import TokayError, UserError
+from cluster.storage import open_storage
 from pipelines.corpus.passages import Document, Passage, passages_of, reject_reason
 from pipelines.corpus.sources import Corpus
+from pipelines.fit import Need, gpu_needs
 from pipelines.fret.prompts import PairPrompts, load_prompts
 from pipelines.fret.queries import query_id, query_prompts
 from pipelines.graph import TITLES, build_run
 from pipelines.recipe import Recipe
+from pipelines.sizes import GIB
 
 NUM_SAMPLED = 50
 NUM_READ = 2000  # passages that are read of a corpus to draw the sample from
 BLOCK_SIZE = 16  # vLLM's own, on a GPU: prefixes are cached in whole blocks
+PATIENCE_S = 15.0  # for a first word from S3 or the hub, whose clients try for minutes
+
+T = TypeVar("T")
 
 
 def make_plan(recipe: Recipe, uri: str) -> dict[str, Any]:
-    """Returns the steps with their states, and the estimate for the LLM steps still to run."""
-    run = build_run(recipe, uri)
-    states = {step.name: run.state(step) for step in run.steps}
-    done = {
-        step.name: artifact
-        for step in run.steps
-        if states[step.name] == "done" and (artifact := run.artifact(step))
-    }
+    """Returns the steps with their states, what fits, and the estimate for the LLM steps to run.
+
+    What the corpus, the hub or the run folder would have to tell, and does not, is None, and
+    `unknown` says why.
+    """
+    unknown: dict[str, str] = {}
+    states, done = _states(recipe, uri, unknown)
     todo = [name for name in ("queries", "scores") if name not in done]
-    tokens = _llm_tokens(recipe, done) if todo else {}
-    estimate, num_actors = recipe.estimate, recipe.resources.llm.num_actors
+    tokens = _known_tokens(recipe, done, unknown) if todo else {}
+    estimate, resources = recipe.estimate, recipe.resources.llm
     actor_s = {
         name: tokens[name]["prefill"] / estimate.prefill_tokens_per_s
         + tokens[name]["decode"] / estimate.decode_tokens_per_s
-        + estimate.engine_start_s * num_actors
-        for name in todo
+        + estimate.engine_start_s * resources.num_actors
+        for name in tokens
     }
-    hours = sum(actor_s.values()) / 3600
+    hours = sum(actor_s.values()) / 3600 if tokens or not todo else None
+
+    def times(factor: float, digits: int) -> float | None:
+        return None if hours is None else round(hours * factor, digits)
+
+    num_passages = done["passages"].num_rows if "passages" in done else None
     return {
         "recipe": recipe.name,
-        "storage": run.storage.uri,
-        "steps": [{"step": step.name, "state": states[step.name]} for step in run.steps],
-        "llm_tokens": {name: tokens[name] for name in todo},
-        "llm_seconds_s": {name: round(actor_s[name] / num_actors, 1) for name in todo},
-        "llm_actor_hours": round(hours, 3),
-        "llm_wall_hours": round(hours / num_actors, 3),
-        "llm_gpu_hours": round(hours * recipe.resources.llm.num_gpus, 3),
-        "llm_cost_usd": round(hours * estimate.actor_hour_usd, 2),
+        "storage": open_storage(uri).uri,
+        "steps": [{"step": name, "state": state} for name, state in states.items()],
+        "gpu_memory": [_in_gib(need) for need in gpu_needs(recipe, num_passages)],
+        "llm_tokens": {name: tokens.get(name) for name in todo},
+        "llm_seconds_s": {
+            name: round(actor_s[name] / resources.num_actors, 1) if name in actor_s else None
+            for name in todo
+        },
+        "llm_actor_hours": times(1, 3),
+        "llm_wall_hours": times(1 / resources.num_actors, 3),
+        "llm_gpu_hours": times(resources.num_gpus, 3),
+        "llm_cost_usd": times(estimate.actor_hour_usd, 2),
         "assumptions": estimate.model_dump(),
+        "unknown": unknown,
     }
 
 
@@ -67,14 +92,16 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     for column in ("step", "", "state", "tokens in", "out", "seconds"):
         table.add_column(column, justify="left" if column in ("step", "", "state") else "right")
     for row in plan["steps"]:
-        step = row["step"]
-        counts: tuple[str, ...] = ()
+        step, counts = row["step"], ["", "", ""]
         if tokens := plan["llm_tokens"].get(step):
             seconds = f"{plan['llm_seconds_s'][step]:,.0f}"
-            counts = (f"{tokens['prefill']:,}", f"{tokens['decode']:,}", seconds)
+            counts = [f"{tokens['prefill']:,}", f"{tokens['decode']:,}", seconds]
+        elif step in plan["llm_tokens"]:
+            counts = ["unknown"] * 3
         table.add_row(step, TITLES[step], row["state"], *counts)
     console.print(table)
-    if plan["llm_tokens"]:
+    _print_needs(plan["gpu_memory"], console)
+    if plan["llm_tokens"] and plan["llm_actor_hours"] is not None:
         console.print(
             f"LLM: about {plan['llm_actor_hours']} actor hours, {plan['llm_gpu_hours']} GPU hours,"
             f" ${plan['llm_cost_usd']:.2f}; {plan['llm_wall_hours']} hours on the recipe's actors."
@@ -83,6 +110,122 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
             " engine finds in its cache are not counted.",
             soft_wrap=True,
         )
+    for what, why in plan["unknown"].items():
+        console.print(f"{what} unknown: {why}", soft_wrap=True, markup=False)
+
+
+def _print_needs(needs: list[dict[str, Any]], console: Console) -> None:
+    table = Table(box=None, header_style="bold")
+    for column in ("step", "memory, one actor or worker", "GiB", "of GPU", "fits"):
+        table.add_column(column, justify="right" if column in ("GiB", "of GPU") else "left")
+    for need in needs:
+        gib = "unknown" if need["unknown"] else f"{need['gib']:,.1f}"
+        have = "unknown" if need["of_gib"] is None else f"{need['of_gib']:,.1f}"
+        if not need["gpu"]:
+            have = "CPU"
+        what, parts = need["what"], need["parts_gib"]
+        if len(parts) == 1:
+            what, parts = f"{what}: {next(iter(parts))}", {}
+        table.add_row(", ".join(need["steps"]), what, gib, have, need["fits"])
+        for part, size in parts.items():
+            table.add_row("", f"  {part}", f"{size:,.1f}")
+    console.print(table)
+    for need in needs:
+        said = [text for text in (need["unknown"], need["note"]) if text]
+        if said:
+            console.print(f"{need['steps'][0]}: {'; '.join(said)}", soft_wrap=True, markup=False)
+
+
+def _in_gib(need: Need) -> dict[str, Any]:
+    mend = need.mend if need.fits in ("no", "perhaps") else ""
+    return {
+        "steps": list(need.steps),
+        "what": need.what,
+        "gpu": need.gpu,
+        "gib": None if need.unknown else round(need.total / GIB, 2),
+        "of_gib": None if need.have is None or not need.gpu else round(need.have / GIB, 2),
+        "fits": need.fits,
+        "parts_gib": {part: round(size / GIB, 2) for part, size in need.parts.items()},
+        "unknown": need.unknown,
+        "note": "; ".join(filter(None, (need.note, mend))),
+    }
+
+
+def _states(
+    recipe: Recipe, uri: str, unknown: dict[str, str]
+) -> tuple[dict[str, str], dict[str, Artifact]]:
+    """Returns the state of each step, and the artifacts of those that are done."""
+    try:
+        text = json.dumps(recipe.model_dump(mode="json"))
+        _check_reach(uri, *re.findall(r"\$\{\w+\}|s3://[^\"]+", text))
+        if any(test_set.kind == "mteb" for test_set in recipe.evaluation):
+            late = "the data of mteb's tasks in evaluation did not come"
+            run = _within(4 * PATIENCE_S, late, lambda: build_run(recipe, uri))
+        else:
+            run = build_run(recipe, uri)
+        states = {step.name: str(run.state(step)) for step in run.steps}
+        found = {step.name: run.artifact(step) for step in run.steps}
+    except (TokayError, OSError) as error:
+        unknown["states of the steps are"] = _line(error)
+        names = [name for name in TITLES if recipe.prefinetuning or "prefinetuning" not in name]
+        return {name: "unknown" for name in names if recipe.evaluation or name != "evaluation"}, {}
+    done = {name: artifact for name, artifact in found.items() if artifact is not None}
+    return states, {name: done[name] for name in done if states[name] == "done"}
+
+
+def _known_tokens(
+    recipe: Recipe, done: dict[str, Artifact], unknown: dict[str, str]
+) -> dict[str, dict[str, int]]:
+    try:
+        return _llm_tokens(recipe, done)
+    except (TokayError, OSError) as error:
+        unknown["LLM tokens and cost are"] = _line(error)
+        return {}
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _check_reach(*places: str) -> None:
+    """Raises UserError where a place is not named, or its bucket does not answer."""
+    for place in places:
+        if unset := re.search(r"\$\{(\w+)\}", place):
+            raise UserError(f"the recipe reads {unset[0]}, which is not set in the environment")
+        if place.startswith("s3://") and (error := _ask(place)):
+            raise error
+
+
+@cache
+def _ask(place: str) -> TokayError | None:
+    """Returns why a place on S3 gives no answer."""
+    path = "" if place.rstrip("/").count("/") > 2 else "any"
+    try:
+        _within(PATIENCE_S, f"{place} did not answer", lambda: open_storage(place).exists(path))
+    except TokayError as error:
+        return error
+    return None
+
+
+def _within(seconds: float, late: str, work: Callable[[], T]) -> T:
+    """Returns what `work` returns, or raises what it raises; UserError if it takes longer."""
+    answer: list[tuple[T | None, Exception | None]] = []
+
+    def ask() -> None:
+        try:
+            answer.append((work(), None))
+        except Exception as error:  # raised again below, where somebody waits for it
+            answer.append((None, error))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not answer:
+        raise UserError(f"{late} within {seconds:.0f} s")
+    found, error = answer[0]
+    if error is not None:
+        raise error
+    return cast(T, found)
 
 
 def _llm_tokens(recipe: Recipe, done: dict[str, Artifact]) -> dict[str, dict[str, int]]:
@@ -146,6 +289,7 @@ def _num_pairs(
 
 def _read_passages(recipe: Recipe) -> list[Passage]:
     """Reads the beginning of the corpus."""
+    _check_reach(recipe.corpus.path)
     corpus, config = Corpus(recipe.corpus), recipe.corpus
     passages = (
         passage
@@ -164,20 +308,28 @@ class _Tokens:
     """Counts tokens as the engine will."""
 
     def __init__(self, recipe: Recipe) -> None:
-        from transformers import AutoTokenizer
-
-        from actors.embedded import resolve_model
-
         self.block = recipe.resources.engine.block_size or BLOCK_SIZE
+        model = recipe.llm.model
+        if model.startswith("s3://"):
+            raise UserError(f"llm.model {model} is on S3, from where a plan fetches no model")
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                resolve_model(recipe.llm.model), trust_remote_code=recipe.llm.trust_remote_code
-            )
+            if model.startswith(PREFIX) or Path(model).expanduser().is_dir():
+                self._tokenizer = self._load(recipe)
+            else:
+                late = f"the model hub did not give the tokenizer of llm.model {model}"
+                self._tokenizer = _within(PATIENCE_S, late, lambda: self._load(recipe))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"llm.model {recipe.llm.model!r} has no tokenizer that can be loaded, and a plan"
                 f" counts its tokens: {str(error).splitlines()[0]}"
             ) from error
+
+    def _load(self, recipe: Recipe) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(
+            resolve_model(recipe.llm.model), trust_remote_code=recipe.llm.trust_remote_code
+        )
 
     def ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, verbose=False)["input_ids"])

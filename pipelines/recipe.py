@@ -8,7 +8,7 @@ import os
 import re
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import (
@@ -34,8 +34,11 @@ from pipelines.fret.prompts import WRITTEN, load_prompts
 from pipelines.fret.queries import QueriesConfig
 from pipelines.fret.scores import ScoresConfig
 from pipelines.mixture.config import MixtureConfig, PrefinetuningMixtureConfig
+from pipelines.sizes import ModelSize
 from pipelines.student import StudentConfig
 from pipelines.training.config import TrainingConfig
+
+GpuUser = Literal["llm", "encoder", "index", "training"]
 
 
 class ActorResources(BaseModel):
@@ -67,6 +70,12 @@ class Resources(BaseModel):
     engine: EngineConfig = EngineConfig()
     encoder: ActorResources = ActorResources()
     index: ActorResources = ActorResources()
+    gpu_memory_gib: float | dict[GpuUser, float] | None = Field(
+        default=None,
+        description="of one GPU, as torch sees it (an L4 22, an L40S 44, an H100 79), or of one for"
+        " each of llm, encoder, index and training; what cannot fit is refused. null: as the"
+        " machine's own have, if it has any",
+    )
 
 
 class Estimate(BaseModel):
@@ -121,6 +130,9 @@ class Recipe(BaseModel):
     )
     resources: Resources = Resources()
     estimate: Estimate = Estimate()
+    sizes: dict[str, ModelSize] = Field(
+        default={}, description="of models by name, for `tokay plan` where they are not on its disk"
+    )
 
     @model_validator(mode="after")
     def _known_prompts(self) -> "Recipe":
@@ -164,17 +176,21 @@ class Recipe(BaseModel):
         return test_sets
 
 
-def load_recipe(source: str | Path, settings: list[str] | None = None) -> Recipe:
+def load_recipe(
+    source: str | Path, settings: list[str] | None = None, *, keep_unset: bool = False
+) -> Recipe:
     """Reads a recipe by its file, or by the name of one that comes with Tokay.
 
     Args:
         source: A YAML file, or a name such as `laptop`.
         settings: Overrides, each `path.to.key=value`; the value is YAML.
+        keep_unset: Leave a ${NAME} that the environment lacks as it stands: a plan can be made
+            without the place.
 
     Raises:
         UserError: No such recipe, not YAML, an unknown key or a value that is not accepted.
     """
-    tree = read_keys(source)
+    tree = read_keys(source, keep_unset=keep_unset)
     for setting in settings or []:
         _set(tree, setting)
     try:
@@ -189,7 +205,9 @@ def recipe_names() -> list[str]:
     return sorted(file.stem for file in folder.glob("*.yaml"))
 
 
-def read_keys(source: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_keys(
+    source: str | Path, above: tuple[Path, ...] = (), *, keep_unset: bool = False
+) -> dict[str, Any]:
     """Reads a recipe's keys over those of its `base`, unchecked."""
     path = Path(source)
     if not path.is_file() and "/" not in str(source) and not path.suffix:
@@ -198,7 +216,7 @@ def read_keys(source: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any
         raise UserError(f"recipe {path} is its own base, by {' and '.join(map(str, above))}")
     try:
         text = path.read_text(encoding="utf-8")
-        tree = yaml.safe_load(_VARIABLE.sub(lambda found: _variable(found[1], path), text))
+        tree = yaml.safe_load(_VARIABLE.sub(lambda found: _variable(found, path, keep_unset), text))
     except FileNotFoundError as error:
         known = ", ".join(recipe_names())
         raise UserError(
@@ -213,15 +231,17 @@ def read_keys(source: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any
     base = tree.pop("base", None)
     if base is None:
         return tree
-    return _over(tree, read_keys(_beside(path, base), (*above, path)))
+    below = read_keys(_beside(path, base), (*above, path), keep_unset=keep_unset)
+    return _over(tree, below)
 
 
 # A place that differs from one machine to the next: ${NAME}, from the environment.
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
-def _variable(name: str, path: Path) -> str:
-    value = os.environ.get(name)
+def _variable(found: re.Match[str], path: Path, keep_unset: bool) -> str:
+    name = found[1]
+    value = os.environ.get(name) or (found[0] if keep_unset else None)
     if not value:
         raise UserError(
             f"recipe {path.stem} reads ${{{name}}}: set it in the environment, {name}=..."

@@ -85,7 +85,8 @@ def _keys(model: type[BaseModel], above: str) -> Iterator[Key]:
                 default=_default(field),
                 description=field.description or "",
             )
-        member = "[]" if get_origin(field.annotation) is tuple else ""
+        origin = get_origin(field.annotation)
+        member = "[]" if origin is tuple else ".NAME" if origin is dict else ""
         yield from _keys(inner, f"{key}{member}.")
 
 

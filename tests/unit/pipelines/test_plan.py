@@ -1,17 +1,22 @@
-"""What a plan reckons, counted anew by hand with the LLM's own tokenizer."""
+"""What a plan reckons, counted anew with the LLM's own tokenizer; and what it cannot know."""
 
+import io
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from actors.embedded import embedded_model
+from pipelines import plan as planning
 from pipelines.fret.prompts import PairPrompts, QueryPrompts, load_prompts
-from pipelines.plan import make_plan
-from pipelines.recipe import load_recipe
+from pipelines.plan import make_plan, print_plan
+from pipelines.recipe import load_recipe, recipe_names
 
-pytestmark = pytest.mark.slow  # it may have to unpack the model
 TEXT = (
     "Bees tell each other where flowers are by dancing. The angle of the dance against the vertical"
     " is the angle of the flight against the sun, and its length is the distance."
@@ -32,6 +37,7 @@ def plan(corpus: Path, folder: Path, *settings: str) -> dict[str, Any]:
     return make_plan(load_recipe("laptop", [*fixed, *settings]), str(folder / "run"))
 
 
+@pytest.mark.slow  # it may have to unpack the model
 def test_plan_counts_what_the_prefix_cache_will_not_hold(corpus: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -55,6 +61,7 @@ def test_plan_counts_what_the_prefix_cache_will_not_hold(corpus: Path, tmp_path:
     assert made["llm_tokens"]["scores"]["prefill"] == expected
 
 
+@pytest.mark.slow
 def test_plan_prices_the_actors_time_and_their_starts(corpus: Path, tmp_path: Path) -> None:
     settings = [
         "seeds.num_seeds=3600",
@@ -70,3 +77,77 @@ def test_plan_prices_the_actors_time_and_their_starts(corpus: Path, tmp_path: Pa
     assert made["llm_actor_hours"] == 5
     assert made["llm_wall_hours"] == 1.25
     assert made["llm_cost_usd"] == 10
+
+
+@pytest.fixture
+def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine without corpus, hub, credentials or data."""
+    for name in ("TOKAY_DATA", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere")  # so that this machine's GPUs do not count
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+    planning._ask.cache_clear()
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", sorted(set(recipe_names()) - {"laptop"}))
+def test_recipe_that_comes_with_tokay_is_planned_anywhere_and_fits(
+    name: str, nowhere: Path
+) -> None:
+    made = make_plan(load_recipe(name, keep_unset=True), str(nowhere / "run"))
+    assert {row["state"] for row in made["steps"]} == {"unknown"}
+    assert made["llm_tokens"] == {"queries": None, "scores": None}
+    assert made["llm_cost_usd"] is None
+    why = {"cluster": "credentials", "gecko-mini": "reads ${TOKAY_DATA}, which is not set"}
+    assert (
+        why.get(name, "corpus corpus does not exist") in made["unknown"]["LLM tokens and cost are"]
+    )
+    for need in made["gpu_memory"]:
+        counted = need["steps"] != ["candidates"]
+        assert need["fits"] == ("yes" if counted else "unknown") or not need["gpu"]
+        assert (need["gib"] is not None) == counted
+
+
+def test_plan_command_prints_what_is_unknown_and_why(nowhere: Path) -> None:
+    def answer(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pipelines.cli", "plan", *more]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    told = answer("gpu")
+    assert (told.returncode, told.stderr) == (0, "")
+    lines = [line.strip() for line in told.stdout.splitlines()]
+    assert any("LLM: weights" in line and line.endswith("yes") for line in lines)
+    why = "corpus corpus does not exist or is empty: correct corpus.path"
+    assert f"LLM tokens and cost are unknown: {why}" in lines
+    assert json.loads(answer("cluster", "--json").stdout)["llm_actor_hours"] is None
+    wrong = answer("gpu", "--set", "seds.num_seeds=1")
+    assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
+
+
+def test_model_that_no_hub_gives_leaves_its_tokens_unknown(corpus: Path, nowhere: Path) -> None:
+    made = make_plan(load_recipe("gpu", [f"corpus.path={corpus}"]), str(nowhere / "run"))
+    assert {row["state"] for row in made["steps"]} == {"waiting"}
+    (why,) = made["unknown"].values()
+    assert why.startswith("model 'Qwen/Qwen3-4B-Instruct-2507': no such folder, and the model hub")
+
+
+def test_bucket_that_never_answers_is_not_waited_for(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "PATIENCE_S", 0.1)
+    monkeypatch.setattr("cluster.storage.S3Storage.exists", lambda *_: time.sleep(60))
+    made = make_plan(load_recipe("cluster"), "s3://b/run")
+    assert made["unknown"]["states of the steps are"].startswith("s3://b/run did not answer within")
+
+
+@pytest.mark.parametrize("name", ["gpu", "gpu-80gb", "gpu-8x80gb", "cluster"])
+def test_documented_table_is_what_a_plan_prints(name: str, nowhere: Path) -> None:
+    written = (Path(__file__).parents[3] / "docs/gpus.md").read_text()
+    table = written.split(f"### {name}: ")[1].split("```\n")[1]
+    out = io.StringIO()
+    print_plan(make_plan(load_recipe(name), str(nowhere)), Console(file=out, width=110))
+    assert table in "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())

@@ -9,7 +9,7 @@ from cluster.errors import UserError
 from pipelines.recipe import load_recipe, recipe_names
 
 
-@pytest.mark.parametrize("name", ["laptop", "gpu", "cluster"])
+@pytest.mark.parametrize("name", ["laptop", "gpu", "gpu-80gb", "gpu-8x80gb", "cluster"])
 def test_recipes_that_come_with_tokay_are_valid(name: str) -> None:
     assert load_recipe(name).name == name
     assert name in recipe_names()
@@ -107,7 +107,9 @@ def test_mistake_in_a_recipe_names_the_key_and_the_mend(setting: str, message: s
 
 
 def test_missing_recipe_names_those_that_exist() -> None:
-    with pytest.raises(UserError, match="one of cluster, gecko-mini, gpu, laptop"):
+    with pytest.raises(
+        UserError, match="one of cluster, gecko-mini, gpu, gpu-80gb, gpu-8x80gb, laptop"
+    ):
         load_recipe("lptop")
 
 

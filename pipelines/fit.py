@@ -1,0 +1,389 @@
+"""What of a recipe fits its GPUs: bytes beside the memory there is.
+
+How vLLM fills its share is left to vLLM, which profiles itself; here stand the weights that it
+must hold in any case. What is not known is said to be unknown, and only what is certain is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Literal
+
+from actors.embedded import find_model
+from cluster.errors import UserError
+from pipelines.mixture.config import MixtureConfig, SetsConfig
+from pipelines.recipe import GpuUser, Recipe
+from pipelines.sizes import GIB, ModelSize, read_size
+from pipelines.training.config import TrainingConfig
+
+ERROR = 0.2  # of the activations, which are reckoned
+CUDA_BYTES = 1.0 * GIB  # for CUDA itself and the kernels' work
+FAISS_BYTES = 2.0 * GIB  # beside the vectors
+SHORT = 4  # texts may be so much shorter than the longest that are allowed
+
+Fits = Literal["yes", "no", "perhaps", "unknown", ""]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """What a part of a run wants of one GPU, or of the host where it has none.
+
+    Attributes:
+        steps: The steps that want it.
+        what: The part.
+        parts: Bytes by what they are for.
+        have: Bytes of the GPU that it may fill; None: unknown, or it runs on CPUs.
+        whole: Bytes of the GPU, where `have` is a share that nothing enforces.
+        gpu: Whether it runs on a GPU.
+        least: Bytes that it certainly cannot do without.
+        margin: What was taken off for that.
+        unknown: Why the bytes are not known, else empty.
+        note: What else there is to say.
+        mend: The keys to change where it does not fit.
+    """
+
+    steps: tuple[str, ...]
+    what: str
+    parts: dict[str, float] = field(default_factory=dict)
+    have: float | None = None
+    whole: float | None = None
+    gpu: bool = False
+    least: float = 0.0
+    margin: str = ""
+    unknown: str = ""
+    note: str = ""
+    mend: str = ""
+
+    @property
+    def total(self) -> float:
+        """Bytes of all parts."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> Fits:
+        """Whether it fits the GPU; empty where it needs none."""
+        if not self.gpu:
+            return ""
+        if self.have is None:
+            return "unknown"
+        if self.least > (self.whole or self.have):
+            return "no"
+        if self.unknown:
+            return "unknown"
+        return "yes" if self.total <= self.have else "perhaps"
+
+
+Memory = dict[str, float | None]  # bytes of a GPU, by its GpuUser
+
+
+def gpu_needs(recipe: Recipe, num_passages: int | None = None, *, here: bool = True) -> list[Need]:
+    """Returns what each part of a run needs, in the order of the steps; starts and fetches nothing.
+
+    Args:
+        recipe: The recipe.
+        num_passages: Of the corpus; None: not known.
+        here: Whether it is to run on this machine, where no resource names another one's nodes.
+    """
+    memory = _memory(recipe, here)
+    steps: list[tuple[str, SetsConfig, TrainingConfig]] = [
+        ("training", recipe.mixture, recipe.training)
+    ]
+    if recipe.prefinetuning:
+        first = recipe.prefinetuning
+        steps.insert(0, ("prefinetuning", first.mixture, first.training))
+    return [
+        _llm(recipe, memory["llm"]),
+        _encoder(recipe, memory["encoder"], ("embeddings", "candidates"), "retriever"),
+        _candidates(recipe, memory["index"], num_passages),
+        *(_training(recipe, memory["training"], *step) for step in steps),
+        _encoder(recipe, memory["encoder"], ("index",), "student"),
+    ]
+
+
+def refuse_unfit(
+    recipe: Recipe, *, here: bool = True, needless: Callable[[str], bool] = lambda step: False
+) -> None:
+    """Stops before anything starts where a part of a run certainly does not fit.
+
+    Args:
+        recipe: The recipe.
+        here: As for :func:`gpu_needs`.
+        needless: Says of a step that it will not run.
+
+    Raises:
+        UserError: Which part, what it needs, what there is, and which keys to change.
+    """
+    for need in gpu_needs(recipe, here=here):
+        have = need.whole or need.have
+        if need.fits == "no" and have is not None and not all(map(needless, need.steps)):
+            raise UserError(
+                f"recipe {recipe.name}: {need.what} ({' and '.join(need.steps)}) needs at least"
+                f" {need.least / GIB:,.1f} GiB{need.margin} of a GPU that has"
+                f" {have / GIB:,.1f} for it: {need.mend}"
+            )
+
+
+def _llm(recipe: Recipe, have: float | None) -> Need:
+    resources, engine = recipe.resources.llm, recipe.resources.engine
+    name, gpu = recipe.llm.model, resources.num_gpus > 0
+    size = _size(recipe, name)
+    parts, unknown, note = {}, _unknown(name), ""
+    if size is not None:
+        unknown = ""
+        parts["weights"] = size.weights_bytes(recipe.llm.dtype) / engine.tensor_parallel_size
+    if engine.kv_cache_gib is not None:
+        parts["KV cache"] = engine.kv_cache_gib * GIB
+    elif gpu and have is not None:
+        have *= engine.gpu_memory_utilization
+        if not unknown:
+            left = max(0.0, have - parts["weights"])
+            note = f"leaves {left / GIB:.1f} to vLLM, most of it KV cache"
+    return Need(
+        steps=("queries", "scores"),
+        what="LLM",
+        parts=parts,
+        have=have,
+        gpu=gpu,
+        least=sum(parts.values()),
+        unknown=unknown,
+        note=note,
+        mend="choose a smaller or quantised llm.model, raise resources.engine.tensor_parallel_size"
+        " or correct resources.gpu_memory_gib",
+    )
+
+
+def _encoder(recipe: Recipe, whole: float | None, steps: tuple[str, ...], which: str) -> Need:
+    resources = recipe.resources.encoder
+    config = recipe.retriever if which == "retriever" else recipe.student
+    size = _student(recipe) if which == "student" else _size(recipe, config.model)
+    gpu = resources.num_gpus > 0
+    parts = {"weights": size.weights_bytes(config.dtype)} if size else {}
+    least = sum(parts.values())
+    if gpu and size:
+        parts["CUDA itself"] = CUDA_BYTES
+    return Need(
+        steps=steps,
+        what=which,
+        parts=parts,
+        have=whole and whole * min(1.0, resources.num_gpus),
+        whole=whole,
+        gpu=gpu,
+        least=least,
+        unknown="" if size else _unknown(config.model),
+        mend=f"choose a smaller {which}.model or correct resources.gpu_memory_gib",
+    )
+
+
+def _candidates(recipe: Recipe, have: float | None, num_passages: int | None) -> Need:
+    """The vectors that a FAISS actor searches; beyond the room on its GPU it uses the CPU."""
+    resources = recipe.resources.index
+    size, gpu = _size(recipe, recipe.retriever.model), resources.num_gpus > 0
+    dimensions = size.hidden_size if size else None
+    note, parts, unknown = "searched on CPUs", {}, ""
+    if gpu and have is not None:
+        have *= min(1.0, resources.num_gpus)
+        note = "searched on CPUs if there are more"
+        if dimensions:
+            room = (have - FAISS_BYTES) / 4 / (dimensions + 1) * resources.num_actors
+            note = f"room for {room / 1e6:,.1f} million passages, else searched on CPUs"
+    if num_passages is None:
+        unknown = "the passages are not counted yet"
+        if dimensions:
+            unknown += f"; {4e6 * dimensions / GIB:.1f} GiB a million"
+    elif dimensions is None:
+        unknown = _unknown(recipe.retriever.model)
+    else:
+        parts["vectors"] = 4.0 * num_passages * dimensions / resources.num_actors
+        if gpu:
+            parts["FAISS"] = FAISS_BYTES
+    return Need(
+        steps=("candidates",),
+        what="vectors of an index actor",
+        parts=parts,
+        have=have,
+        gpu=gpu,
+        unknown=unknown,
+        note=note,
+    )
+
+
+def _training(
+    recipe: Recipe,
+    have: float | None,
+    step: str,
+    mixture: SetsConfig,
+    training: TrainingConfig,
+) -> Need:
+    key, gpu = f"{step}.training" if step == "prefinetuning" else step, training.use_gpu
+    size = _student(recipe)
+    if size is None:
+        unknown = _unknown(recipe.student.model)
+        return Need(steps=(step,), what="student", have=have, gpu=gpu, unknown=unknown)
+    bfloat16 = training.precision == "bfloat16" or (training.precision == "auto" and gpu)
+    parts = _states(size, training, bfloat16, recipe.student.projection or 0)
+    certain = parts["weights"] + parts["gradients"] + parts["AdamW"]
+    mend = f"set {key}.sharding: fsdp2 or {key}.lora, or choose a smaller student.model"
+    parts["loss"] = _loss_bytes(size, training, _num_negatives(recipe, mixture))
+    if gpu:
+        parts["CUDA itself"] = CUDA_BYTES
+    a_token = size.kept_bytes(bfloat16=bfloat16, checkpointing=training.gradient_checkpointing)
+    if a_token is None:
+        what = f"activations of a {size.model_type or 'model without model_type'} were not counted"
+        return Need(
+            steps=(step,),
+            what="student",
+            parts=parts,
+            have=have,
+            gpu=gpu,
+            least=certain,
+            unknown=what,
+            mend=mend,
+        )
+    longest, batch = _num_tokens(recipe, mixture, training)
+    least, margin, less = certain, "", f"activations taken {ERROR:.0%} less than reckoned"
+    note = f"activations {a_token / 1024:,.0f} KiB a token"
+    note += f", whole batch {batch * a_token / GIB:,.0f} GiB at the longest lengths"
+    cache_tokens = training.gradient_cache_tokens
+    if cache_tokens is None or (cache_tokens == "auto" and not gpu):
+        tokens = batch
+        least += (1 - ERROR) * a_token * batch / SHORT
+        margin = f" ({less}, of texts 1/{SHORT} as long as they may be)"
+    elif cache_tokens == "auto":
+        tokens = longest
+        if have is not None:
+            left = (1 - ERROR) * (have - sum(parts.values())) / a_token
+            if left >= longest:
+                note += f"; room for about {min(batch, round(left, -2)):,.0f} tokens at a time"
+    else:
+        tokens = max(longest, min(batch, cache_tokens))
+        least += (1 - ERROR) * a_token * min(tokens, batch / SHORT)
+        margin = f" ({less})"
+    if least > certain:
+        mend = f"set {key}.gradient_cache_tokens: auto"
+    parts[f"activations of {tokens:,} tokens"] = tokens * a_token
+    return Need(
+        steps=(step,),
+        what="student",
+        parts=parts,
+        have=have,
+        gpu=gpu,
+        least=least,
+        margin=margin,
+        note=note,
+        mend=f"{mend}; or correct resources.gpu_memory_gib",
+    )
+
+
+def _states(
+    size: ModelSize, training: TrainingConfig, bfloat16: bool, projection: int
+) -> dict[str, float]:
+    """Returns bytes of the weights, their gradients and AdamW's two moments, all float32."""
+    matrices = size.layer_matrices() or {}
+    num_layers = size.num_hidden_layers or 0
+    trained = size.parameters
+    if training.lora:
+        target, rank = training.lora.target, training.lora.rank
+        trained = float(projection * (size.hidden_size or 0)) + num_layers * sum(
+            rank * (ins + outs)
+            for name, (ins, outs) in matrices.items()
+            if target == "all-linear" or name.endswith(tuple(target))
+        )
+    a_layer = sum(ins * outs for ins, outs in matrices.values())
+    shares = training.num_workers if training.sharding == "fsdp2" else 1
+    if shares > 1:  # the ends and two layers are gathered at a time
+        gathered = size.parameters - max(0, num_layers - 2) * a_layer
+        copies = gathered * (2 if bfloat16 else 4)
+    else:  # autocast keeps one of each matrix for the backward pass
+        copies = 2.0 * num_layers * a_layer if bfloat16 else 0.0
+    states = {
+        "weights": 4 * size.parameters / shares,
+        "gradients": 4 * trained / shares,
+        "AdamW": 8 * trained / shares,
+    }
+    return states | ({"copies of weights": copies} if copies else {})
+
+
+def _loss_bytes(size: ModelSize, training: TrainingConfig, num_negatives: int) -> float:
+    """Reckons three times what autograd saves of the vectors and of their similarities, float32."""
+    batch, own = training.batch_size, -(-training.batch_size // training.num_workers)
+    vectors = (2 * batch + own * (2 + num_negatives)) * (size.hidden_size or 0)
+    return 4.0 * (1 + len(training.loss.matryoshka_dimensions)) * (2 * vectors + 6 * own * batch)
+
+
+def _num_negatives(recipe: Recipe, mixture: SetsConfig) -> int:
+    """Returns the most hard negatives of an example."""
+    found = [labelled.max_negatives for labelled in mixture.labelled]
+    if isinstance(mixture, MixtureConfig) and mixture.fret_weight != 0:
+        found.append(recipe.fret.num_negatives)
+    return max(found, default=0)
+
+
+def _num_tokens(recipe: Recipe, mixture: SetsConfig, training: TrainingConfig) -> tuple[int, int]:
+    """Returns the tokens of the longest text, and of a worker's part of the longest batch."""
+    most = recipe.student.max_tokens
+    query, passage = min(most, training.max_query_tokens), min(most, training.max_passage_tokens)
+    own = -(-training.batch_size // training.num_workers)
+    example = query + (1 + _num_negatives(recipe, mixture)) * passage
+    return max(query, passage), own * example
+
+
+def _student(recipe: Recipe) -> ModelSize | None:
+    size, student = _size(recipe, recipe.student.model), recipe.student
+    if size is not None and student.layers is not None:
+        size = size.with_layers(len(student.layers))
+    if size is not None and student.projection and size.hidden_size:
+        more = size.parameters + student.projection * size.hidden_size
+        size = size.model_copy(update={"parameters": more})
+    return size
+
+
+def _size(recipe: Recipe, model: str) -> ModelSize | None:
+    """Returns what the disk says of a model, else the recipe."""
+    folder = find_model(model)
+    return (read_size(folder) if folder else None) or recipe.sizes.get(model)
+
+
+def _unknown(model: str) -> str:
+    return f"{model} is not on this disk: give its size in the recipe's `sizes`"
+
+
+def _memory(recipe: Recipe, here: bool) -> Memory:
+    """Returns what the recipe says of the GPUs, and no more than this machine's own have."""
+    resources, said = recipe.resources, recipe.resources.gpu_memory_gib
+    nodes: dict[GpuUser, str | None] = {
+        "llm": resources.llm.node_resource,
+        "encoder": resources.encoder.node_resource,
+        "index": resources.index.node_resource,
+        "training": recipe.training.node_resource,
+    }
+    own = own_gpus() if here and not os.environ.get("RAY_ADDRESS") else ()
+    memory: Memory = {}
+    for user, node in nodes.items():
+        gib = said.get(user) if isinstance(said, dict) else said
+        found = [] if node else list(own)
+        memory[user] = min([*found, *([gib * GIB] if gib else [])], default=None)
+    return memory
+
+
+@cache
+def own_gpus() -> tuple[float, ...]:
+    """Returns the bytes of each of this machine's GPUs as torch sees them, without its import."""
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    command = ["nvidia-smi", "--query-gpu=memory.total,memory.reserved"]
+    try:
+        answer = subprocess.run(
+            [*command, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=5
+        )
+        rows = [line.split(",") for line in answer.stdout.splitlines() if answer.returncode == 0]
+        return tuple(
+            (float(total) - (float(kept) if kept.strip().isdecimal() else 0)) * 2**20
+            for total, kept in rows
+        )
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return ()

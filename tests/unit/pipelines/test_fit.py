@@ -1,0 +1,208 @@
+"""What is said to fit a GPU, worked by hand; and what is refused, how soon, and in which words."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import UserError
+from pipelines import fit
+from pipelines.fit import Need, gpu_needs, refuse_unfit
+from pipelines.recipe import Recipe, load_recipe
+from pipelines.sizes import GIB
+
+FIXED = "training.gradient_cache_tokens=8192"
+
+
+@pytest.fixture(autouse=True)
+def no_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "own_gpus", lambda: ())
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def need(recipe: Recipe, step: str, num_passages: int | None = None) -> Need:
+    (found,) = [each for each in gpu_needs(recipe, num_passages) if each.steps[0] == step]
+    return found
+
+
+def test_llm_is_its_weights_beside_its_share_of_the_gpu() -> None:
+    found = need(load_recipe("gpu"), "queries")
+    assert found.total == pytest.approx(2 * 4.0225e9)
+    assert found.have == pytest.approx(0.9 * 22 * GIB)
+    half = need(load_recipe("gpu", ["resources.engine.tensor_parallel_size=2"]), "queries")
+    assert half.total == found.total / 2
+    kept = need(load_recipe("gpu", ["resources.engine.kv_cache_gib=15"]), "queries")
+    assert (kept.have, kept.fits) == (22 * GIB, "no")
+    quantised = need(load_recipe("cluster"), "queries")
+    assert quantised.total == 29 * GIB
+
+
+def test_training_is_counted_by_hand() -> None:
+    found = need(load_recipe("gpu", [FIXED]), "training")
+    assert found.parts["gradients"] == 4 * 0.149e9
+    assert found.parts["AdamW"] == 8 * 0.149e9
+    # Autocast keeps each matrix in bfloat16: 22 layers of queries, keys, values and so on.
+    copies = 2 * 22 * (4 * 768 * 768 + 3 * 768 * 1152)
+    assert found.parts["copies of weights"] == copies
+    assert found.parts["weights"] == 4 * 0.149e9
+    activations = found.parts["activations of 8,192 tokens"]
+    assert activations / 8192 / 1024 == pytest.approx(601, abs=1)
+    assert found.fits == "yes"
+
+
+def test_sharding_and_adapters_leave_less() -> None:
+    def states(*settings: str) -> tuple[float, float]:
+        parts = need(load_recipe("gpu", [FIXED, *settings]), "training").parts
+        return parts["gradients"], parts["AdamW"]
+
+    whole = states()
+    shared = states("training.num_workers=4", "training.sharding=fsdp2")
+    assert shared == (whole[0] / 4, whole[1] / 4)
+    # 22 layers of Wqkv, Wo, Wi and Wo, each 8 x (inputs + outputs).
+    adapted = 22 * 8 * ((768 + 2304) + (768 + 768) + (768 + 2304) + (1152 + 768))
+    assert states("training.lora.rank=8") == (4 * adapted, 8 * adapted)
+    queries = 22 * 8 * (768 + 2304)
+    assert states("training.lora={rank: 8, target: [Wqkv]}")[0] == 4 * queries
+
+
+def test_whole_batch_is_as_many_tokens_as_its_texts_may_have() -> None:
+    settings = ["training.gradient_cache_tokens=null", "fret.num_negatives=3"]
+    found = need(load_recipe("gpu", settings), "training")
+    assert f"activations of {512 * (96 + 4 * 384):,} tokens" in found.parts
+    each = need(load_recipe("gpu", [*settings, "training.num_workers=8"]), "training")
+    assert f"activations of {64 * (96 + 4 * 384):,} tokens" in each.parts
+
+
+def test_auto_needs_one_text_and_says_how_many_tokens_it_leaves() -> None:
+    found = need(load_recipe("gpu"), "training")
+    assert "activations of 384 tokens" in found.parts and found.fits == "yes"
+    room = 22 * GIB - sum(size for part, size in found.parts.items() if "tokens" not in part)
+    a_token = found.parts["activations of 384 tokens"] / 384
+    assert f"room for about {round(0.8 * room / a_token, -2):,.0f} tokens at a time" in found.note
+
+
+def test_vectors_are_counted_when_the_passages_are() -> None:
+    recipe = load_recipe("cluster")
+    assert need(recipe, "candidates").fits == "unknown"
+    found = need(recipe, "candidates", num_passages=4_000_000)
+    assert found.parts["vectors"] == 1_000_000 * 1024 * 4
+    assert found.fits == "yes"
+    beyond = need(recipe, "candidates", num_passages=12_000_000)
+    assert beyond.fits == "perhaps"  # it is searched on CPUs then, and not refused
+    refuse_unfit(load_recipe("cluster"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            ["resources.gpu_memory_gib=8"],
+            ["LLM (queries and scores) needs at least 7.5 GiB of a GPU that has 7.2 for it",
+             "llm.model", "resources.gpu_memory_gib"],
+        ),
+        (
+            ["training.gradient_cache_tokens=60000"],
+            ["student (training) needs at least", "22.0", "training.gradient_cache_tokens: auto"],
+        ),
+        (
+            ["training.gradient_cache_tokens=null"],
+            ["student (training) needs at least", "training.gradient_cache_tokens: auto"],
+        ),
+        (
+            ["resources.gpu_memory_gib={training: 2}"],
+            ["student (training) needs at least 2.2 GiB of a GPU that has 2.0", "fsdp2"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_certainly_does_not_fit_is_refused(settings: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as refusal:
+        refuse_unfit(load_recipe("gpu", settings))
+    assert all(word in str(refusal.value) for word in words)
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_may_fit_within_the_error_is_not_refused() -> None:
+    fitting = need(load_recipe("gpu", [FIXED]), "training")
+    a_token = fitting.parts["activations of 8,192 tokens"] / 8192
+    room = 22 * GIB - (fitting.total - 8192 * a_token)
+    tokens = int(1.1 * room / a_token)
+    recipe = load_recipe("gpu", [f"training.gradient_cache_tokens={tokens}"])
+    assert need(recipe, "training").fits == "perhaps"
+    refuse_unfit(recipe)
+    # A whole batch is told by its longest texts, and may be of shorter ones.
+    whole = ["training.gradient_cache_tokens=null", "training.batch_size=64"]
+    assert need(load_recipe("gpu", whole), "training").fits == "perhaps"
+    refuse_unfit(load_recipe("gpu", whole))
+
+
+def test_steps_that_will_not_run_are_not_refused() -> None:
+    recipe = load_recipe("gpu", ["training.gradient_cache_tokens=null"])
+    refuse_unfit(recipe, needless=lambda step: step == "training")
+    with pytest.raises(UserError, match="training"):
+        refuse_unfit(recipe, needless=lambda step: step == "queries")
+
+
+def test_half_a_gpu_is_told_and_a_whole_one_refused() -> None:
+    recipe = load_recipe("gpu", ["resources.gpu_memory_gib={encoder: 2}"])
+    assert need(recipe, "embeddings").fits == "perhaps"  # 1.1 GiB and CUDA, in a half of 2
+    refuse_unfit(recipe)
+    with pytest.raises(
+        UserError, match=r"retriever .* needs at least 1\.1 GiB of a GPU that has 1\.0"
+    ):
+        refuse_unfit(load_recipe("gpu", ["resources.gpu_memory_gib={encoder: 1}"]))
+
+
+def test_unknown_sizes_and_unknown_memory_refuse_nothing() -> None:
+    for setting in ("resources.gpu_memory_gib=null", "llm.model=some/other-model"):
+        recipe = load_recipe("gpu", [setting])
+        assert need(recipe, "queries").fits == "unknown"
+        refuse_unfit(recipe)
+
+
+def test_smaller_of_the_recipe_and_this_machine_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "own_gpus", lambda: (16 * GIB, 80 * GIB))
+    gpu, cluster = load_recipe("gpu"), load_recipe("cluster")
+    assert need(gpu, "training").have == 16 * GIB
+    assert need(cluster, "training").have == 44 * GIB  # on a node of its own
+    monkeypatch.setenv("RAY_ADDRESS", "ray://there:10001")
+    assert need(gpu, "training").have == 22 * GIB
+
+
+def test_own_gpus_are_asked_of_the_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.undo()
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho '81920, 871'\necho '46068, [N/A]'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    fit.own_gpus.cache_clear()
+    try:
+        assert fit.own_gpus() == ((81920 - 871) * 2**20, 46068 * 2**20)
+    finally:
+        fit.own_gpus.cache_clear()
+
+
+def test_run_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    script = """if True:
+        import sys
+        from pipelines.cli import app
+        try:
+            app(sys.argv[1:])
+        except Exception as error:
+            heavy = {"torch", "ray", "vllm", "transformers", "boto3"} & set(sys.modules)
+            print(type(error).__name__, error, heavy or "and nothing was loaded")
+    """
+    command = [sys.executable, "-c", script, "run", "gpu", "--storage", str(tmp_path / "run")]
+    settings = ["--set", "training.gradient_cache_tokens=null"]
+    answer = subprocess.run([*command, *settings], capture_output=True, text=True)
+    assert answer.stdout.startswith("UserError recipe gpu: student (training) needs at least")
+    assert answer.stdout.endswith("and nothing was loaded\n")
+    assert not (tmp_path / "run").exists()
+    there = [*command[:3], "submit", "gpu", "--storage", "s3://b/run", "--address", "http://[::]:9"]
+    answer = subprocess.run([*there, *settings], capture_output=True, text=True)
+    assert answer.stdout.startswith("UserError recipe gpu: student (training) needs at least")
+    # Its corpus is missing, which is the next thing to be told.
+    answer = subprocess.run(
+        [*command, *settings, "--until", "fret"], capture_output=True, text=True
+    )
+    assert answer.stdout.startswith("UserError corpus corpus does not exist")
