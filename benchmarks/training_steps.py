@@ -287,7 +287,7 @@ def main() -> None:
     device = arguments.device
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(torch.device(device).index or 0)
         name = torch.cuda.get_device_name()
     else:
         name = torch.cpu.get_capabilities().get("cpu_name", platform.machine())

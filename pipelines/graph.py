@@ -21,7 +21,7 @@ from pipelines.evaluation.steps import (
 )
 from pipelines.fret.fret import make_fret
 from pipelines.fret.language_models import engine_options
-from pipelines.fret.neighbours import check_index, find_candidates
+from pipelines.fret.neighbours import find_candidates
 from pipelines.fret.pairs import group_pairs
 from pipelines.fret.prompts import PairPrompts, load_prompts
 from pipelines.fret.queries import query_prompts, write_queries
@@ -66,7 +66,6 @@ def build_run(recipe: Recipe, uri: str) -> Run:
     Raises:
         UserError: The corpus or a test set does not exist, or a GPU cannot hold the index.
     """
-    check_index(recipe.candidates, recipe.resources.index.stage())
     corpus = Corpus(recipe.corpus)
     judged_by = evaluation_queries(recipe.evaluation)
     resources = recipe.resources

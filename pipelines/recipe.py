@@ -29,7 +29,7 @@ from pipelines.evaluation.steps import TestSet
 from pipelines.fret.fusion import FretConfig
 from pipelines.fret.language_models import EngineConfig, LlmConfig
 from pipelines.fret.languages import language_code
-from pipelines.fret.neighbours import CandidatesConfig
+from pipelines.fret.neighbours import CandidatesConfig, check_index
 from pipelines.fret.prompts import WRITTEN, load_prompts
 from pipelines.fret.queries import QueriesConfig
 from pipelines.fret.scores import ScoresConfig
@@ -46,7 +46,11 @@ class ActorResources(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    num_actors: int = Field(default=1, ge=1, description="at most; the pool starts with one")
+    num_actors: int = Field(
+        default=1,
+        ge=1,
+        description="at most; the pool starts with one, with node_resource with all",
+    )
     num_cpus: float = Field(default=1.0, ge=0, description="an actor")
     num_gpus: float = Field(default=0.0, ge=0, description="an actor")
     node_resource: str | None = Field(
@@ -76,6 +80,16 @@ class Resources(BaseModel):
         " each of llm, encoder, index and training; what cannot fit is refused. null: as the"
         " machine's own have, if it has any",
     )
+
+    @model_validator(mode="after")
+    def _a_gpu_for_each_part(self) -> "Resources":
+        num_gpus, parts = self.llm.num_gpus, self.engine.tensor_parallel_size
+        if num_gpus and parts > 1 and num_gpus != parts:
+            raise ValueError(
+                f"resources.llm.num_gpus: {num_gpus:g} given, and engine.tensor_parallel_size"
+                f" {parts} cuts the LLM over {parts} GPUs; set num_gpus to {parts}"
+            )
+        return self
 
 
 class Estimate(BaseModel):
@@ -150,6 +164,11 @@ class Recipe(BaseModel):
                 f"scores.relevance: {self.scores.relevance!r} has no prompt; accepted are"
                 f" {', '.join(prompts.scores)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _index_for_its_gpus(self) -> "Recipe":
+        check_index(self.candidates, self.resources.index.stage())
         return self
 
     @model_validator(mode="after")
@@ -306,7 +325,8 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"unknown key {key}; {hint}")
         elif mistake["type"] == "missing":
             lines.append(f"key {key} is missing")
-        elif not key:  # a mistake of several keys, which names them
+        elif mistake["type"] == "value_error" and isinstance(mistake["input"], dict):
+            # A mistake of several keys, which names them.
             lines.append(mistake["msg"].removeprefix("Value error, "))
         else:
             lines.append(f"{key}: {mistake['input']!r} given; {mistake['msg']}")

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from actors.passage_index import IndexKind
 from cluster.artifacts import Artifact, FileEntry, Json
-from cluster.errors import UserError
 from cluster.presence import actor_begins, clear_actors, waiting_told
 from cluster.stages import StageFunction, StageOutput, StageResources, cause, run_stage
 from cluster.steps import StepContext
@@ -216,17 +215,17 @@ class FindCandidates:
 
 
 def check_index(config: CandidatesConfig, resources: StageResources) -> None:
-    """Raises UserError for an index that the GPUs it is given cannot hold."""
+    """Raises ValueError for an index that the GPUs it is given cannot hold."""
     if resources.num_gpus <= 0:
         return
     if config.index not in ("auto", "flat"):
-        raise UserError(
+        raise ValueError(
             f"candidates.index: {config.index!r} with resources.index.num_gpus"
             f" {resources.num_gpus:g}; on a GPU accepted are auto and flat: set num_gpus to 0 to"
             f" search {config.index} on the CPU"
         )
     if resources.num_actors > 1 and resources.num_gpus <= 0.5:
-        raise UserError(
+        raise ValueError(
             f"resources.index.num_gpus: {resources.num_gpus:g} for each of {resources.num_actors}"
             " actors, of which Ray would put two on one GPU; accepted is more than 0.5, such as 0.6"
             " beside an encoder's 0.4, or 0 for the CPU"

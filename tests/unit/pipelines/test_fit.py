@@ -30,7 +30,8 @@ def test_llm_is_its_weights_beside_its_share_of_the_gpu() -> None:
     found = need(load_recipe("gpu"), "queries")
     assert found.total == pytest.approx(2 * 4.0225e9)
     assert found.have == pytest.approx(0.9 * 22 * GIB)
-    half = need(load_recipe("gpu", ["resources.engine.tensor_parallel_size=2"]), "queries")
+    cut = ["resources.engine.tensor_parallel_size=2", "resources.llm.num_gpus=2"]
+    half = need(load_recipe("gpu", cut), "queries")
     assert half.total == found.total / 2
     kept = need(load_recipe("gpu", ["resources.engine.kv_cache_gib=15"]), "queries")
     assert (kept.have, kept.fits) == (22 * GIB, "no")

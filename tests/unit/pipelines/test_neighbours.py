@@ -1,7 +1,6 @@
 """The index actor over an artifact's shards, exact and not."""
 
 import os
-from pathlib import Path
 
 import faiss
 import numpy as np
@@ -14,7 +13,6 @@ from cluster.stages import StageResources
 from cluster.storage import open_storage
 from pipelines.encoders import vector_column
 from pipelines.fret.neighbours import CandidatesConfig, IndexActor, check_index
-from pipelines.graph import build_run
 from pipelines.recipe import load_recipe
 
 NUM_ROWS, FIRST_ROW = 2000, 100
@@ -113,7 +111,7 @@ def test_index_actor_with_a_gpu_goes_by_what_fits_its_share(
 def test_index_that_its_gpus_cannot_hold_is_refused(
     index: str, resources: dict[str, float], told: str
 ) -> None:
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(ValueError, match=told):
         check_index(CandidatesConfig(index=index), StageResources(**resources))
 
 
@@ -129,7 +127,7 @@ def test_index_that_fits_its_gpus_is_accepted(index: str, resources: dict[str, f
     check_index(CandidatesConfig(index=index), StageResources(**resources))
 
 
-def test_run_of_an_index_that_its_gpus_cannot_hold_does_not_begin(tmp_path: Path) -> None:
+def test_recipe_of_an_index_that_its_gpus_cannot_hold_is_refused() -> None:
     settings = ["candidates.index=ivf", "resources.index.num_gpus=1", "corpus.path=nowhere"]
     with pytest.raises(UserError, match=r"candidates\.index: 'ivf' with .* set num_gpus to 0"):
-        build_run(load_recipe("gpu", settings), str(tmp_path))
+        load_recipe("gpu", settings)

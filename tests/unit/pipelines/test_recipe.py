@@ -137,3 +137,11 @@ def test_variables_come_from_the_environment(
     monkeypatch.delenv("MY_TEXTS")
     with pytest.raises(UserError, match=r"mine reads \$\{MY_TEXTS\}: set it"):
         load_recipe(recipe)
+
+
+def test_a_cut_llm_has_a_gpu_for_each_part() -> None:
+    cut = "resources.engine.tensor_parallel_size=2"
+    with pytest.raises(UserError, match=r"num_gpus: 1 given.*set num_gpus to 2"):
+        load_recipe("gpu", [cut])
+    assert load_recipe("gpu", [cut, "resources.llm.num_gpus=2"]).resources.llm.num_gpus == 2
+    assert load_recipe("laptop", [cut])  # on a CPU the parts are groups of cores
