@@ -32,9 +32,11 @@ from actors.encoder_files import (
 from actors.linear import native_bfloat16, use_onednn
 from actors.packing import (
     TokenRows,
+    can_pack,
     first_position,
     packed_forward,
     pool_packed,
+    send,
     use_packing,
 )
 from actors.templates import PromptTemplates
@@ -59,7 +61,8 @@ class Encoder:
         pooling: ``mean``, ``cls`` or ``lasttoken``.
         max_tokens: Longer texts are cut to this many tokens.
         templates: What :meth:`encode_queries` and :meth:`encode_passages` put around a text.
-        packed: Whether batches go through the model without padding.
+        packed: Whether batches go through the model without padding, where the device can do that
+            in the precision asked for: a GPU in bfloat16 and float16.
         num_tokens: Tokens of texts that went through the model so far.
         num_places: The same with what filled the batches up.
     """
@@ -80,12 +83,11 @@ class Encoder:
         self.pooling = pooling
         self.max_tokens = max_tokens
         self.templates = templates
-        self.packed = False
+        self.packed = use_packing(model)
         self.num_tokens = self.num_places = 0
-        if self.device.type == "cpu":  # a GPU wants few large kernels more than no padding
+        if self.device.type == "cpu":
             use_onednn(model)
             use_fast_dropout(model)
-            self.packed = use_packing(model)
 
     @property
     def num_parameters(self) -> int:
@@ -273,15 +275,14 @@ class Encoder:
         if not rows:
             return torch.zeros(0, self.dimensions, device=self.device)
         self.num_tokens += sum(map(len, rows))
+        packed = self.packed and can_pack(self.model)
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
-        batches = list(self._batches([rows[row] for row in order], batch_tokens))
-        if self.packed:
+        batches = list(_batches([rows[row] for row in order], batch_tokens, packed))
+        if packed:
             vectors = self._embed_packed(batches)
         else:
             vectors = torch.cat([self._embed_padded(batch) for batch in batches])
-        back = torch.empty(len(order), dtype=torch.long)
-        back[torch.tensor(order)] = torch.arange(len(order))
-        return vectors[back.to(self.device)]
+        return vectors[send(np.argsort(order), self.device)]
 
     def save(self, folder: str | Path, *, model_card: str, task: str | None = None) -> None:
         """Writes a sentence-transformers folder that :meth:`load` reads too.
@@ -326,24 +327,12 @@ class Encoder:
         tokenizer = self.tokenizer
         return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
 
-    def _batches(self, rows: TokenRows, batch_tokens: int) -> Iterator[TokenRows]:
-        """Cuts rows, longest first, into passes of so many tokens, padding included."""
-        start = tokens = 0
-        for end, row in enumerate(rows):
-            size = len(row) if self.packed else len(rows[start])
-            if end > start and tokens + size > batch_tokens:
-                yield rows[start:end]
-                start, tokens = end, 0
-                size = len(row)
-            tokens += size
-        yield rows[start:]
-
     def _embed_packed(self, batches: Sequence[TokenRows]) -> torch.Tensor:
         pooled = []
         for batch in batches:
-            hidden, groups = packed_forward(self.model, batch, self._options)
+            hidden, layout = packed_forward(self.model, batch, self._options)
             self.num_places += len(hidden)
-            pooled.append(pool_packed(hidden.float(), groups, self.pooling))
+            pooled.append(pool_packed(hidden.float(), layout, self.pooling))
         return self._finish(torch.cat(pooled))
 
     def _embed_padded(self, rows: TokenRows) -> torch.Tensor:
@@ -352,9 +341,10 @@ class Encoder:
         ids = np.full(attended.shape, self._pad_id, dtype=np.int64)
         self.num_places += ids.size
         ids[attended] = np.concatenate([np.asarray(row) for row in rows])
-        mask = torch.from_numpy(attended.astype(np.int64)).to(self.device)
+        given = send(np.stack([ids, attended]), self.device)
+        mask = given[1]
         hidden = self.model(
-            input_ids=torch.from_numpy(ids).to(self.device), attention_mask=mask, **self._options
+            input_ids=given[0], attention_mask=mask, **self._options
         ).last_hidden_state.float()
         if self.pooling == "mean":
             weights = mask.unsqueeze(-1).to(hidden.dtype)
@@ -366,6 +356,19 @@ class Encoder:
         if self._projection is not None:
             pooled = self._projection(pooled.to(next(self._projection.parameters()).dtype)).float()
         return functional.normalize(pooled, dim=-1)
+
+
+def _batches(rows: TokenRows, batch_tokens: int, packed: bool) -> Iterator[TokenRows]:
+    """Cuts rows, longest first, into passes of so many tokens, padding included."""
+    start = tokens = 0
+    for end, row in enumerate(rows):
+        size = len(row) if packed else len(rows[start])
+        if end > start and tokens + size > batch_tokens:
+            yield rows[start:end]
+            start, tokens = end, 0
+            size = len(row)
+        tokens += size
+    yield rows[start:]
 
 
 def cut_layers(encoder: Encoder, layers: Sequence[int]) -> Encoder:
