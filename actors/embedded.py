@@ -16,6 +16,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from cluster.errors import UserError
+from cluster.storage import open_storage
 
 PREFIX = "embedded:"
 # name -> (distribution to install, module that carries it, file or folder inside the module)
@@ -106,8 +107,6 @@ def _cache() -> Path:
 
 def _downloaded(uri: str) -> Path:
     """Copy a model folder from S3, once for each content of it on each node."""
-    from cluster.storage import open_storage  # an encoder without runs needs no pyarrow
-
     storage = open_storage(uri)
     versions = [(file, storage.version(file)) for file in storage.list()]
     if not versions:

@@ -8,7 +8,8 @@ model, and reading that folder with sentence-transformers gives the same vectors
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +34,7 @@ from actors.linear import native_bfloat16, use_onednn
 from actors.packing import (
     TokenRows,
     can_pack,
+    cut_batches,
     first_position,
     packed_forward,
     pool_packed,
@@ -48,6 +50,19 @@ __all__ = ["POOLINGS", "Encoder", "PromptTemplates", "cut_layers", "native_bfloa
 _BATCH_TOKENS = {"cpu": 2048}
 _BATCH_TOKENS_ELSEWHERE = 16384
 _MAX_TOKENS = 256  # of a model that does not say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Tokenised texts.
+
+    Attributes:
+        rows: Token ids of each different text.
+        order: Which of them each text is.
+    """
+
+    rows: list[list[int]]
+    order: list[int]
 
 
 class Encoder:
@@ -193,17 +208,28 @@ class Encoder:
         Returns:
             float32 ``[texts, dimensions]``, every row of length 1.
         """
+        return self.encode_prepared(self.prepare(texts), batch_tokens=batch_tokens)
+
+    def prepare(self, texts: Sequence[str]) -> Prepared:
+        """Tokenises formatted texts for :meth:`encode_prepared`, equal ones once.
+
+        A thread may do this while another is embedding.
+        """
+        places: dict[str, int] = {}
+        order = [places.setdefault(text, len(places)) for text in texts]
+        return Prepared(rows=self.tokenize(list(places)), order=order)
+
+    def encode_prepared(self, texts: Prepared, *, batch_tokens: int | None = None) -> np.ndarray:
+        """Embeds texts that are already tokenised; see :meth:`encode`."""
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
-        places: dict[str, int] = {}
-        rows = [places.setdefault(text, len(places)) for text in texts]
         try:
             with torch.inference_mode():
-                vectors = self.embed(list(places), batch_tokens=batch_tokens).cpu().numpy()
+                vectors = self.embed_tokens(texts.rows, batch_tokens=batch_tokens).cpu().numpy()
         finally:
             for module, training in modes:
                 module.training = training
-        return vectors if len(places) == len(rows) else vectors[rows]
+        return vectors if len(texts.rows) == len(texts.order) else vectors[texts.order]
 
     def set_training(self, *, dropout: bool, checkpointing: bool = False) -> None:
         """Sets the model to train.
@@ -238,8 +264,14 @@ class Encoder:
         self, texts: Sequence[str], titles: Sequence[str | None] | None = None
     ) -> np.ndarray:
         """Embeds passages, with their titles where the template has a place for them."""
+        return self.encode(self.format_passages(texts, titles))
+
+    def format_passages(
+        self, texts: Sequence[str], titles: Sequence[str | None] | None = None
+    ) -> list[str]:
+        """Returns what :meth:`encode_passages` embeds."""
         pairs = zip(texts, titles or [None] * len(texts), strict=True)
-        return self.encode([self.templates.format_passage(text, title) for text, title in pairs])
+        return [self.templates.format_passage(text, title) for text, title in pairs]
 
     def tokenize(self, texts: Sequence[str], *, max_tokens: int | None = None) -> list[list[int]]:
         """Returns the token ids of each text, cut to ``max_tokens`` and never empty."""
@@ -277,7 +309,7 @@ class Encoder:
         self.num_tokens += sum(map(len, rows))
         packed = self.packed and can_pack(self.model)
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
-        batches = list(_batches([rows[row] for row in order], batch_tokens, packed))
+        batches = list(cut_batches([rows[row] for row in order], batch_tokens, packed))
         if packed:
             vectors = self._embed_packed(batches)
         else:
@@ -356,19 +388,6 @@ class Encoder:
         if self._projection is not None:
             pooled = self._projection(pooled.to(next(self._projection.parameters()).dtype)).float()
         return functional.normalize(pooled, dim=-1)
-
-
-def _batches(rows: TokenRows, batch_tokens: int, packed: bool) -> Iterator[TokenRows]:
-    """Cuts rows, longest first, into passes of so many tokens, padding included."""
-    start = tokens = 0
-    for end, row in enumerate(rows):
-        size = len(row) if packed else len(rows[start])
-        if end > start and tokens + size > batch_tokens:
-            yield rows[start:end]
-            start, tokens = end, 0
-            size = len(row)
-        tokens += size
-    yield rows[start:]
 
 
 def cut_layers(encoder: Encoder, layers: Sequence[int]) -> Encoder:

@@ -67,6 +67,19 @@ def first_position(config: Any) -> int:
     return int(config.pad_token_id) + 1 if config.model_type in _ROBERTA else 0
 
 
+def cut_batches(rows: TokenRows, batch_tokens: int, packed: bool) -> Iterator[TokenRows]:
+    """Cuts rows, longest first, into passes of so many tokens, padding included if not packed."""
+    start = tokens = 0
+    for end, row in enumerate(rows):
+        size = len(row) if packed else len(rows[start])
+        if end > start and tokens + size > batch_tokens:
+            yield rows[start:end]
+            start, tokens = end, 0
+            size = len(row)
+        tokens += size
+    yield rows[start:]
+
+
 def packed_forward(
     model: Any,
     rows: TokenRows,
