@@ -49,6 +49,8 @@ __all__ = ["POOLINGS", "Encoder", "PromptTemplates", "cut_layers", "native_bfloa
 # Activations of 2048 tokens stay in a CPU's cache: 1.4 times the speed of 8192 for MiniLM.
 _BATCH_TOKENS = {"cpu": 2048}
 _BATCH_TOKENS_ELSEWHERE = 16384
+# Of an H200 without gradients: 1.5 times the speed of 16384 for MiniLM, a few percent for larger.
+_ENCODE_TOKENS_ELSEWHERE = 32768
 _MAX_TOKENS = 256  # of a model that does not say
 
 
@@ -221,6 +223,8 @@ class Encoder:
 
     def encode_prepared(self, texts: Prepared, *, batch_tokens: int | None = None) -> np.ndarray:
         """Embeds texts that are already tokenised; see :meth:`encode`."""
+        if batch_tokens is None and self.device.type not in _BATCH_TOKENS:
+            batch_tokens = _ENCODE_TOKENS_ELSEWHERE
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
