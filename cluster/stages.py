@@ -225,7 +225,8 @@ class _ShardWorker:
         """Commits the output of the one shard in `batch`; its rejects first, itself last."""
         path = str(batch["path"][0])
         shard = next(entry for entry in self.source.shards if entry.path == path)
-        table = self.source.shard(shard, list(self.stage.columns))
+        # In threads, so that other shards in flight go on meanwhile.
+        table = await asyncio.to_thread(self.source.shard, shard, list(self.stage.columns))
         output = await self._transformed(table)
         expected = table.num_rows * getattr(self.stage, "rows_per_row", 1)
         if output.rows.num_rows + len(output.rejects) != expected:
@@ -233,10 +234,10 @@ class _ShardWorker:
                 f"{type(self.stage).__name__} lost rows of {path}: {expected} expected,"
                 f" {output.rows.num_rows} out, {len(output.rejects)} refused"
             )
-        write_rejects(self.target, output.rejects, _number(shard))
+        await asyncio.to_thread(write_rejects, self.target, output.rejects, _number(shard))
         tally = _Tally.of(output)
         rows = output.rows.replace_schema_metadata({TALLY: tally})
-        write_table(self.target, shard_path(_number(shard)), rows)
+        await asyncio.to_thread(write_table, self.target, shard_path(_number(shard)), rows)
         yield {"num_rows": [table.num_rows], "tally": [tally]}
 
     async def _transformed(self, table: pa.Table) -> StageOutput:

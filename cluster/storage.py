@@ -222,7 +222,8 @@ class S3Storage:
         from botocore.config import Config
 
         retries = cast(Any, {"max_attempts": _S3_ATTEMPTS, "mode": "adaptive"})
-        return boto3.client("s3", config=Config(retries=retries))
+        # A session of its own: boto3's shared one must not make clients in two threads at once.
+        return boto3.Session().client("s3", config=Config(retries=retries))
 
     def read_bytes(self, path: str) -> bytes:
         """Returns the whole file; raises FileNotFoundError."""

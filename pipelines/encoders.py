@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ from cluster.steps import StepContext
 from pipelines.records import EMBEDDED_PASSAGE, PASSAGE
 
 if TYPE_CHECKING:
-    from actors.encoder import Encoder
+    from actors.encoder import Encoder, Prepared
 
 
 class EncoderConfig(BaseModel):
@@ -63,13 +65,19 @@ class EmbedPassages:
     columns: tuple[str, ...] = tuple(PASSAGE.names)
 
     def load(self) -> StageFunction:
-        """Loads the encoder."""
+        """Loads the encoder; a shard is tokenised while the one before is embedded."""
         encoder = load_encoder(self.encoder)
+        # One thread each, so that shards take turns, and torch's own threads are started once.
+        tokenising, embedding = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+
+        def tokenise(passages: pa.Table) -> Prepared:
+            texts, titles = (passages[name].to_pylist() for name in ("text", "title"))
+            return encoder.prepare(encoder.format_passages(texts, titles))
 
         async def embed(passages: pa.Table) -> StageOutput:
-            vectors = encoder.encode_passages(
-                passages["text"].to_pylist(), passages["title"].to_pylist()
-            )
+            run = asyncio.get_running_loop().run_in_executor
+            prepared = await run(tokenising, tokenise, passages)
+            vectors = await run(embedding, encoder.encode_prepared, prepared)
             rows = passages.append_column("embedding", vector_column(vectors))
             return StageOutput(rows=rows.cast(EMBEDDED_PASSAGE))
 

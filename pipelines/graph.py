@@ -163,7 +163,7 @@ def build_run(recipe: Recipe, uri: str) -> Run:
         ),
         Step(
             name="student",
-            config=_dump(recipe.student),
+            config=_dump(recipe.student, "dtype"),
             inputs=(),
             work=lambda context: make_student(recipe.student, context),
         ),
@@ -179,7 +179,7 @@ def build_run(recipe: Recipe, uri: str) -> Run:
         ),
         Step(
             name="index",
-            config={},
+            config={"dtype": recipe.student.dtype},
             inputs=("passages", "export"),
             work=lambda context: embed_passages(
                 _saved(context.input("export"), recipe), encoder, context
@@ -193,6 +193,7 @@ def build_run(recipe: Recipe, uri: str) -> Run:
                 config={
                     "test_sets": [_test_set(test_set) for test_set in recipe.evaluation],
                     "retriever": _dump(recipe.retriever),
+                    "student_dtype": recipe.student.dtype,
                 },
                 inputs=(
                     *("passages", "student", "export"),

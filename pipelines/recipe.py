@@ -57,7 +57,7 @@ class ActorResources(BaseModel):
         default=None, description="custom resource of the nodes that may have such actors"
     )
     shards_in_flight: int = Field(
-        default=1, ge=1, description="shards at work at once in an actor, so that it never idles"
+        default=2, ge=1, description="shards at work at once in an actor, so that it never idles"
     )
 
     def stage(self) -> StageResources:

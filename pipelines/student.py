@@ -26,6 +26,9 @@ MIN_PARITY = 0.9999
 class StudentConfig(EncoderConfig):
     """The encoder that training starts from."""
 
+    dtype: str = Field(
+        default="auto", description="in evaluation and index; training keeps float32 weights"
+    )
     layers: tuple[int, ...] | None = Field(
         default=None, description="keep only these layers of the model, from 0"
     )

@@ -1,7 +1,10 @@
 import copy
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +39,122 @@ def one_by_one(folder: Path, encoder: Encoder) -> torch.Tensor:
         hidden = plain(input_ids=torch.tensor([row])).last_hidden_state[0]
         pooled.append({"mean": hidden.mean(0), "lasttoken": hidden[-1]}[encoder.pooling])
     return torch.nn.functional.normalize(torch.stack(pooled), dim=-1)
+
+
+@pytest.fixture
+def flash_kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """FlashAttention's kernel in plain operations, and passes laid out as for a GPU."""
+    calls: list[int] = []
+
+    def kernel(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        starts: torch.Tensor,
+        key_starts: torch.Tensor,
+        longest: int,
+        longest_key: int,
+        dropout: float,
+        causal: bool,
+        debug: bool,
+        *,
+        scale: float,
+        window_size_left: int,
+        window_size_right: int,
+    ) -> tuple[torch.Tensor]:
+        assert starts is key_starts and starts.dtype == torch.int32
+        assert longest == longest_key == int(starts.diff().max())
+        assert starts[0] == 0 and starts[-1] == len(query) == len(key) == len(value)
+        assert (dropout, debug) == (0.0, False)
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+        found = []
+        for start, end in itertools.pairwise(starts.tolist()):
+            near = torch.ones(end - start, end - start, dtype=torch.bool)
+            if window_size_left >= 0:
+                near = near.triu(-window_size_left)
+            if window_size_right >= 0:
+                near = near.tril(window_size_right)
+            if causal:
+                near = near.tril()
+            products = torch.einsum("qhd,khd->hqk", query[start:end] * scale, key[start:end])
+            weights = products.masked_fill(~near, float("-inf")).softmax(-1)
+            found.append(torch.einsum("hqk,khd->qhd", weights, value[start:end]))
+        calls.append(len(found))
+        return (torch.cat(found),)
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", kernel)
+    monkeypatch.setattr(packing, "_is_gpu", lambda device: True)
+    return calls
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
+def test_flash_attention_gives_the_vectors_of_texts_alone(
+    kind: str, pooling: str, flash_kernel: list[int], tiny_model: TinyModel, tmp_path: Path
+):
+    encoder = Encoder.load(str(tiny_model(kind, tmp_path)), device="cpu")
+    encoder.pooling = pooling
+    with torch.no_grad():
+        alone = one_by_one(tmp_path, encoder)
+    np.testing.assert_allclose(encoder.encode(TEXTS), alone, atol=2e-5)
+    np.testing.assert_allclose(encoder.encode(TEXTS, batch_tokens=40), alone, atol=2e-5)
+    assert flash_kernel[0] == len(TEXTS) + 1  # the filler is one of them
+    assert encoder.num_places % 128 == 0
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "qwen3"])
+def test_flash_attention_has_the_gradients_of_padded_batches(
+    kind: str, flash_kernel: list[int], tiny_model: TinyModel, tmp_path: Path
+):
+    encoder = Encoder.load(str(tiny_model(kind, tmp_path)), device="cpu")
+    found = []
+    for encoder.packed in (False, True):
+        encoder.model.zero_grad()
+        target = torch.randn(len(TEXTS), encoder.dimensions, generator=torch.manual_seed(1))
+        (encoder.embed(TEXTS, batch_tokens=60) * target).sum().backward()
+        weights = encoder.model.parameters()
+        found.append(torch.cat([w.grad.flatten() for w in weights if w.grad is not None]))
+    assert flash_kernel
+    assert float((found[1] - found[0]).norm()) < 1e-4 * float(found[0].norm())
+
+
+def test_flash_attention_takes_the_precision_of_autocast(
+    flash_kernel: list[int], tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[torch.dtype] = []
+    kernel = torch.ops.aten._flash_attention_forward
+
+    def recorded(*given: Any, **named: Any) -> tuple[torch.Tensor]:
+        seen.extend(each.dtype for each in given[:3])
+        return kernel(*given, **named)
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", recorded)
+    encoder = Encoder.load(str(tiny_model("qwen3", tmp_path)), device="cpu")  # norms of heads
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        encoder.embed(TEXTS)
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_gpu_without_half_precision_or_flash_attention_pads(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    able = {"able": (9, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: able["able"])
+
+    def packs(dtype: torch.dtype, size: int = 64, **settings: int) -> bool:
+        config = SimpleNamespace(hidden_size=4 * size, num_attention_heads=4, **settings)
+        model = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, config=config)
+        return packing.can_pack(model)
+
+    assert packs(torch.bfloat16) and packs(torch.float16) and packs(torch.bfloat16, head_dim=256)
+    assert not packs(torch.float32)
+    with monkeypatch.context() as autocast:
+        autocast.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+        assert packs(torch.float32)
+    assert not packs(torch.bfloat16, 20)
+    able["able"] = (8, 9)
+    assert packs(torch.bfloat16) and not packs(torch.bfloat16, head_dim=256)
+    able["able"] = (7, 5)
+    assert not packs(torch.float16)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,7 +234,7 @@ def test_attention_has_the_gradients_of_its_values(
     draw = torch.Generator().manual_seed(2)
     rows = (torch.randn(1, 21, 2, 4, generator=draw, dtype=torch.float64) for _ in range(3))
     inputs = [row.transpose(1, 2).requires_grad_() for row in rows]
-    pieces = packing._Layout([(3, 5), (1, 4), (1, 2)]).pieces(2, window)
+    pieces = packing.Layout([(3, 5), (1, 4), (1, 2)]).pieces(2, window)
     assert [piece.num_texts for piece in pieces] == (
         [2, 1, 1, 1] if length_step == 1 else [2, 2, 1]
     )

@@ -56,6 +56,20 @@ def test_mixture_is_another_when_a_set_or_a_limit_of_tokens_is(folder: Path) -> 
     assert fingerprint(f"mixture.labelled.0.path={moved}") != before
 
 
+def test_precision_of_the_student_changes_what_is_computed_with_it_and_no_training(
+    folder: Path,
+) -> None:
+    asked = "evaluation=[{name: demo, path: python-documentation}]"
+    dtypes = ("float32", "bfloat16")
+    made = {dtype: run(folder, asked, f"student.dtype={dtype}") for dtype in dtypes}
+    changed = {
+        each.name
+        for each in made["float32"].steps
+        if len({some.fingerprint(step(some, each.name)) for some in made.values()}) == 2
+    }
+    assert changed == {"index", "evaluation"}
+
+
 def test_mixture_reads_what_its_sets_are_made_of(folder: Path) -> None:
     titles = "{name: titles, kind: title-body, path: run:passages}"
     made = run(folder, f"mixture.labelled=[{titles}]", "mixture.fret_weight=0")
