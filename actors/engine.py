@@ -205,6 +205,8 @@ def _set_environment(options: EngineOptions) -> None:
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # A fork of a process that has only asked whether there is a GPU cannot use it.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     if not current_platform.is_cpu():
         return
     cores = sorted(os.sched_getaffinity(0))

@@ -1,6 +1,6 @@
 """Flat search on a GPU beside the same exact search on the CPU: the same rows, and how long each.
 
-    python benchmarks/flat_search.py [--rows 1000000] [--dimensions 768] [--queries 4096]
+    python benchmarks/flat_search.py [--rows 1000000] [--dimensions 768] [--queries 1024]
 
 Vectors and queries are random and of unit length. Both sides are `PassageIndex`, the CPU's with all
 its threads; a first search of a few queries counts in neither. Needs numpy and faiss-gpu alone.
@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--dimensions", type=int, default=768)
-    parser.add_argument("--queries", type=int, default=4096)
+    parser.add_argument("--queries", type=int, default=1024)
     parser.add_argument("--k", type=int, default=20)
     arguments = parser.parse_args()
     indexes = {

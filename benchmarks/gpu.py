@@ -2,13 +2,13 @@
 
     make gpu [PYTHON=python3] [CORPUS=FOLDER] [OPTIONS="--minutes 10"]
 
-Parts, the most telling first: each file of tests/gpu, `training_steps.py`, `flat_search.py` and
-`relabel.py --repeats 1`. Each is a process with a time limit; what a part needs and this machine
-lacks is why it is skipped, and one that fails, hangs or crashes loses no other. Nothing is
-installed: training and encoding need torch, transformers, pydantic and pytest; flat search
-faiss-gpu; relabelling vLLM's CUDA build, the two embedded models and CORPUS, a folder in BEIR's
-layout. Progress goes to stderr, Markdown (or with `--json` one line of JSON) to stdout; the exit
-code is 1 where a part failed.
+Parts, the most telling first: each file of tests/gpu, `training_steps.py` (the GPU recipes' student
+and batch, then several), `flat_search.py` and `relabel.py --repeats 1`. Each is a process with a
+time limit; what a part needs and this machine lacks is why it is skipped, and one that fails, hangs
+or crashes loses no other. Nothing is installed: training and encoding need torch, transformers,
+pydantic and pytest; flat search faiss-gpu; relabelling vLLM's CUDA build, the two embedded models
+and CORPUS, a folder in BEIR's layout. Progress goes to stderr, Markdown (or with `--json` one line
+of JSON) to stdout; the exit code is 1 where a part failed.
 """
 
 import argparse
@@ -32,6 +32,10 @@ ROOT = Path(__file__).parents[1]
 MEASURED = re.compile(r"(\S+ \S+ \S+) (\{.*\})")  # training_steps.py, as it goes on
 LEAST_S = 20  # a part is not begun with less than this left
 GRACE_S = 15  # from being told to end until it is ended
+RECIPE = (
+    *("--students", "modernbert-149m", "--precisions", "bfloat16"),
+    *("--modes", "auto", "--steps", "3"),
+)
 PACKAGES = ("torch", "transformers", "pydantic", "pytest", "numpy", "vllm", "faiss-gpu")
 # Runs in a process of its own, since whoever asks PyTorch or FAISS for a GPU keeps some of it.
 PROBE = """
@@ -121,9 +125,9 @@ def make_plan(here: dict[str, Any], corpus: str | None, small: bool) -> list[Par
             for path in sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/gpu/test_*.py"))
         ),
         Part(
-            name="training_steps.py",
-            command=script("training_steps.py", *(shape if small else [])),
-            share=0.5,
+            name="training_steps.py, the recipes' student and batch",
+            command=script("training_steps.py", *RECIPE, *(shape if small else [])),
+            share=0.2,
             lacks=no_torch or no_card,
         ),
         Part(
@@ -131,6 +135,12 @@ def make_plan(here: dict[str, Any], corpus: str | None, small: bool) -> list[Par
             command=script("flat_search.py", *(["--rows=20000"] if small else [])),
             share=0.2,
             lacks=None if here.get("faiss_gpus") else no_faiss,
+        ),
+        Part(
+            name="training_steps.py",
+            command=script("training_steps.py", *(shape if small else [])),
+            share=0.5,
+            lacks=no_torch or no_card,
         ),
         Part(
             name="relabel.py",

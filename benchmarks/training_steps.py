@@ -47,7 +47,7 @@ from pipelines.training.agreement import OutOfMemory
 from pipelines.training.config import LossConfig, TrainingConfig
 from pipelines.training.examples import Batch
 from pipelines.training.gradients import slice_batch
-from pipelines.training.memory import fit
+from pipelines.training.memory import fit, use_growing_segments
 from pipelines.training.worker import train_batch, train_fitting
 
 PRECISIONS = ("float32", "bfloat16")
@@ -287,6 +287,7 @@ def main() -> None:
     device = arguments.device
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
+        use_growing_segments()
         torch.cuda.set_device(torch.device(device).index or 0)
         name = torch.cuda.get_device_name()
     else:

@@ -7,6 +7,7 @@ trial leaves no trace in the training.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
@@ -28,9 +29,19 @@ if TYPE_CHECKING:
     from actors.encoder import Encoder
 
 HALVED = f"{WORK}/gradient_cache_tokens"  # what a worker left that could not go on itself
-_SHARE = 0.8  # of the memory that a trial may fill; fragments and uneven texts take from the rest
+_SHARE = 0.75  # of the memory that a trial may fill; fragments and uneven texts take from the rest
 _TRIALS = 6
 _EVERYTHING = 2**62  # more tokens than any batch has
+
+
+def use_growing_segments() -> None:
+    """Has PyTorch's allocator grow its segments, unless the user has set how it works.
+
+    Passes differ in size: of segments that cannot grow a fifth and more is lost between them. To be
+    called before the GPU is first used.
+    """
+    if not os.environ.get("PYTORCH_CUDA_ALLOC_CONF"):
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 class Memory(Protocol):

@@ -32,7 +32,14 @@ from pipelines.training.config import TrainingConfig
 from pipelines.training.examples import iterate_batches
 from pipelines.training.gradients import Slice, backward, slice_batch, uses_bfloat16
 from pipelines.training.lora import add_adapters, merge_adapters
-from pipelines.training.memory import fit, halve, remember, remembered, too_small
+from pipelines.training.memory import (
+    fit,
+    halve,
+    remember,
+    remembered,
+    too_small,
+    use_growing_segments,
+)
 from pipelines.training.metrics import MetricsLog, MetricsRow, read_metrics
 from pipelines.training.sharding import is_sharded, shard
 from pipelines.training.validation import Validation, WatchedSet
@@ -117,6 +124,7 @@ def run_training(
         UserError: The training does not fit in this worker's memory.
         TokayError: It does in smaller parts, with which the next start goes on.
     """
+    use_growing_segments()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world))
     storage = open_storage(job.output)
     encoder = _load_student(job, place.device)

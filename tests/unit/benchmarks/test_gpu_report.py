@@ -37,8 +37,8 @@ def test_every_part_runs_where_nothing_is_absent(tmp_path: Path):
     assert [part.lacks for part in plan] == [None] * len(plan)
     assert [part.name for part in plan if part.name.startswith("tests/gpu/test_")]
     assert [part.name for part in plan][-3:] == [
-        "training_steps.py",
         "flat_search.py",
+        "training_steps.py",
         "relabel.py",
     ]
 
@@ -49,8 +49,8 @@ def test_every_part_runs_where_nothing_is_absent(tmp_path: Path):
         (
             BARE,
             [
-                "pip install transformers pydantic pytest",
                 "needs faiss-gpu and a GPU it finds: faiss-cpu is installed",
+                "pip install transformers pydantic pytest",
                 "PyTorch finds no GPU",
             ],
         ),

@@ -82,7 +82,7 @@ def test_trial_finds_what_fits_beside_the_optimizer_and_leaves_no_trace(encoder:
     torch.manual_seed(SEED)
     card = Card(encoder, 1_000_000 + state, lambda: state)
     found = fit(encoder, optimizer, CONFIG, memory=card).gradient_cache_tokens
-    assert 0.9 * 0.8 * 990 < found <= 0.8 * 995
+    assert 0.9 * 0.75 * 990 < found <= 0.75 * 995
     assert max(card.passes) > 300  # seen to fit, not reckoned alone
     assert torch.equal(torch.rand(3), numbers)
     assert all(weight.grad is None for weight in encoder.model.parameters())
@@ -318,4 +318,4 @@ def test_workers_repeat_a_step_together_where_one_of_them_runs_out(
             torch.testing.assert_close(weights[0], weights[2], rtol=1e-3, atol=1e-5)
     # The one with room for everything takes what the other one found.
     tokens = [int((tmp_path / f"fitted-{rank}").read_text()) for rank in range(WORLD)]
-    assert tokens[0] == tokens[1] < 0.8 * 400
+    assert tokens[0] == tokens[1] < 0.75 * 400
