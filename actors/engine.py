@@ -12,7 +12,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -78,7 +78,7 @@ class EngineLog:
     """
 
     def __init__(self) -> None:
-        handle, path = tempfile.mkstemp(prefix="tokay-vllm-", suffix=".log")
+        handle, path = tempfile.mkstemp(prefix="tokay-vllm-", suffix=".log", dir=_log_folder())
         os.close(handle)
         self.path = Path(path)
 
@@ -119,6 +119,15 @@ class EngineLog:
     def delete(self) -> None:
         """Deletes the file, which nobody will ask for."""
         self.path.unlink(missing_ok=True)
+
+
+def _log_folder() -> Path | None:
+    """Returns where Ray keeps this worker's own output, if it is one: they belong together."""
+    with suppress(OSError):
+        own = Path("/proc/self/fd/2").readlink()
+        if own.is_file() and own.parent.name == "logs" and os.access(own.parent, os.W_OK):
+            return own.parent
+    return None
 
 
 def start_engine(options: EngineOptions) -> tuple[Any, EngineLog]:

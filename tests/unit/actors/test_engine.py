@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,15 @@ def test_a_process_begun_inside_writes_to_the_log_and_this_one_does_not(
     assert log.path.stat().st_mode & 0o077 == 0  # other users' eyes are kept out
     log.delete()
     assert not log.path.exists()
+
+
+def test_a_ray_workers_engine_logs_beside_the_worker(tmp_path: Path):
+    code = "from actors.engine import EngineLog; print(EngineLog().path.parent)"
+    for folder, expected in (("logs", str(tmp_path / "logs")), ("mine", tempfile.gettempdir())):
+        (tmp_path / folder).mkdir()
+        with (tmp_path / folder / "worker.err").open("w") as err:
+            said = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=err)
+        assert said.stdout.decode().strip() == expected
 
 
 @pytest.mark.slow
