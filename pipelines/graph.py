@@ -64,7 +64,7 @@ def build_run(recipe: Recipe, uri: str) -> Run:
     """Returns the run of a recipe in a folder; finds the corpus, runs nothing.
 
     Raises:
-        UserError: The corpus or a test set does not exist, or a GPU cannot hold the index.
+        UserError: The corpus or a test set does not exist.
     """
     corpus = Corpus(recipe.corpus)
     judged_by = evaluation_queries(recipe.evaluation)

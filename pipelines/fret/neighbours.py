@@ -4,6 +4,7 @@ import asyncio
 import os
 import resource
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,6 +171,7 @@ class FindCandidates:
         from actors.passage_index import merge_top_k
 
         encoder = load_encoder(self.retriever)
+        embedding = ThreadPoolExecutor(1)  # while one shard is searched for, the next is embedded
         ids = _read_ids(self.embeddings, self.embeddings.shards)
 
         async def find(queries: pa.Table) -> StageOutput:
@@ -189,7 +191,9 @@ class FindCandidates:
 
         async def search(rows: list[dict[str, Any]]) -> None:
             ask = encoder.templates.format_query
-            vectors = encoder.encode([ask(row["query"], task=row["task"]) for row in rows])
+            texts = [ask(row["query"], task=row["task"]) for row in rows]
+            run = asyncio.get_running_loop().run_in_executor
+            vectors = await run(embedding, encoder.encode, texts)
             k = min(self.config.num_candidates, len(ids))
             seeds = sorted({row["seed_id"] for row in rows})
             found = await asyncio.gather(
