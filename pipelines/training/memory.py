@@ -28,7 +28,7 @@ from pipelines.training.sharding import is_sharded
 if TYPE_CHECKING:
     from actors.encoder import Encoder
 
-HALVED = f"{WORK}/gradient_cache_tokens"  # what a worker left that could not go on itself
+FITTED = f"{WORK}/gradient_cache_tokens"  # what was found, or halved since, for a restart
 _SHARE = 0.75  # of the memory that a trial may fill; fragments and uneven texts take from the rest
 _TRIALS = 6
 _EVERYTHING = 2**62  # more tokens than any batch has
@@ -185,7 +185,7 @@ def too_small(encoder: Encoder, config: TrainingConfig) -> UserError:
 def remembered(storage: Storage, config: TrainingConfig) -> TrainingConfig:
     """Returns the configuration with what :func:`remember` has left, if anything."""
     try:
-        tokens = int(storage.read_bytes(HALVED))
+        tokens = int(storage.read_bytes(FITTED))
     except FileNotFoundError:
         return config
     return config.model_copy(update={"gradient_cache_tokens": tokens})
@@ -193,7 +193,7 @@ def remembered(storage: Storage, config: TrainingConfig) -> TrainingConfig:
 
 def remember(storage: Storage, config: TrainingConfig) -> None:
     """Leaves the number of tokens to the workers that go on from the last checkpoint."""
-    storage.write_bytes(HALVED, str(config.gradient_cache_tokens).encode())
+    storage.write_bytes(FITTED, str(config.gradient_cache_tokens).encode())
 
 
 def _longest_batch(config: TrainingConfig, num_negatives: int) -> Batch:

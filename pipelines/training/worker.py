@@ -166,6 +166,8 @@ def _train(
         rank=rank,
         world=world,
     )
+    if rank == 0 and job.config.gradient_cache_tokens == "auto" and config.gradient_cache_tokens:
+        remember(storage, config)  # so that a restart has the same passes, and their dropout
     slices = ((each, slice_batch(each, config, rank, world)) for each in chain(first, batches))
     due: MetricsRow = {}
     for batch, part in _ahead(slices):

@@ -18,7 +18,7 @@ from pipelines.training import gradients, loss
 from pipelines.training.config import LossConfig, TrainingConfig
 from pipelines.training.examples import iterate_batches
 from pipelines.training.gradients import slice_batch
-from pipelines.training.memory import HALVED, fit, search_tokens
+from pipelines.training.memory import FITTED, fit, search_tokens
 from pipelines.training.metrics import read_metrics
 from pipelines.training.train import _note
 from pipelines.training.worker import Job, Place, make_optimizer, run_training, train_fitting
@@ -220,7 +220,7 @@ def test_training_tells_where_it_ran_out_and_goes_on_with_less(
     assert _note(rows).endswith(f"in 1 batch, gradient cache of {tokens} tokens")
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in plain], rel=1e-4)
     # A next start goes on with what is left in the folder.
-    storage.write_bytes(HALVED, b"200")
+    storage.write_bytes(FITTED, b"200")
     storage.delete("work/checkpoints")
     run_training(job(examples, student, tmp_path / "less"), Place(device="cpu"))
     assert read_metrics(storage)[0]["gradient_cache_tokens"] == 200
@@ -231,6 +231,21 @@ def test_training_tells_where_it_ran_out_and_goes_on_with_less(
     monkeypatch.setattr(Encoder, "load", lambda *_, **__: encoder)
     with pytest.raises(UserError, match=r"does not fit in the memory of this cpu: set training\."):
         run_training(job(examples, student, tmp_path / "none"), Place(device="cpu"))
+
+
+def test_restart_takes_what_the_trial_found(
+    examples: str, student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def found(_: Encoder, __: Any, config: TrainingConfig, **___: Any) -> TrainingConfig:
+        return config.model_copy(update={"gradient_cache_tokens": 350})
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.training.worker.fit", found)
+        run_training(job(examples, student, tmp_path), Place(device="cpu"))
+    storage = open_storage(tmp_path)
+    storage.delete("work/checkpoints")
+    run_training(job(examples, student, tmp_path), Place(device="cpu"))  # a CPU's trial: no cache
+    assert {row["gradient_cache_tokens"] for row in read_metrics(storage)} == {350}
 
 
 PLACES = ("forward", "loss", "backward", "sum")
