@@ -26,7 +26,7 @@ $(STAMP): requirements-cpu.txt pyproject.toml
 demo: $(STAMP)  ## search the documentation of this Python environment, end to end (10 minutes)
 	@$(BIN)/tokay demo
 
-test: $(STAMP)  ## every test that needs no GPU (about 12 minutes)
+test: $(STAMP)  ## every test that needs no GPU (11 to 17 minutes)
 	@$(BIN)/pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
 quick: $(STAMP)  ## the tests that start no engine (under 90 seconds)

@@ -296,6 +296,7 @@ def main() -> None:
     shape = {"layers": arguments.layers, "hidden": arguments.hidden}
     shape = {key: value for key, value in shape.items() if value}
     figures: dict[str, Any] = {}
+    sizes: set[int] = set()
     for kind in arguments.students:
         student = STUDENTS[kind](**shape)
         size = sum(weight.numel() for weight in make_model(student, "meta").parameters())
@@ -305,6 +306,7 @@ def main() -> None:
             for mode in arguments.modes:
                 auto = mode == "auto"
                 batch_size = arguments.batch or (RECIPE_BATCH_SIZE if auto else BATCH_SIZE)
+                sizes.add(batch_size)
                 draw = longest_batches if auto else random_batches
                 batches = draw(WARM_UP_STEPS + arguments.steps, batch_size, student.vocab_size)
                 config = TrainingConfig(
@@ -338,7 +340,7 @@ def main() -> None:
         "device": name,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "batch": arguments.batch or BATCH_SIZE,
+        "batch": arguments.batch or sorted(sizes),
         "cache_tokens": arguments.cache_tokens,
         "peak_tflops": peak,
         "product_tflops": round(product_tflops(device), 2),

@@ -37,7 +37,7 @@ _EVERYTHING = 2**62  # more tokens than any batch has
 def use_growing_segments() -> None:
     """Has PyTorch's allocator grow its segments, unless the user has set how it works.
 
-    Passes differ in size: of segments that cannot grow a fifth and more is lost between them. To be
+    Passes differ in size, and what lies between segments that cannot grow is lost to them. To be
     called before the GPU is first used.
     """
     if not os.environ.get("PYTORCH_CUDA_ALLOC_CONF"):
