@@ -17,6 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from cluster.errors import excerpt
 from cluster.json_lines import parse_json
 from serving.guard import Access, Guard, refusal
 from serving.protocol import (
@@ -31,7 +32,6 @@ from serving.protocol import (
     SearchRequest,
     SearchResponse,
     Usage,
-    quoted,
 )
 from serving.served_model import ServedModel
 
@@ -218,7 +218,7 @@ def _check_name(asked: str, served: str) -> None:
     if asked != served:
         raise ApiError(
             404,
-            f"model {quoted(asked)} does not exist here: this server serves {served!r}",
+            f"model {excerpt(asked, 80)!r} does not exist here: this server serves {served!r}",
             param="model",
             code="model_not_found",
         )
@@ -257,7 +257,9 @@ async def _refuse_invalid(_: Request, error: Exception) -> Response:
     if first["type"] == "json_invalid":
         message, param = f"the body is not valid JSON: {first['ctx']['error']}", None
     elif first["type"] == "extra_forbidden":
-        message = f"unknown field {quoted(param or '')}: see /openapi.json for those accepted"
+        message = (
+            f"unknown field {excerpt(param or '', 80)!r}: see /openapi.json for those accepted"
+        )
     elif param == "input" and first["type"] != "missing":
         message = INPUT_FORMS
     elif param is None:
@@ -270,5 +272,5 @@ async def _refuse_invalid(_: Request, error: Exception) -> Response:
 async def _refuse_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.scope["path"]  # `request.url` also reads Host, which may be malformed
-    message = f"{request.method} {quoted(path)}: {error.detail}; see /openapi.json"
+    message = f"{request.method} {excerpt(path, 80)!r}: {error.detail}; see /openapi.json"
     return refusal(ApiError(error.status_code, message))

@@ -19,7 +19,7 @@ import typer
 
 from actors.embedded import PREFIX, resolve_model
 from cluster.artifacts import Artifact
-from cluster.errors import TokayError, UserError
+from cluster.errors import TokayError, UserError, excerpt
 from cluster.storage import join, open_storage
 from serving.app import ServeOptions
 from serving.protocol import RequestLimits
@@ -95,12 +95,16 @@ def serve(
     if corpus:
         from serving.corpus import check_corpus
 
-        check_corpus(corpus)
+        if warning := check_corpus(corpus):
+            typer.echo(f"warning: {warning}", err=True)
     check_port(host, port)
     from cluster.session import connect
 
     # Ray lowers its workers' priority by 15, which suits jobs; a server answers people.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    if not os.environ.get("RAY_ADDRESS"):
+        # A Ray of our own then listens on loopback, as on macOS; elsewhere on every interface.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     resources = connect()
     options = ServeOptions(
         model=served.model,
@@ -183,7 +187,7 @@ def find_hosts(host: str, allowed: Sequence[str]) -> frozenset[str] | None:
     for name in allowed:
         if not re.fullmatch(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:]+", name):
             raise UserError(
-                f"--allowed-host {name[:80]!r}: give a name or an address alone, such as"
+                f"--allowed-host {excerpt(name, 80)!r}: give a name or an address alone, such as"
                 " search.example.org, without scheme and port"
             )
     if not allowed and not is_loopback(host):

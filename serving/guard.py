@@ -20,8 +20,9 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster.errors import excerpt
 from serving.metrics import Metrics
-from serving.protocol import ApiError, quoted
+from serving.protocol import ApiError
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 # The console holds no data, and a load balancer has no key.
@@ -68,16 +69,16 @@ class Access:
         if self.hosts is not None and name not in LOOPBACK_NAMES | self.hosts:
             raise ApiError(
                 403,
-                f"host {quoted(host)} is not served here: ask for localhost, or let the operator"
-                " start the server with --allowed-host NAME",
+                f"host {excerpt(host, 80)!r} is not served here: ask for localhost, or let the"
+                " operator start the server with --allowed-host NAME",
                 code="host_not_allowed",
             )
         origin = headers.get("origin")
         if origin is not None and not self._is_own(origin, host):
             raise ApiError(
                 403,
-                f"a page of {quoted(origin)} may not ask this server: let the operator start it"
-                " with --allowed-host NAME",
+                f"a page of {excerpt(origin, 80)!r} may not ask this server: let the operator"
+                " start it with --allowed-host NAME",
                 code="origin_not_allowed",
             )
         if self.key_sha256 is None or scope["path"] in _WITHOUT_KEY:

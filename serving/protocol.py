@@ -17,6 +17,8 @@ from pydantic import (
     StrictStr,
 )
 
+from cluster.errors import excerpt
+
 Role = Literal["query", "passage"]
 INPUT_FORMS = (
     "input must be a string, a list of strings, a list of token ids, or a list of lists of token"
@@ -55,8 +57,7 @@ class ApiError(Exception):
         retry_after_s: int | None = None,
     ) -> None:
         # A refusal may quote what was given, which may be as long as a request.
-        over = len(message) > _MESSAGE_CHARACTERS
-        super().__init__(message[:_MESSAGE_CHARACTERS] + "..." * over)
+        super().__init__(excerpt(message, _MESSAGE_CHARACTERS))
         self.status = status
         self.param = param
         self.code = code
@@ -79,11 +80,6 @@ class ApiError(Exception):
                 "code": self.code,
             }
         }
-
-
-def quoted(text: str) -> str:
-    """Returns a client's text for an error message: one line, and not all of a long one."""
-    return repr(text) if len(text) <= 80 else f"{text[:80]!r}..."
 
 
 def _check_input(given: Any) -> Any:
