@@ -1,5 +1,6 @@
 """An endpoint gives the encoder's own vectors: Tokay's application, and a plain OpenAI server."""
 
+import asyncio
 import gzip
 import json
 import threading
@@ -217,6 +218,7 @@ def test_endpoint_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -
     async def endless() -> AsyncIterator[bytes]:
         while len(sent) < 10_000:
             sent.append(1)
+            await asyncio.sleep(0.001)
             yield b" " * 1000
 
     answers: dict[str, Response] = {"models": JSONResponse(MODELS)}
@@ -226,7 +228,7 @@ def test_endpoint_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -
             answers["embeddings"] = StreamingResponse(endless(), status)
             with pytest.raises(TokayError, match=says):
                 endpoint.encode_passages(["a"])
-        assert len(sent) < 10_000
+        assert len(sent) < 1000
         assert len(asked) == 3  # such an answer is not asked for again
         packed = Response(gzip.compress(b" " * 10**7), headers={"content-encoding": "gzip"})
         answers["embeddings"] = packed
