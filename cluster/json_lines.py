@@ -4,13 +4,15 @@ Python's reader takes more than JSON (`NaN`, a key twice, half of a surrogate pa
 `RecursionError` for what is nested deeply; the readers here do neither.
 """
 
+import gzip
 import io
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from cluster.errors import Reject
+from cluster.errors import Reject, UserError, excerpt
 
 _MAX_KEYS = 10_000
 _TOO_DEEP = "JSON nested too deeply"
@@ -68,6 +70,20 @@ def json_lines(content: bytes, place: str) -> Iterator[tuple[str, Any] | Reject]
             yield where, str(error)[:_SHOWN], line[:_SHOWN].decode("utf-8", "replace")
         else:
             yield where, value
+
+
+def unpacked(content: bytes, place: str) -> bytes:
+    """Returns what a file holds; of one whose name ends in .gz, what it was made from.
+
+    Raises:
+        UserError: It is no whole gzip file.
+    """
+    if not place.lower().endswith(".gz"):
+        return content
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{excerpt(place)} is no whole gzip file ({error}): mend it") from error
 
 
 def is_text(value: Any) -> bool:

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from actors.passage_index import PassageIndex
 from cluster.artifacts import MANIFEST, Artifact
 from cluster.errors import Reject, UserError, excerpt
-from cluster.json_lines import json_lines
+from cluster.json_lines import json_lines, unpacked
 from cluster.parquet import open_parquet, parquet_batches
 from cluster.storage import Storage, join, open_storage
 
@@ -29,11 +29,10 @@ if TYPE_CHECKING:  # its torch takes seconds, which a check before the start nee
     from actors.encoder import Encoder
 
 ACCEPTED = (
-    "accepted are a run's index, a .jsonl or .ndjson file (_id or id, title, text), a .parquet file"
-    " (the same, perhaps embedding), or a folder of such files"
+    "accepted are a run's index, a .jsonl or .ndjson file (_id or id, title, text; perhaps .gz), a"
+    " .parquet file (the same, perhaps embedding), or a folder of such files"
 )
-_JSON_LINES = (".jsonl", ".ndjson")
-_SUFFIXES = (*_JSON_LINES, ".parquet")
+_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".parquet")
 _COLUMNS = ("_id", "id", "title", "text", "embedding")
 _SCHEMA = pa.schema([(name, pa.large_string()) for name in ("id", "title", "text")])
 _PASSAGES_AT_ONCE = 1024
@@ -196,10 +195,10 @@ def _tables(storage: Storage, files: Sequence[str], tally: _Tally) -> Iterator[p
         except FileNotFoundError as error:
             raise UserError(f"{join(storage.uri, path)} is missing: copy it anew") from error
         name = path.encode("utf-8", "replace").decode()  # Linux lets a name be any bytes
-        if path.endswith(".parquet"):
+        if path.lower().endswith(".parquet"):
             yield from _parquet_tables(content, name, join(storage.uri, path), tally)
             continue
-        lines = json_lines(content, name)
+        lines = json_lines(unpacked(content, join(storage.uri, name)), name)
         while rows := list(islice(lines, _PASSAGES_AT_ONCE)):
             found = [row if len(row) == 3 else _passage(row[0], row[1]) for row in rows]
             yield _table(found, tally)[0]
@@ -285,17 +284,20 @@ def _find(uri: str) -> tuple[Storage, list[str], Artifact | None]:
     if artifact is not None:
         return storage, [shard.path for shard in artifact.shards], artifact
     files = [path for path in storage.list() if _is_data(path)]
-    if "corpus.jsonl" in files:  # a BEIR folder, whose queries are JSONL too
-        files = ["corpus.jsonl"]
-    if not files:  # perhaps one file
-        folder, _, name = storage.uri.rpartition("/")
-        if name.endswith(_SUFFIXES) and open_storage(folder or "/").exists(name):
-            return open_storage(folder or "/"), [name], None
-        raise UserError(f"corpus {uri!r} holds no passages: {ACCEPTED}")
-    return storage, files, None
+    plain = set(files)  # of a file and its packed copy one is enough
+    files = [path for path in files if not path.endswith(".gz") or path[:-3] not in plain]
+    passages = [path for path in files if path.removesuffix(".gz") == "corpus.jsonl"]
+    if passages:  # a BEIR folder, whose queries are JSONL too
+        return storage, passages, None
+    if files:
+        return storage, files, None
+    folder, _, name = storage.uri.rpartition("/")  # perhaps one file
+    if name.lower().endswith(_SUFFIXES) and open_storage(folder or "/").exists(name):
+        return open_storage(folder or "/"), [name], None
+    raise UserError(f"corpus {uri!r} holds no passages: {ACCEPTED}")
 
 
 def _is_data(path: str) -> bool:
     """Says whether to read a file: none that is hidden, as macOS leaves them beside others."""
-    parts = PurePosixPath(path).parts
-    return path.endswith(_SUFFIXES) and not any(part.startswith(".") for part in parts)
+    hidden = any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(path).parts)
+    return path.lower().endswith(_SUFFIXES) and not hidden

@@ -1,6 +1,9 @@
+import gzip
+
 import pytest
 
-from cluster.json_lines import json_lines, parse_json
+from cluster.errors import UserError
+from cluster.json_lines import json_lines, parse_json, unpacked
 
 
 @pytest.mark.parametrize(
@@ -53,3 +56,12 @@ def test_line_that_is_no_text_is_a_reject_and_the_next_is_read() -> None:
         ("f:8", 2),
     ]
     assert all(len(row[2]) <= 200 for row in found if len(row) == 3)
+
+
+def test_gzip_is_unpacked_by_the_name_of_the_file() -> None:
+    packed = gzip.compress(b"one\n") + gzip.compress(b"two\n")
+    assert unpacked(packed, "c.jsonl.GZ") == b"one\ntwo\n"
+    assert unpacked(packed, "c.jsonl") == packed
+    for broken in (packed[:-5], b"none", packed[:12] + b"\xff" * 20):
+        with pytest.raises(UserError, match="no whole gzip file"):
+            unpacked(broken, "c.jsonl.gz")

@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,9 @@ def test_line_that_is_no_passage_is_left_out_and_told(
         assert says in str(refusal.value)
 
 
-@pytest.mark.parametrize("name", ["corpus.jsonl", "c.ndjson", "part.parquet"])
+@pytest.mark.parametrize(
+    "name", ["corpus.jsonl", "c.NDJSON", "c.jsonl.gz", "corpus.jsonl.gz", "part.parquet"]
+)
 def test_rows_are_named_as_tokay_run_names_them(
     encoder: Encoder, tmp_path: Path, name: str
 ) -> None:
@@ -143,7 +146,10 @@ def test_rows_are_named_as_tokay_run_names_them(
     if name.endswith(".parquet"):
         pq.write_table(pa.Table.from_pylist([{"title": "", **row} for row in rows]), path)
     else:
-        path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+        lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+        path.write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+        if name.startswith("corpus"):
+            (tmp_path / "queries.jsonl").write_text("{}")
     for uri in (tmp_path, path):
         assert check_corpus(str(uri)) is None
         assert load_corpus(str(uri), encoder).passages.to_pylist() == [
@@ -213,6 +219,8 @@ def test_hidden_and_broken_files_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "._corpus.ndjson").write_bytes(b"\0\5\26\7")
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "x.parquet").write_bytes(b"PAR1")
+    assert check_corpus(str(tmp_path)) is None
+    (tmp_path / "corpus.ndjson.gz").write_bytes(gzip.compress(b"{}"))  # a copy, not read
     assert check_corpus(str(tmp_path)) is None
     (tmp_path / "y.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(UserError, match=r"y\.parquet is not a readable Parquet file"):

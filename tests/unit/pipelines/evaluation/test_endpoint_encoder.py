@@ -224,7 +224,10 @@ def test_endpoint_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -
     answers: dict[str, Response] = {"models": JSONResponse(MODELS)}
     with hostile(answers) as (url, asked):
         endpoint = EndpointEncoder(url)
-        for status, says in ((200, "answers without end: accepted are 10000"), (400, "code: 400")):
+        for status, says in (
+            (200, "answers without end: accepted are 10000"),
+            (400, "without end|code: 400"),
+        ):
             answers["embeddings"] = StreamingResponse(endless(), status)
             with pytest.raises(TokayError, match=says):
                 endpoint.encode_passages(["a"])
