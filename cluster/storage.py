@@ -51,6 +51,9 @@ class Storage(Protocol):
     def list(self, prefix: str = "") -> list[str]:
         """Returns the sorted paths of all whole files below the folder `prefix`."""
 
+    def entries(self) -> Iterator[str]:
+        """Yields the names of the files and folders that lie right in it, in no order."""
+
     def exists(self, path: str) -> bool:
         """Says whether the file is there."""
 
@@ -164,6 +167,21 @@ class LocalStorage:
                 for file in (Path(folder, name) for name in names)
                 if file.is_file() and not file.name.endswith(".unfinished")
             )
+
+    def entries(self) -> Iterator[str]:
+        """Yields the names of the files and folders that lie right in it, in no order."""
+        with self._place("") as folder:
+            names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        yield from (name for name in names if not name.endswith(".unfinished"))
+
+    def symbolic_link(self) -> Path | None:
+        """Returns a symbolic link that lies in the folder, or None."""
+        with self._place("") as top:
+            for folder, folders, files in os.walk(top, onerror=_raise_unless_gone):
+                for name in (*folders, *files):
+                    if (path := Path(folder, name)).is_symlink():
+                        return path
+        return None
 
     def exists(self, path: str) -> bool:
         """Says whether the file is there."""
@@ -329,6 +347,17 @@ class S3Storage:
     def list(self, prefix: str = "") -> list[str]:
         """Returns the sorted paths of all files below the folder `prefix`."""
         return sorted(path for path, _ in self._objects(prefix))
+
+    def entries(self) -> Iterator[str]:
+        """Yields the names of the files and folders that lie right in it, in no order."""
+        folder = f"{self.prefix}/" if self.prefix else ""
+        with _s3_errors(self.uri):
+            for page in self.client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=folder, Delimiter="/"
+            ):
+                keys = [entry["Key"] for entry in page.get("Contents", [])]
+                keys += [entry["Prefix"] for entry in page.get("CommonPrefixes", [])]
+                yield from (key[len(folder) :].rstrip("/") for key in keys if key != folder)
 
     def exists(self, path: str) -> bool:
         """Says whether the file is there."""
