@@ -34,8 +34,6 @@ _READY = """\
 
 _KEY = "TOKAY_API_KEY"
 _KEY_CHARACTERS = 16
-_OPEN = "warning: the network reaches this server, and its answers are not encrypted{keyless}"
-_KEYLESS = f"; anybody may ask it: set {_KEY} to a key that requests must bring"
 _LIMITS = RequestLimits()
 
 
@@ -129,8 +127,8 @@ def serve(
         what = "embeddings and search" if corpus else "embeddings"
         shown = f"[{host}]" if ":" in host else host
         typer.echo(_READY.format(name=options.name, what=what, url=f"http://{shown}:{port}"))
-        if not is_loopback(host):
-            typer.echo(_OPEN.format(keyless="" if key_sha256 else _KEYLESS), err=True)
+        if warning := network_warning(host, key_sha256):
+            typer.echo(warning, err=True)
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
@@ -173,6 +171,17 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name of the network's
         return False
+
+
+def network_warning(host: str, key_sha256: str | None) -> str | None:
+    """Says what an operator who opens a server to the network should know."""
+    if is_loopback(host):
+        return None
+    keyless = f", and anybody may ask: set {_KEY} to a key that requests must bring"
+    return (
+        "warning: the network reaches this server, without encryption (no TLS)"
+        f"{'' if key_sha256 else keyless}"
+    )
 
 
 def find_hosts(host: str, allowed: Sequence[str]) -> frozenset[str] | None:

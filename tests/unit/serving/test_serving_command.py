@@ -13,7 +13,7 @@ from cluster.artifacts import Manifest, list_files
 from cluster.errors import UserError
 from cluster.storage import open_storage
 from serving.app import ServeOptions, TokayServer
-from serving.command import check_port, find_hosts, find_model, hash_key
+from serving.command import check_port, find_hosts, find_model, hash_key, network_warning
 from serving.protocol import RequestLimits
 
 SERVE_YAML = Path(__file__).parents[3] / "serving" / "serve.yaml"
@@ -105,6 +105,9 @@ def test_serve_yaml_builds_the_application() -> None:
     deployment = built._bound_deployment
     assert deployment.num_replicas == options.replicas == 2
     assert deployment.ray_actor_options["num_gpus"] == 0.5
+    # Without these, Serve lets any number of requests wait.
+    assert deployment.max_ongoing_requests == 4096
+    assert deployment.max_queued_requests == 1024
     with pytest.raises(ValidationError, match="batch_token"):
         ServeOptions.model_validate({**application["args"], "batch_token": 1})
 
@@ -119,6 +122,17 @@ def test_loopback_answers_to_its_own_names_and_those_allowed(host: str) -> None:
 def test_network_answers_to_any_name_unless_some_are_listed(host: str) -> None:
     assert find_hosts(host, []) is None
     assert "a.example" in (find_hosts(host, ["a.example"]) or ())
+
+
+def test_server_on_the_network_is_told_what_it_lacks() -> None:
+    for host in ("127.0.0.1", "localhost", "::1"):
+        assert network_warning(host, None) is None
+    keyless = network_warning("0.0.0.0", None) or ""
+    assert "no TLS" in keyless
+    assert "TOKAY_API_KEY" in keyless
+    with_key = network_warning("10.0.0.1", "ab" * 32) or ""
+    assert "no TLS" in with_key
+    assert "TOKAY_API_KEY" not in with_key
 
 
 @pytest.mark.parametrize("name", ["", "http://a.example", "a.example:80", "a b", "*", "[::1]"])

@@ -10,7 +10,7 @@ import pytest
 
 from actors.encoder import Encoder
 from cluster.artifacts import Manifest, list_files, write_shards
-from cluster.errors import UserError
+from cluster.errors import TokayError, UserError
 from cluster.storage import open_storage
 from serving.corpus import check_corpus, load_corpus
 
@@ -262,3 +262,15 @@ def test_nothing_to_serve_is_refused(encoder: Encoder, tmp_path: Path) -> None:
     for check in (check_corpus, lambda uri: load_corpus(uri, encoder)):
         with pytest.raises(UserError, match="empty"):
             check(str(tmp_path))
+
+
+def test_shards_outside_of_their_folder_are_not_read(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["secret"]}), tmp_path / "private.parquet")
+    (tmp_path / "run/index").mkdir(parents=True)
+    entry = {"path": "../../private.parquet", "num_bytes": 1, "sha256": "0" * 64, "num_rows": 1}
+    for path in ("../../private.parquet", "shards/../../../private.parquet"):
+        manifest = {"step": "index", "fingerprint": "f", "config": {}, "inputs": {}, "files": []}
+        manifest["files"] = [{**entry, "path": path}]
+        (tmp_path / "run/index/manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(TokayError):
+            check_corpus(str(tmp_path / "run/index"))
