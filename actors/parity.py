@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from actors.encoder import Encoder, PromptTemplates
 from actors.encoder_files import no_progress_bars, read_projection
+from actors.encoder_folder import read_folder
 
 SERVED = "the endpoint's passes"
 SENTENCE_TRANSFORMERS = "sentence-transformers"
@@ -157,10 +158,12 @@ def _by_transformers(
     """Embeds as a person would who has transformers alone: pooling written out, eager attention."""
     from transformers import AutoModel, AutoTokenizer
 
+    said = read_folder(Path(folder), trust_remote_code=trust_remote_code)
+    path = said.transformer
     with no_progress_bars():
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model = AutoModel.from_pretrained(
-            folder,
+            path,
             attn_implementation="eager",
             dtype=torch.float32,
             use_safetensors=True,
@@ -177,7 +180,7 @@ def _by_transformers(
             pooled = hidden[:, 0]
         else:
             pooled = hidden[torch.arange(len(texts)), mask.sum(1) - 1]
-        projection = read_projection(Path(folder), str(folder))
+        projection = read_projection(said, hidden.shape[-1])
         if projection is not None:
             pooled = projection(pooled)
         return functional.normalize(pooled, dim=-1).numpy()
