@@ -175,6 +175,11 @@ class Encoder:
         size = layers[-2].out_features if layers else cast(Any, self.model.config).hidden_size
         return int(cast(int, size))
 
+    def check_dimensions(self, dimensions: int) -> None:
+        """Raises UserError unless vectors can be cut to so many dimensions."""
+        if not 1 <= dimensions <= self.dimensions:
+            raise UserError(f"dimensions {dimensions}: accepted are 1 to {self.dimensions}")
+
     @property
     def device(self) -> torch.device:
         """Where the model's weights are."""

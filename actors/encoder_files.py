@@ -18,7 +18,13 @@ from torch.nn import functional
 
 from actors.encoder_folder import EncoderFolder
 from actors.encoder_format import MAX_TOKENS, Dense
-from actors.model_files import brief, check_no_pointer, check_safetensors, weight_files
+from actors.model_files import (
+    brief,
+    check_no_pointer,
+    check_safetensors,
+    read_object,
+    weight_files,
+)
 from actors.packing import first_position
 from actors.templates import PromptTemplates
 from cluster.errors import UserError
@@ -72,16 +78,13 @@ def local_folder(resolved: str, *, trust_remote_code: bool = False) -> Path:
         ) from error
 
 
-def load_transformer(
-    folder: EncoderFolder, *, dtype: torch.dtype, trust_remote_code: bool, eager: bool = False
-) -> Any:
+def load_transformer(folder: EncoderFolder, *, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """Loads the transformer of a folder, with every weight that it computes with.
 
     Args:
         folder: As read.
         dtype: Of the weights from now on.
         trust_remote_code: Run Python code that comes with the model.
-        eager: Attend by plain products.
 
     Raises:
         UserError: Weights are missing or broken, or it makes no states of tokens.
@@ -90,14 +93,10 @@ def load_transformer(
 
     path = folder.transformer
     weight_files(path)
-    options: dict[str, Any] = {"attn_implementation": "eager"} if eager else {}
     try:
         config: Any = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        if config.is_encoder_decoder or not isinstance(getattr(config, "hidden_size", None), int):
-            raise UserError(
-                f"{path / 'config.json'}: model_type {config.model_type!r}: accepted are encoders"
-                " (BERT and its like) and decoders (Qwen, Llama, Gemma) of texts"
-            )
+        if config.is_encoder_decoder:
+            raise _other_kind(path, config)
         with no_progress_bars():
             transformer, found = AutoModel.from_pretrained(
                 path,
@@ -106,20 +105,44 @@ def load_transformer(
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
-                **options,
+                ignore_mismatched_sizes=True,  # told below
             )
     except UserError:
         raise
     except Exception as error:  # transformers has none of its own, and the files are anybody's
         raise UserError(f"encoder {path} cannot be loaded: {brief(error)}") from error
     # transformers draws at random what it does not find. Nothing is computed with a pooler.
+    other = [f"{name} of shape {list(shape)}" for name, shape, _ in found["mismatched_keys"]]
     missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
-    if missing:
+    if other or missing:
         raise UserError(
-            f"{path}: its weights lack {len(missing)} of the model that config.json describes, such"
-            f" as {missing[0]}: fetch the model again"
+            f"{path}: its weights are not those of the model that config.json describes:"
+            f" {len(missing)} are missing and {len(other)} have other shapes, such as"
+            f" {[*missing, *other][0]}: fetch the model again"
         )
+    _try(transformer.eval(), path)
     return transformer
+
+
+def _try(transformer: Any, path: Path) -> None:
+    """Raises UserError unless a model makes a state of a token."""
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    try:
+        with torch.inference_mode():
+            output = transformer(input_ids=ids, attention_mask=torch.ones_like(ids))
+        shape = tuple(output.last_hidden_state.shape)
+        whole = shape == (1, 1, transformer.config.hidden_size)
+    except Exception as error:  # whatever a model of images says to tokens
+        raise _other_kind(path, transformer.config) from error
+    if not whole:
+        raise _other_kind(path, transformer.config)
+
+
+def _other_kind(path: Path, config: Any) -> UserError:
+    return UserError(
+        f"{path / 'config.json'}: model_type {brief(config.model_type)}: accepted are encoders"
+        " (BERT and its like) and decoders (Qwen, Llama, Gemma) of texts"
+    )
 
 
 def load_tokenizer(folder: EncoderFolder, transformer: Any, *, trust_remote_code: bool) -> Any:
@@ -154,12 +177,27 @@ def load_tokenizer(folder: EncoderFolder, transformer: Any, *, trust_remote_code
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if folder.settings.do_lower_case and not lowers_case(tokenizer):
         _lower_case(tokenizer, path)
-    types = tokenizer("a", return_token_type_ids=True).get("token_type_ids") or [0]
+    _check_tokens(tokenizer, path)
+    return tokenizer
+
+
+def _check_tokens(tokenizer: Any, path: Path) -> None:
+    """Raises UserError where a tokenizer's files do not say what becomes of a text."""
+    given = tokenizer("a", return_token_type_ids=True)
+    types = given.get("token_type_ids") or [0]
     if any(types) and "token_type_ids" in tokenizer.model_input_names:
         raise UserError(
             f"the tokenizer of {path} gives token types {brief(types, 60)}: accepted are zeros"
         )
-    return tokenizer
+    file = path / "tokenizer_config.json"
+    said = read_object(file)
+    for key, token in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token")):
+        added = getattr(tokenizer, f"{token}_id") in given["input_ids"]
+        if said.get(key) is True and not added:
+            raise UserError(
+                f"{file}: {key} true: the tokenizer adds no {getattr(tokenizer, token)!r}: write"
+                " the post_processor of its tokenizer.json anew, or take this key out"
+            )
 
 
 def read_max_tokens(
@@ -323,14 +361,16 @@ def _modules(folder: Path) -> list[tuple[str, Path]]:
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Keeps the bars of transformers, one for each file, off the console."""
+    """Keeps the bars of transformers, one for each file, and its reports off the console."""
     from transformers.utils import logging
 
-    enabled = logging.is_progress_bar_enabled()
+    enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if enabled:
             logging.enable_progress_bar()
 

@@ -199,7 +199,7 @@ def _own_templates(folder: Path, own: OwnSettings) -> PromptTemplates:
     try:
         return PromptTemplates(query=own.templates.query, passage=own.templates.passage)
     except ValueError as error:
-        raise UserError(f"{folder / 'tokay.json'}: {error}") from error
+        raise UserError(f"{folder / 'tokay.json'}: templates: {error}") from error
 
 
 def _prompts(path: Path, shared: Settings) -> PromptTemplates:

@@ -141,6 +141,8 @@ def _accepted(mistake: Any, keys: Sequence[str]) -> str:
     if kind == "extra_forbidden":
         known = f"; accepted keys are {', '.join(keys)}" if len(mistake["loc"]) == 1 else ""
         return f"a key that means nothing here, and may mean much{known}"
+    if kind == "none_required":
+        return "accepted is null"
     if kind == "missing":
         return "it is missing"
     message = str(mistake["msg"])

@@ -85,6 +85,8 @@ def check_parity(
         One agreement for each way, kind of text and number of dimensions.
     """
     export = Encoder.load(str(folder), device="cpu", trust_remote_code=trust_remote_code)
+    for size in dimensions:
+        export.check_dimensions(size)
     trained = trained or export
     known = [(each, _written(each, trained.templates, task)) for each in texts]
     # A tokenizer without special tokens makes nothing of nothing, and each library its own of that.

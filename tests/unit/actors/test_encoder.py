@@ -283,7 +283,7 @@ def test_unknown_module_is_refused(student: Encoder, tmp_path: Path):
     modules = json.loads((tmp_path / "modules.json").read_text())
     modules[2]["type"] = "sentence_transformers.models.LSTM"
     (tmp_path / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(UserError, match="LSTM.*accepted are Transformer"):
+    with pytest.raises(UserError, match=r"LSTM.*accepted are Transformer"):
         Encoder.load(str(tmp_path))
 
 
