@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from string import Formatter
 
 import numpy as np
 
@@ -167,13 +166,13 @@ class ServedModel:
             if limits.token_ids:
                 return
             raise ApiError(400, _NO_TOKEN_IDS, param=param)
-        templates = self.encoder.templates
-        template, other = {
-            None: ("{text}", ""),
-            "query": (templates.query, task or self._task),
-            "passage": (templates.passage, "none"),
+        templates, task = self.encoder.templates, task or self._task
+        around = {
+            None: 0,
+            "query": templates.query_chars("", task=task),
+            "passage": templates.passage_chars(""),
         }[role]
-        characters = formatted_characters(template, texts, other)
+        characters = sum(map(len, texts)) + len(texts) * around
         if characters > limits.max_characters:
             raise ApiError(
                 413,
@@ -275,21 +274,3 @@ class ServedModel:
             found = self.encoder.embed_tokens(rows, batch_tokens=self._pass_tokens)
             vectors: np.ndarray = found.float().cpu().numpy()
         return vectors
-
-
-def formatted_characters(template: str, texts: Sequence[str], other: str) -> int:
-    """Counts the characters of texts in a template, without writing them.
-
-    Args:
-        template: With ``{text}`` and perhaps another field.
-        texts: What stands for ``{text}``.
-        other: What stands for the other field.
-    """
-    total = 0
-    for literal, field, _, _ in Formatter().parse(template):
-        total += len(texts) * len(literal)
-        if field == "text":
-            total += sum(map(len, texts))
-        elif field is not None:
-            total += len(texts) * len(other)
-    return total
