@@ -27,11 +27,10 @@ from serving.protocol import RequestLimits
 _READY = """\
 {name} ({what}) answers at {url}   (Ctrl-C stops it)
   console  {url}/
-  curl     curl {url}/v1/embeddings -H 'content-type: application/json' \\
+  curl     curl {url}/v1/embeddings -H 'content-type: application/json'{header} \\
              -d '{{"model": "{name}", "input": "a text"}}'
-  python   openai.OpenAI(base_url="{url}/v1", api_key="-") \\
+  python   openai.OpenAI(base_url="{url}/v1", api_key={key}) \\
              .embeddings.create(model="{name}", input="a text")"""
-
 _KEY = "TOKAY_API_KEY"
 _KEY_CHARACTERS = 16
 _LIMITS = RequestLimits()
@@ -126,7 +125,15 @@ def serve(
         start(options, host=host, port=port)
         what = "embeddings and search" if corpus else "embeddings"
         shown = f"[{host}]" if ":" in host else host
-        typer.echo(_READY.format(name=options.name, what=what, url=f"http://{shown}:{port}"))
+        typer.echo(
+            _READY.format(
+                name=options.name,
+                what=what,
+                url=f"http://{shown}:{port}",
+                header=f' -H "authorization: Bearer ${_KEY}"' if key_sha256 else "",
+                key=f'os.environ["{_KEY}"]' if key_sha256 else '"-"',
+            )
+        )
         if warning := network_warning(host, key_sha256):
             typer.echo(warning, err=True)
         while True:

@@ -294,7 +294,7 @@ def _find(uri: str) -> tuple[Storage, list[str], Artifact | None]:
     folder, _, name = storage.uri.rpartition("/")  # perhaps one file
     if name.lower().endswith(_SUFFIXES) and open_storage(folder or "/").exists(name):
         return open_storage(folder or "/"), [name], None
-    raise UserError(f"corpus {uri!r} holds no passages: {ACCEPTED}")
+    raise UserError(f"corpus {uri!r} is not there, or holds no passages: {ACCEPTED}")
 
 
 def _is_data(path: str) -> bool:
