@@ -1,5 +1,6 @@
 """`tokay demo`: the small recipe from end to end, and one query sent to the finished endpoint."""
 
+import os
 import subprocess
 import sys
 import time
@@ -40,7 +41,9 @@ def _ask_endpoint(storage: str, console: Console) -> None:
     log = folder / "serve.log"
     console.print("[dim]starting the endpoint ...[/]")
     with log.open("w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output)
+        # It is asked without a key.
+        environment = {name: text for name, text in os.environ.items() if name != "TOKAY_API_KEY"}
+        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
         try:
             url = f"http://127.0.0.1:{port}"
             _wait(server, url, str(log))
