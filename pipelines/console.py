@@ -116,6 +116,7 @@ class JsonLines:
                 "step": step.name,
                 "num_rows": artifact.num_rows,
                 "num_rejects": artifact.num_rejects,
+                "num_duplicates": artifact.num_duplicates,
                 "seconds_s": artifact.manifest.seconds_s,
             }
         )
@@ -137,6 +138,8 @@ def _summary(artifact: Artifact) -> str:
         parts.append(f"{metrics['num_kept']:,} kept")
     if artifact.num_rejects:
         parts.append(f"{artifact.num_rejects:,} rejects")
+    if artifact.num_duplicates:
+        parts.append(f"{artifact.num_duplicates:,} duplicates")
     if "final_loss" in metrics:
         parts.append(f"loss {metrics['final_loss']:.3f}")
     if "parity_cosine" in metrics:
