@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cluster.errors import UserError
-from cluster.json_lines import is_text
+from pipelines.corpus.sources import is_text
 
 logger = logging.getLogger(__name__)
 

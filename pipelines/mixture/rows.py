@@ -12,9 +12,8 @@ import pyarrow.parquet as pq
 
 from cluster.artifacts import Json
 from cluster.errors import Reject, UserError
-from cluster.json_lines import is_text
 from cluster.storage import Storage, open_storage
-from pipelines.corpus.sources import read_jsonl
+from pipelines.corpus.sources import is_text, read_jsonl
 from pipelines.mixture.config import FIELDS, HUB, RUN_PASSAGES, LabelledSet
 
 if TYPE_CHECKING:
