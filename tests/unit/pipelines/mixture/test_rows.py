@@ -83,7 +83,7 @@ def test_hub_labels_are_read_by_their_names(
     [
         ("missing.jsonl", "does not exist: correct its path"),
         ("folder", "write hub:"),
-        ("a.csv", "is no .jsonl, .ndjson, .tsv, .parquet file"),
+        ("a.csv", "is no .jsonl, .ndjson, .tsv, .jsonl.gz, .ndjson.gz, .tsv.gz, .parquet"),
     ],
 )
 def test_set_that_cannot_be_found_is_named(tmp_path: Path, path: str, message: str) -> None:
