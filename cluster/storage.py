@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
 from cluster.errors import StorageError
+from cluster.parquet import parquet_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -342,23 +343,14 @@ def read_table(storage: Storage, path: str, columns: list[str] | None = None) ->
 
     Raises:
         FileNotFoundError: It is not there.
-        StorageError: It is not Parquet, or lacks a column.
+        StorageError: It is not Parquet, lacks a column, or has one of an extension type.
     """
-    import pyarrow as pa  # here, since encoders and training steps go without it
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(pa.BufferReader(storage.read_bytes(path)), columns=columns)
-    except (pa.ArrowInvalid, KeyError) as error:
-        raise StorageError(
-            f"{join(storage.uri, path)} is not a readable Parquet file with the columns"
-            f" {columns or 'expected'}: {str(error).splitlines()[0]}"
-        ) from error
+    return parquet_table(storage.read_bytes(path), columns, join(storage.uri, path))
 
 
 def write_table(storage: Storage, path: str, table: pa.Table) -> int:
     """Writes one Parquet file atomically and returns its bytes."""
-    import pyarrow as pa
+    import pyarrow as pa  # here, since encoders and training steps go without it
     import pyarrow.parquet as pq
 
     sink = pa.BufferOutputStream()

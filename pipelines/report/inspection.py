@@ -8,9 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.artifacts import Json
-from cluster.errors import UserError
+from cluster.errors import UserError, excerpt
 from pipelines.report.examples import ORDERS, describe_examples
-from pipelines.report.run_folder import excerpt, open_run_folder
+from pipelines.report.run_folder import open_run_folder
 
 TEXT_CHARACTERS = 100
 

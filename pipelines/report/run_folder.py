@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import yaml
 
 from cluster.artifacts import Artifact
-from cluster.errors import UserError
+from cluster.errors import UserError, excerpt
 from cluster.storage import Storage, join, open_storage
 from pipelines.graph import TITLES
 
@@ -127,9 +127,3 @@ def _find(passages: Artifact | None, key: str, wanted: Iterable[str]) -> dict[st
                 "text": excerpt(row["text"], EXCERPT_CHARACTERS),
             }
     return found
-
-
-def excerpt(text: str, max_characters: int) -> str:
-    """Returns the text on one line, cut at `max_characters`."""
-    line = " ".join(text.split())
-    return line if len(line) <= max_characters else line[: max_characters - 1].rstrip() + "…"

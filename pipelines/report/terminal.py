@@ -7,8 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.artifacts import Json
+from cluster.errors import excerpt
 from pipelines.report.page import MODEL_NAMES
-from pipelines.report.run_folder import excerpt
 
 RESULT_CHARACTERS = 160
 
