@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.errors import ArtifactError, Reject
+from cluster.plain_json import dump_json
 from cluster.storage import Storage, join, open_storage, read_table, write_table
 
 MANIFEST = "manifest.json"
@@ -49,7 +50,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Returns the manifest as indented JSON."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
+        return dump_json(asdict(self), indent=1, sort_keys=True).encode()
 
     @classmethod
     def from_json(cls, content: bytes, uri: str) -> "Manifest":

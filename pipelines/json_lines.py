@@ -1,0 +1,69 @@
+"""Lines that strangers wrote, of text or of JSON: each one, or the reason why it cannot be read."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
+
+from cluster.errors import Reject, UserError
+
+GZIP = ".gz"
+_SHOWN = 200  # characters of a line that a reject keeps
+
+
+def unpacked(stream: IO[bytes], place: str) -> Iterator[bytes]:
+    r"""Yields the lines of a file, which end at ``\n`` alone; of a ``.gz``, of what it holds.
+
+    Args:
+        stream: The file; closed at the end.
+        place: Its name.
+
+    Raises:
+        UserError: It cannot be unpacked.
+    """
+    with stream:
+        if not place.endswith(GZIP):
+            yield from stream
+            return
+        try:
+            with gzip.open(stream) as content:
+                yield from content
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{place} cannot be unpacked: {error}; pack it again") from error
+
+
+def text_lines(lines: Iterable[bytes], place: str) -> Iterator[tuple[str, str] | Reject]:
+    """Yields ``file:line`` and each line without its end; blank ones are left out."""
+    for number, line in enumerate(lines, start=1):
+        where = f"{place}:{number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            yield where, "not UTF-8", line[:_SHOWN].decode("utf-8", "replace")
+            continue
+        if text.strip():
+            yield where, text.rstrip("\r\n")
+
+
+def json_lines(lines: Iterable[bytes], place: str) -> Iterator[tuple[str, Any] | Reject]:
+    """Yields ``file:line`` and the JSON value of each line that is not blank."""
+    for row in text_lines(lines, place):
+        if len(row) == 3:
+            yield row
+            continue
+        where, line = row
+        try:
+            value = json.loads(line)
+            if "\\u" in line:
+                json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            yield where, "half a character", line[:_SHOWN]
+        except ValueError:
+            yield where, "malformed JSON", line[:_SHOWN]
+        except RecursionError:
+            yield where, "JSON nested too deep", line[:_SHOWN]
+        else:
+            yield where, value
