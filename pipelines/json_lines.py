@@ -1,12 +1,11 @@
-"""Lines that strangers wrote, of text or of JSON: each one, or the reason why it cannot be read."""
+"""Lines of files that strangers wrote, perhaps packed: each one, or why it cannot be read."""
 
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import IO, Any
+from typing import IO
 
 from cluster.errors import Reject, UserError
 
@@ -46,24 +45,3 @@ def text_lines(lines: Iterable[bytes], place: str) -> Iterator[tuple[str, str] |
             continue
         if text.strip():
             yield where, text.rstrip("\r\n")
-
-
-def json_lines(lines: Iterable[bytes], place: str) -> Iterator[tuple[str, Any] | Reject]:
-    """Yields ``file:line`` and the JSON value of each line that is not blank."""
-    for row in text_lines(lines, place):
-        if len(row) == 3:
-            yield row
-            continue
-        where, line = row
-        try:
-            value = json.loads(line)
-            if "\\u" in line:
-                json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            yield where, "half a character", line[:_SHOWN]
-        except ValueError:
-            yield where, "malformed JSON", line[:_SHOWN]
-        except RecursionError:
-            yield where, "JSON nested too deep", line[:_SHOWN]
-        else:
-            yield where, value

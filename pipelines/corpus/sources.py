@@ -5,9 +5,8 @@ what the recipe says, or a file of it that is not what its name says, is the use
 read and what is not stands in docs/what-is-read.md.
 """
 
-import gzip
+import io
 import reprlib
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
@@ -24,6 +23,7 @@ from cluster.json_lines import json_lines
 from cluster.parquet import open_parquet, parquet_batches
 from cluster.storage import Storage, open_storage
 from pipelines.corpus.passages import Document
+from pipelines.json_lines import GZIP, unpacked
 
 PYTHON_DOCUMENTATION = "python-documentation"
 
@@ -119,8 +119,8 @@ class Corpus:
             return
         self._names.clear()
         for file in self.files:
-            read = {"parquet": self._parquet, "text": self._text}.get(_format(file), self._jsonl)
-            yield from read(file)
+            read = {"parquet": self._parquet, "text": self._text, "jsonl": self._jsonl}
+            yield from read[_FORMATS[_suffix(file)]](file)
         self._check_fields()
 
     def _check_files(self) -> None:
@@ -164,7 +164,7 @@ class Corpus:
         )
 
     def _jsonl(self, file: str) -> Iterator[Document | Reject]:
-        for row in read_jsonl(self.storage, file):
+        for row in json_lines(self._lines(file), _name(file)):
             if len(row) == 3:
                 yield row
             elif isinstance(row[1], dict):
@@ -198,11 +198,14 @@ class Corpus:
     def _text(self, file: str) -> Iterator[Document | Reject]:
         name = _name(file)
         try:
-            text = _content(self.storage, file).decode("utf-8-sig")
+            text = b"".join(self._lines(file)).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             yield name, "not UTF-8", f"byte {error.start} of {name}"
             return
-        yield Document(name=name, title=PurePosixPath(name.removesuffix(".gz")).stem, text=text)
+        yield Document(name=name, title=PurePosixPath(name.removesuffix(GZIP)).stem, text=text)
+
+    def _lines(self, file: str) -> Iterator[bytes]:
+        return unpacked(io.BytesIO(self.storage.read_bytes(file)), _name(file))
 
     @property
     def _id_fields(self) -> list[str]:
@@ -224,15 +227,6 @@ class Corpus:
         if not isinstance(text, str):
             return name, f"no text in field {self.config.text_field!r}", _short(row)
         return Document(name=name, title=title, text=text)
-
-
-def read_jsonl(storage: Storage, path: str) -> Iterator[tuple[str, Any] | Reject]:
-    """Yields the place and the value of each line of JSON, or why it could not be read.
-
-    Raises:
-        UserError: The file's name ends in .gz, and it is no whole gzip file.
-    """
-    return json_lines(_content(storage, path), _name(path))
 
 
 _FORMATS = {
@@ -258,12 +252,12 @@ _ABOUT = ("readme", "license", "licence", "copying", "notice", "citation", "chan
 
 def _suffix(file: str) -> str:
     """Returns the end of a file's name that says what it holds, in lower case."""
-    return PurePosixPath(file.lower().removesuffix(".gz")).suffix or PurePosixPath(file).suffix
+    return PurePosixPath(file.removesuffix(GZIP).lower()).suffix or PurePosixPath(file).suffix
 
 
 def _format(file: str) -> str | None:
     suffix = _suffix(file)
-    compressed = file.lower().endswith(".gz") and suffix == ".parquet"
+    compressed = file.endswith(GZIP) and suffix == ".parquet"
     return None if compressed else _FORMATS.get(suffix)
 
 
@@ -277,7 +271,7 @@ def _is_passages(file: str) -> bool:
 
 
 def _is_beir(files: list[str]) -> bool:
-    names = {PurePosixPath(file).name.removesuffix(".gz") for file in files}
+    names = {PurePosixPath(file).name.removesuffix(GZIP) for file in files}
     return {"corpus.jsonl", "queries.jsonl"} <= names
 
 
@@ -293,7 +287,9 @@ def _choose(files: list[str], format_: str) -> list[str]:
         chosen = [file for file in files if _format(file) == format_]
     # Of a file and its compressed copy one is enough.
     plain = set(chosen)
-    return [file for file in chosen if not file.endswith(".gz") or file[:-3] not in plain]
+    return [
+        file for file in chosen if not file.endswith(GZIP) or file.removesuffix(GZIP) not in plain
+    ]
 
 
 def _find(path: str) -> tuple[Storage, list[str]]:
@@ -312,17 +308,6 @@ def _find(path: str) -> tuple[Storage, list[str]]:
 def _is_hidden(file: str) -> bool:
     """Says whether a system put it there: `.DS_Store`, AppleDouble's `._part.parquet`."""
     return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(file).parts)
-
-
-def _content(storage: Storage, file: str) -> bytes:
-    """Returns what a file holds; of a .gz file what it was made from."""
-    content = storage.read_bytes(file)
-    if not file.lower().endswith(".gz"):
-        return content
-    try:
-        return gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{excerpt(file)} is no whole gzip file ({error}): mend it") from error
 
 
 def _name(file: str) -> str:

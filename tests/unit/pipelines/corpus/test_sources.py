@@ -36,11 +36,8 @@ def test_jsonl_gives_documents_and_a_reject_for_each_bad_line(tmp_path: Path) ->
         Document(name="7", title="", text="last"),
     ]
     assert [(d[0], d[1]) for d in found if isinstance(d, tuple)] == [
-        (
-            "x.jsonl:2",
-            "malformed JSON (Expecting property name enclosed in double quotes at character 1)",
-        ),
-        ("x.jsonl:3", "not UTF-8 (byte 25)"),
+        ("x.jsonl:2", "malformed JSON"),
+        ("x.jsonl:3", "not UTF-8"),
         ("c", "no text in field 'text'"),
         ("x.jsonl:5", "not a JSON object"),
     ]
@@ -156,7 +153,7 @@ def test_compressed_files_are_read_instead_of_plain_ones_and_not_beside_them(
     assert documents(tmp_path / "note.txt.gz") == [note]
     (tmp_path / "corpus.jsonl").unlink()
     (tmp_path / "corpus.jsonl.gz").write_bytes(gzip.compress(line)[:-9])
-    with pytest.raises(UserError, match=r"corpus\.jsonl\.gz is no whole gzip file"):
+    with pytest.raises(UserError, match=r"corpus\.jsonl\.gz cannot be unpacked"):
         documents(tmp_path)
 
 

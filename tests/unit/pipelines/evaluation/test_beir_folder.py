@@ -97,9 +97,13 @@ def test_beir_folder_without_header_keeps_its_first_judgement(tmp_path: Path) ->
         ),
         ("qrels/test.tsv", "q1\tp1\t0\nq2\tp2\t-1\n", "no passage is relevant"),
         ("corpus.jsonl", "[" * 99999, "corpus.jsonl:1: JSON nested too deep"),
-        ("corpus.jsonl", '{"_id": ' + "9" * 5000 + "}", "corpus.jsonl:1: malformed JSON"),
-        ("corpus.jsonl", '{"_id": NaN, "text": "a"}', 'corpus.jsonl:1: no "_id"'),
-        ("queries.jsonl", '{"_id": "q1", "text": "\\ud83d"}', "queries.jsonl:1: half a character"),
+        ("corpus.jsonl", '{"_id": ' + "9" * 5000 + "}", "corpus.jsonl:1: a whole number of"),
+        ("corpus.jsonl", '{"_id": NaN, "text": "a"}', "corpus.jsonl:1: NaN is no number"),
+        (
+            "queries.jsonl",
+            '{"_id": "q1", "text": "\\ud83d"}',
+            "queries.jsonl:1: half of a surrogate pair",
+        ),
     ],
 )
 def test_beir_folder_with_a_mistake_names_file_line_and_mend(

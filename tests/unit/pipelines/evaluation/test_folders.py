@@ -117,7 +117,12 @@ def test_folder_of_candidates_is_read_without_queries_that_rank_nothing(tmp_path
             "each text of split 'test' has a label of its own",
         ),
         ("sts", "test.tsv", [PAIRS[1], PAIRS[1]], "split 'test' has one score alone"),
-        ("clustering", "test.jsonl", ['{"text": "\\ud83d"}'], "test.jsonl:1: half a character"),
+        (
+            "clustering",
+            "test.jsonl",
+            ['{"text": "\\ud83d"}'],
+            "test.jsonl:1: half of a surrogate pair",
+        ),
         ("pairs", "test.tsv", [PAIRS[1]], "test.tsv:1: score 4.5: a pair's is 0 or 1"),
         ("clustering", "test.jsonl", ["{"], "test.jsonl:1: malformed JSON"),
         ("clustering", "test.jsonl", [{"text": "a"}], 'test.jsonl:1: write {"text"'),
