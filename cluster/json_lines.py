@@ -9,7 +9,7 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from cluster.errors import Reject, UserError, excerpt
@@ -42,20 +42,21 @@ def parse_json(content: bytes) -> Any:
     except RecursionError as error:
         raise ValueError(_TOO_DEEP) from error
     except ValueError as error:  # Python's own limit
-        raise ValueError("malformed JSON (a whole number of thousands of digits)") from error
+        raise ValueError("a whole number of thousands of digits") from error
 
 
-def json_lines(content: bytes, place: str) -> Iterator[tuple[str, Any] | Reject]:
+def json_lines(content: bytes | Iterable[bytes], place: str) -> Iterator[tuple[str, Any] | Reject]:
     r"""Yields the place and the value of each line of JSON, or why it could not be read.
 
     Only ``\n`` ends a line, as JSON Lines has it: U+0085 and U+2028 may stand in a text. Blank
     lines are passed over, but counted.
 
     Args:
-        content: The file.
+        content: The file, or its lines.
         place: Its name; the lines are ``place:1`` and so on.
     """
-    for number, line in enumerate(io.BytesIO(content), start=1):
+    lines = io.BytesIO(content) if isinstance(content, bytes) else content
+    for number, line in enumerate(lines, start=1):
         line = line.strip(b" \t\r\n")
         if not line or line == b"\xef\xbb\xbf":
             continue
@@ -67,7 +68,8 @@ def json_lines(content: bytes, place: str) -> Iterator[tuple[str, Any] | Reject]
         except RecursionError:
             yield where, _TOO_DEEP, line[:_SHOWN].decode("utf-8", "replace")
         except ValueError as error:
-            yield where, str(error)[:_SHOWN], line[:_SHOWN].decode("utf-8", "replace")
+            reason = str(error).partition(" (")[0]  # where in the line would part equal reasons
+            yield where, reason[:_SHOWN], line[:_SHOWN].decode("utf-8", "replace")
         else:
             yield where, value
 
@@ -106,4 +108,4 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> float:
-    raise _Unaccepted(f"malformed JSON ({name} is no number)")
+    raise _Unaccepted(f"{name} is no number")

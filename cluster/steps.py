@@ -22,7 +22,7 @@ from cluster.artifacts import (
     library_versions,
     list_files,
 )
-from cluster.errors import TooManyRejects, UserError
+from cluster.errors import DUPLICATES, TooManyRejects, UserError
 from cluster.storage import LocalStorage, Storage, join, open_storage
 
 BEGUN = "work/begun.json"
@@ -59,7 +59,8 @@ class Step:
         config: Everything that changes the artifact's content, as JSON.
         inputs: Names of the steps it reads.
         work: Makes the artifact's files in `context.storage`; returns metrics for the manifest.
-        max_reject_share: The step fails when a larger share of its rows is refused.
+        max_reject_share: The step fails when a larger share of its rows, duplicates left out, is
+            refused.
     """
 
     name: str
@@ -200,11 +201,12 @@ class Run:
         artifact = Artifact(storage, manifest)
         num_all = artifact.num_rows + artifact.num_rejects
         if artifact.num_rejects > step.max_reject_share * num_all:
-            rejects = artifact.rejects()
+            rows = artifact.rejects().to_pylist()
+            rejects = [tuple(row.values()) for row in rows if row["reason"] not in DUPLICATES]
             raise TooManyRejects.of(
                 step.name,
-                Counter(rejects["reason"].to_pylist()),
-                [tuple(row.values()) for row in rejects.slice(0, 3).to_pylist()],
+                Counter(reason for _, reason, _ in rejects),
+                rejects[:3],
                 f"accepted is a share of {step.max_reject_share} of {num_all}: look at"
                 f" {join(storage.uri, 'rejects')}, mend the input or raise max_reject_share",
             )

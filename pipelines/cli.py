@@ -1,6 +1,5 @@
 """The `tokay` command."""
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.errors import TokayError
+from cluster.plain_json import dump_json
 
 app = typer.Typer(
     name="tokay",
@@ -329,7 +329,7 @@ def version_command() -> None:
 
 
 def _print_json(document: object) -> None:
-    print(json.dumps(document, indent=1))
+    print(dump_json(document, indent=1))
 
 
 def _print_rows(rows: list[dict[str, object]], as_json: bool) -> None:

@@ -1,6 +1,5 @@
 """What a person sees while a run is under way: one line a step, live on a terminal."""
 
-import json
 import time
 from typing import Any
 
@@ -8,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from cluster.artifacts import Artifact
+from cluster.plain_json import dump_json
 from cluster.steps import Step
 from pipelines.graph import TITLES
 
@@ -116,6 +116,7 @@ class JsonLines:
                 "step": step.name,
                 "num_rows": artifact.num_rows,
                 "num_rejects": artifact.num_rejects,
+                "num_duplicates": artifact.num_duplicates,
                 "seconds_s": artifact.manifest.seconds_s,
             }
         )
@@ -125,7 +126,7 @@ class JsonLines:
 
 
 def _print(row: dict[str, Any]) -> None:
-    print(json.dumps(row), flush=True)
+    print(dump_json(row), flush=True)
 
 
 def _summary(artifact: Artifact) -> str:
@@ -137,7 +138,9 @@ def _summary(artifact: Artifact) -> str:
         parts.append(f"{metrics['num_kept']:,} kept")
     if artifact.num_rejects:
         parts.append(f"{artifact.num_rejects:,} rejects")
-    if "final_loss" in metrics:
+    if artifact.num_duplicates:
+        parts.append(f"{artifact.num_duplicates:,} duplicates")
+    if metrics.get("final_loss") is not None:
         parts.append(f"loss {metrics['final_loss']:.3f}")
     if "parity_cosine" in metrics:
         parts.append(f"parity {metrics['parity_cosine']:.5f}")

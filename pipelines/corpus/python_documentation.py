@@ -15,12 +15,13 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageMetadata, distributions
 from operator import attrgetter
 from types import ModuleType
 
-from pipelines.corpus.passages import Document, clean, num_words
+from pipelines.corpus.passages import Document, clean
+from pipelines.words import num_words
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,13 @@ _VERSION_REMARK = re.compile(
 )
 _HEADING = re.compile(r"^(\S.*)\n([=\-*~^#+])\2{2,}[ \t]*$", re.MULTILINE)
 
+_DOCTEST = re.compile(r"^[ \t]*>>>.*(?:\n[ \t]*\S.*)*", re.MULTILINE)
+_RULE = re.compile(r"^[ \t]*([=\-*~^#_+])\1{2,}[ \t]*$", re.MULTILINE)
+_ROLE = re.compile(r":[a-z][a-z:+.-]*:`~?([^`<]+?)(?:\s*<[^`>]*>)?`")
+_LITERAL = re.compile(r"(?<![`\w])(`{1,2})([^`\n]+)\1_{0,2}(?![`\w])")
+_CITATION = re.compile(r"[ \t]*\[(?:\d+|#\w*|\*)\]_(?!\w)")
+_EMPHASIS = re.compile(r"(?<![\w*])(\*{1,2})(\w[^*\n]{0,60}?)\1(?![\w*])")
+
 _DEFINED = re.compile(r"^((?:(?:class )?[\w.]+(?:\(.*\))?\n)+)\n(?=   \S)", re.MULTILINE)
 """Terms on lines of their own, before the indented text that defines them."""
 
@@ -126,6 +134,12 @@ def python_documentation() -> Iterator[Document]:
 
 
 def _documents() -> Iterator[Document]:
+    for document in _entries_in_order():
+        # Once more over the whole text, for mark-up that a line's end parted.
+        yield replace(document, title=_plain(document.title), text=_plain(document.text))
+
+
+def _entries_in_order() -> Iterator[Document]:
     yield from _language_reference()
     seen: set[int] = set()
     for shelf in _SHELVES:
@@ -266,12 +280,19 @@ def _prose(text: str) -> list[str]:
         dropped = _DROPPED_DIRECTIVE.match(lines[0])
         hidden_below = indent if dropped or lines[-1].rstrip().endswith("::") else None
         if not dropped and not _VERSION_REMARK.match(lines[0]) and not _is_code(lines):
-            kept += clean(_DIRECTIVE.sub("", "\n".join(lines))).split("\n\n")
+            kept += _plain(_DIRECTIVE.sub("", "\n".join(lines))).split("\n\n")
     return [
         re.sub("::$", ":", paragraph)
         for paragraph in kept
         if paragraph and not paragraph.startswith("Read more in the")
     ]
+
+
+def _plain(text: str) -> str:
+    """Cleaned text without doctest sessions, heading rules and the mark-up around words."""
+    text = _RULE.sub("", _DOCTEST.sub("", text))
+    text = _EMPHASIS.sub(r"\2", _LITERAL.sub(r"\2", _ROLE.sub(r"\1", text)))
+    return clean(_CITATION.sub("", text))
 
 
 def _is_code(lines: list[str]) -> bool:

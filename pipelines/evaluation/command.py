@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.errors import UserError
+from cluster.plain_json import dump_json
 from pipelines.encoders import EncoderConfig, load_encoder
 from pipelines.evaluation.bootstrap import Estimate
 from pipelines.evaluation.compare import averages, compare
@@ -125,6 +125,8 @@ def run_eval(
             "nothing to measure on: give a folder (--beir, --sts, --pairs, --classification, "
             "--clustering, --rerank) or --mteb NAME"
         )
+    if options.results is not None:
+        _check_folder(options.results)
     known = [(each.name, each.kind, each.split) for each in test_sets]
     for name, *_ in (each for each in known if known.count(each) > 1):
         raise UserError(f"two test sets are called {name!r}: give each once, by its own name")
@@ -154,11 +156,26 @@ def run_eval(
                     )
     rows = [result.to_json(items=False) for result in results]
     compared, means = compare(results), averages(results)
+    notes = {each.name: list(each.notes) for each in data if getattr(each, "notes", ())}
     if options.as_json:
-        print(json.dumps({"results": rows, "differences": compared, "averages": means}, indent=2))
+        found = {"results": rows, "differences": compared, "averages": means, "notes": notes}
+        print(dump_json(found, indent=2))
     else:
         _print_tables(results, compared, means)
+        for dataset, told in notes.items():
+            Console(soft_wrap=True).print(Text(f"{dataset}: {'; '.join(told)}", style="dim"))
     return rows
+
+
+def _check_folder(results: Path) -> None:
+    """Makes the folder of results; raises UserError where there can be none."""
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it is a file" if results.is_file() else error.strerror
+        raise UserError(
+            f"--results {results} can be no folder ({reason}); give a new one, or mteb's"
+        ) from error
 
 
 def _identify(name: str, location: Location, encoder: TextEncoder) -> ModelIdentity:
@@ -210,7 +227,7 @@ def _short_name(model: str) -> str:
 def _progress(*, shown: bool) -> Iterator[Callable[[str, int | None], Callable[[int], None]]]:
     """Yields a function that begins a bar, ``(what, texts) -> advance``."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(
         *columns,
         TimeElapsedColumn(),
@@ -240,8 +257,13 @@ def _print_tables(
         console.print(Text.assemble("\n", (dataset, "bold"), f"  {task_type}  ", (size, "dim")))
         console.print(_scores(measured))
         for row in compared:
-            if row["dataset"] == dataset and row["metric"] == measured[0].metric:
+            same = row["dataset"] == dataset and row["metric"] == measured[0].metric
+            if same and row["difference"] is not None:
                 console.print(_difference(row))
+        for result in measured:
+            if result.reason:
+                told = f"{result.model} ({result.dimensions}) has no score: {result.reason}"
+                console.print(Text(told), soft_wrap=True)
     if any(not _unknown(result.score) for result in results):
         console.print("In brackets: 95 % bootstrap intervals.", style="dim")
     if any(result.seen for result in results):
@@ -261,7 +283,7 @@ def _scores(results: Sequence[Result]) -> Table:
         speed = f"{result.texts_per_s:,.0f}" if result.texts_per_s else ""
         name = result.model + ("*" if result.seen else "")
         estimates = [_show(result.estimates[metric]) for metric in shown]
-        table.add_row(name, str(result.dimensions), *estimates, speed)
+        table.add_row(Text(name), str(result.dimensions), *estimates, speed)
     return table
 
 
@@ -283,7 +305,7 @@ def _means(means: Sequence[Mapping[str, Any]]) -> Table:
         figures = [row["types"].get(name) for name in types]
         figures += [row["mean_task"], row["mean_task_type"]]
         shown = ["" if figure is None else f"{figure:.3f}" for figure in figures]
-        table.add_row(row["model"], str(row["dimensions"]), *shown)
+        table.add_row(Text(row["model"]), str(row["dimensions"]), *shown)
     return table
 
 
@@ -296,6 +318,8 @@ def _unknown(estimate: Estimate) -> bool:
 
 
 def _show(estimate: Estimate) -> Text:
+    if estimate.mean != estimate.mean:
+        return Text("none")
     if _unknown(estimate):
         return Text(f"{estimate.mean:.3f}")
     interval = f"[{estimate.low:.3f}, {estimate.high:.3f}]"

@@ -58,6 +58,7 @@ def make_task(data: TestData) -> Any:
     task = type("LocalTask", (base,), {"metadata": metadata})()
     if isinstance(data, RetrievalDataset):
         task.dataset = {"default": {data.split: _retrieval_split(data)}}
+        task.ignore_identical_ids = data.leaves_out_own
     else:
         _load_labelled(task, data)
     task.data_loaded = True

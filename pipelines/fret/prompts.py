@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from actors.pair_scores import ScoringPrompt
 from cluster.errors import UserError
-from pipelines.corpus.passages import num_words
+from pipelines.words import compared_words, num_words
 
 MIN_QUERY_WORDS = 3
 MAX_QUERY_WORDS = 40
@@ -28,7 +28,6 @@ _NAMES_THE_PASSAGE = re.compile(
     r"(?:passage|text|article|document|paragraph|excerpt|author)\b",
     re.IGNORECASE,
 )
-_WORD = re.compile(r"\w+")
 
 
 class _Part(BaseModel):
@@ -198,8 +197,8 @@ def unfit(query: str, passage: str) -> str | None:
     """Says why a query does not suit the passage that it was written from, or None."""
     if _NAMES_THE_PASSAGE.search(query) and not _NAMES_THE_PASSAGE.search(passage):
         return "names the passage"
-    words = _WORD.findall(query.casefold())
-    text = f" {' '.join(_WORD.findall(passage.casefold()))} "
+    words = compared_words(query)
+    text = f" {' '.join(compared_words(passage))} "
     for start in range(len(words) - MAX_COPIED_WORDS + 1):
         if f" {' '.join(words[start : start + MAX_COPIED_WORDS])} " in text:
             return "copies its passage"

@@ -1,8 +1,7 @@
 """The report of a run: a page that a person likes to read, and the same figures for a program."""
 
-import json
-
 from cluster.artifacts import Json
+from cluster.plain_json import dump_json
 from cluster.storage import join
 from pipelines.report.collect import collect
 from pipelines.report.page import render_page
@@ -28,5 +27,5 @@ def write_report(run_uri: str) -> dict[str, Json]:
     run = open_run_folder(run_uri)
     document = {**collect(run), "html": join(run.storage.uri, PAGE)}
     run.storage.write_bytes(PAGE, render_page(document, run.recipe_text).encode("utf-8", "replace"))
-    run.storage.write_bytes(DOCUMENT, json.dumps(document, indent=1).encode())
+    run.storage.write_bytes(DOCUMENT, dump_json(document, indent=1).encode())
     return document

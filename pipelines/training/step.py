@@ -6,6 +6,7 @@ from cluster.artifacts import Json
 from cluster.steps import StepContext
 from cluster.storage import join
 from pipelines.training.config import TrainingConfig
+from pipelines.training.metrics import recent_loss
 from pipelines.training.train import train
 from pipelines.training.validation import WatchedSet
 
@@ -40,8 +41,7 @@ def train_student(
         progress=context.progress,
         trust_remote_code=trust_remote_code,
     )
-    tail = [row["loss"] for row in rows[-20:]]
-    metrics = {"num_batches": len(rows), "final_loss": round(sum(tail) / len(tail), 4)}
+    metrics = {"num_batches": len(rows), "final_loss": round(recent_loss(rows), 4)}
     if "gradient_cache_tokens" in rows[-1]:
         metrics["gradient_cache_tokens"] = rows[-1]["gradient_cache_tokens"]
     return metrics

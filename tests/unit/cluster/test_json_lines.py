@@ -47,8 +47,8 @@ def test_line_that_is_no_text_is_a_reject_and_the_next_is_read() -> None:
     found = list(json_lines(b"\n".join(lines), "f"))
     reasons = {row[0]: row[1] for row in found if len(row) == 3}
     assert reasons["f:1"] == "half of a surrogate pair, which is no character"
-    assert reasons["f:3"].startswith("malformed JSON")
-    assert reasons["f:4"] == "not UTF-8 (byte 0)"
+    assert reasons["f:3"] == "malformed JSON"
+    assert reasons["f:4"] == "not UTF-8"
     assert reasons["f:5"] == "JSON nested too deeply"
     assert [row for row in found if len(row) == 2 and row[0] != "f:7"] == [
         ("f:2", "🦎"),

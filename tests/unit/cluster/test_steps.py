@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from cluster.artifacts import Artifact, write_rejects, write_shards
-from cluster.errors import ArtifactError, StorageError, TooManyRejects, UserError
+from cluster.errors import DUPLICATES, ArtifactError, StorageError, TooManyRejects, UserError
 from cluster.steps import Run, Step, StepContext
 from cluster.storage import open_storage
 
@@ -149,6 +149,23 @@ def test_too_many_rejects_fail_the_step_with_the_commonest_reason(tmp_path: Path
         Run(str(tmp_path), [step(0.4)]).execute(Listener())
     artifact = Run(str(tmp_path), [step(0.5)]).execute(Listener())["s"]
     assert artifact.rejects()["reason"].to_pylist() == ["empty", "empty", "long"]
+
+
+def test_duplicates_are_rejects_that_stop_no_step(tmp_path: Path) -> None:
+    def refuse(context: StepContext) -> dict[str, object]:
+        write(context)
+        repeats = [("x", reason, "") for reason in DUPLICATES] * 50
+        write_rejects(context.storage, [*repeats, ("y", "empty", "")])
+        return {"num_duplicates": len(repeats)}
+
+    def step(share: float) -> Step:
+        return Step(name="s", config={}, inputs=(), work=refuse, max_reject_share=share)
+
+    with pytest.raises(TooManyRejects, match=r"refused 1 rows, mostly 'empty' \(1\), and"):
+        Run(str(tmp_path), [step(0.1)]).execute(Listener())
+    artifact = Run(str(tmp_path), [step(0.5)]).execute(Listener())["s"]
+    assert (artifact.num_rejects, artifact.num_duplicates) == (1, 100)
+    assert artifact.rejects().num_rows == 101
 
 
 def test_run_works_on_s3(bucket: str) -> None:
