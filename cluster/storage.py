@@ -174,6 +174,10 @@ class LocalStorage:
             names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
         yield from (name for name in names if not name.endswith(".unfinished"))
 
+    def make(self) -> None:
+        """Makes the folder and its parents, where they are missing."""
+        _make_folder(self.folder)
+
     def symbolic_link(self) -> Path | None:
         """Returns a symbolic link that lies in the folder, or None."""
         with self._place("") as top:

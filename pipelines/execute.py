@@ -44,27 +44,29 @@ def execute(
             return True
         return not fresh and Artifact.open(open_storage(join(uri, step))) is not None
 
-    refuse_unfit(recipe, needless=needless)  # before anything starts, or is paid for
     run = build_run(recipe, uri)
-    if fresh:
-        for step in run.steps:
-            run.step_storage(step).delete("")
-    if not rebuild:
-        run.check_configuration(run.steps)
-    storage = run.storage
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    storage.write_bytes(RECIPE, text.encode())
-    if not as_json:
-        console.print(f"[bold]{recipe.name}[/] in {storage.uri}", soft_wrap=True)
-    if any(run.state(step) != "done" for step in run.steps):
+    run.check_folder()
+    run.steps_until(until)
+    refuse_unfit(recipe, needless=needless)  # before anything starts, is paid for or is deleted
+    with run.alone():
+        if not (fresh or rebuild):
+            run.check_configuration(run.steps)
+        storage = run.storage
         if not as_json:
-            console.print("[dim]starting Ray ...[/]")
-        connect(log_folder(storage))
-    if as_json:
-        artifacts = run.execute(JsonLines(), until=until, rebuild=rebuild)
-    else:
-        with RunConsole(console) as listener:
-            artifacts = run.execute(listener, until=until, rebuild=rebuild)
+            console.print(f"[bold]{recipe.name}[/] in {storage.uri}", soft_wrap=True)
+        if fresh or any(run.state(step) != "done" for step in run.steps):
+            if not as_json:
+                console.print("[dim]starting Ray ...[/]")
+            connect(log_folder(storage))
+        if fresh:
+            run.delete_steps()
+        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+        storage.write_bytes(RECIPE, text.encode())
+        if as_json:
+            artifacts = run.execute(JsonLines(), until=until, rebuild=rebuild)
+        else:
+            with RunConsole(console) as listener:
+                artifacts = run.execute(listener, until=until, rebuild=rebuild)
     if until is None:
         document = write_report(uri)
         if not as_json:

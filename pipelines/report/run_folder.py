@@ -4,7 +4,8 @@ The report trusts manifests alone. It needs no recipe that still validates and n
 run of last year, or one that died half-way, can still be read.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import pyarrow.compute as pc
 import yaml
 
 from cluster.artifacts import Artifact
-from cluster.errors import UserError, excerpt
+from cluster.errors import ArtifactError, UserError, excerpt
 from cluster.storage import Storage, join, open_storage
 from pipelines.graph import TITLES
 
@@ -93,6 +94,25 @@ def open_run_folder(uri: str) -> RunFolder:
         recipe=recipe if isinstance(recipe, dict) else {},
         artifacts=artifacts,
     )
+
+
+@contextmanager
+def files_of_a_run(uri: str) -> Iterator[None]:
+    """Turns what goes wrong over files of an unexpected form into one line: a run may be anybody's.
+
+    Raises:
+        ArtifactError: They are not those that this version writes.
+    """
+    try:
+        yield
+    except (
+        *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
+        *(FileNotFoundError, RecursionError, pa.ArrowException),
+    ) as error:
+        raise ArtifactError(
+            f"run {excerpt(uri)} holds files of a form that this version of Tokay does not write"
+            f" ({type(error).__name__}: {excerpt(error)}): run `tokay run` on it again"
+        ) from error
 
 
 def _read(storage: Storage, path: str) -> bytes | None:

@@ -81,8 +81,8 @@ def build(folder: Path, by_passage: Any, until: str | None = None, decoration: s
         "estimate": {"actor_hour_usd": 36.0},
         "evaluation": [{"name": f"questions{decoration}", "path": str(beir)}],
     }
-    open_storage(uri).write_bytes("recipe.yaml", yaml.safe_dump(recipe).encode())
     Run(uri, _steps(beir, decoration, by_passage)).execute(Silent(), until=until)
+    open_storage(uri).write_bytes("recipe.yaml", yaml.safe_dump(recipe).encode())
     return uri
 
 
