@@ -66,6 +66,11 @@ def open_storage(uri: str | Path) -> Storage:
     """
     text = str(uri)
     parts = urlsplit(text)
+    if parts.scheme and "@" in parts.netloc:  # not repeated: errors reach logs
+        raise StorageError(
+            "the storage URI holds credentials, which logs would show: leave them out, and give"
+            " them to the machine by its environment or an instance profile"
+        )
     if parts.scheme == "file" and parts.netloc not in ("", "localhost"):
         raise StorageError(f"storage {text!r}: write file:///{parts.netloc}{parts.path}, or a path")
     if parts.scheme in ("", "file"):
