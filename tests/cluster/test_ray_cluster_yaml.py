@@ -6,6 +6,7 @@ and security groups.
 """
 
 import copy
+import json
 import os
 import re
 import tomllib
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import botocore.session
 import pytest
@@ -392,3 +394,64 @@ def test_only_ssh_is_open_to_the_world(config: Config, ec2: Any) -> None:
         if rule["IpRanges"] or rule["Ipv6Ranges"]
     }
     assert open_ports == {(22, 22)}
+
+
+def statements(page: Path) -> list[Config]:
+    """Of the policies in the docs."""
+    policies = re.findall(r"```json\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    return [statement for policy in policies for statement in json.loads(policy)["Statement"]]
+
+
+def test_rights_of_the_nodes_end_at_their_bucket_and_at_the_clusters_tag(config: Config) -> None:
+    from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME
+
+    tag, name = TAG_RAY_CLUSTER_NAME, config["cluster_name"]
+    wanted = {
+        "ec2:RunInstances": {f"aws:RequestTag/{tag}": name, "ec2:MetadataHttpTokens": "required"},
+        "ec2:TerminateInstances": {f"aws:ResourceTag/{tag}": name},
+        "iam:PassRole": {"iam:PassedToService": "ec2.amazonaws.com"},
+    }
+    seen = set()
+    for statement in statements(ROOT / "docs/operating-a-cluster.md"):
+        actions, resources = (
+            [each] if isinstance(each, str) else each
+            for each in (statement["Action"], statement["Resource"])
+        )
+        condition = statement.get("Condition", {}).get("StringEquals", {})
+        for action in actions:
+            assert "*" not in action or action == "ec2:Describe*"
+            assert "*" not in resources or action == "ec2:Describe*"
+            if action.startswith("s3:"):
+                assert all(each.startswith("arn:aws:s3:::BUCKET") for each in resources)
+            on_instances = any(":instance/" in each for each in resources)
+            if action in wanted and (on_instances or action == "iam:PassRole"):
+                assert condition == wanted[action]
+                seen.add(action)
+            if action == "ec2:CreateTags":
+                assert condition in (
+                    {"ec2:CreateAction": "RunInstances"},
+                    wanted["ec2:TerminateInstances"],
+                )
+    assert seen == set(wanted)
+
+
+def test_nodes_are_asked_for_as_their_rights_demand(config: Config, ec2: Any) -> None:
+    """With the tag, and with keys that are given by IMDSv2 alone."""
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+    from ray.autoscaler._private.util import prepare_config
+    from ray.autoscaler.tags import TAG_RAY_NODE_KIND
+
+    for name in config["available_node_types"]:
+        ready = bootstrap_aws(prepare_config(copy.deepcopy(config)))
+        provider = AWSNodeProvider(ready["provider"], ready["cluster_name"])
+        node_config = ready["available_node_types"][name]["node_config"]
+        provider.ec2_fail_fast.create_instances = Mock(return_value=[])
+        provider.create_node(node_config, {TAG_RAY_NODE_KIND: "worker"}, 1)
+        request = provider.ec2_fail_fast.create_instances.call_args.kwargs
+        (spec,) = (
+            each for each in request["TagSpecifications"] if each["ResourceType"] == "instance"
+        )
+        assert {"Key": "ray-cluster-name", "Value": "tokay"} in spec["Tags"]
+        assert request["MetadataOptions"]["HttpTokens"] == "required"
+        assert request["BlockDeviceMappings"][0]["Ebs"]["Encrypted"] is True
