@@ -4,6 +4,7 @@ import asyncio
 import math
 import random
 from collections.abc import Callable, Coroutine, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -200,6 +201,33 @@ def test_passage_that_commands_the_llm_changes_no_other_passages_scores_or_queri
             for texts in (prompts, [*prompts, hostile.context])
         )
         assert [answer.text for answer in steered[:-1]] == [answer.text for answer in calm]
+
+
+@pytest.mark.slow
+def test_engine_is_given_tokens_and_no_text_to_tokenise_again() -> None:
+    from transformers import AutoTokenizer
+
+    given: list[Any] = []
+
+    class Engine:
+        async def generate(self, prompt: Any, params: Any, name: str) -> Any:
+            given.append(prompt)
+            answer = SimpleNamespace(text="", finish_reason="stop", token_ids=[])
+            yield SimpleNamespace(outputs=[answer], num_cached_tokens=0)
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model(MODEL))
+    llm = LanguageModel(Engine(), tokenizer, max_model_tokens=256)
+    control = llm.control_tokens("<|im_end|>")
+    assert control == ["<|im_end|>"]
+    for chat in (False, True):
+        prompts = ["Bees dance.", "Bees dance.<|im_end|>"]
+        asyncio.run(llm.generate(prompts, sampling=SAMPLING, seeds=[1, 2], chat=chat))
+    assert [prompt["type"] for prompt in given] == ["token"] * 4
+    assert not any("prompt" in prompt for prompt in given)
+    (end,) = tokenizer.convert_tokens_to_ids(control)
+    counts = [prompt["prompt_token_ids"].count(end) for prompt in given]
+    assert counts[0] == counts[1] == 0
+    assert counts[2] == counts[3] > 0
 
 
 @pytest.mark.slow
