@@ -84,6 +84,11 @@ def open_storage(uri: str | Path) -> Storage:
     if not found:
         return LocalStorage(Path(text))
     scheme, host, path = found[1].lower(), found[2], found[3]
+    if "@" in (host or ""):  # not repeated: errors reach logs
+        raise StorageError(
+            "the storage URI holds credentials, which logs would show: leave them out, and give"
+            " them to the machine by its environment or an instance profile"
+        )
     told = f"storage {excerpt(text)!r}"
     if scheme == "file":
         if host not in (None, "", "localhost"):

@@ -6,6 +6,7 @@ A recipe may name another one as its `base`, by name or file, and then holds onl
 import difflib
 import os
 import re
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -148,6 +149,16 @@ class Recipe(BaseModel):
         default={}, description="of models by name, for `tokay plan` where they are not on its disk"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_credentials(cls, tree: object) -> object:
+        if key := _key_with_credentials(tree):
+            raise ValueError(
+                f"{key}: the address holds credentials, and a recipe is kept in the run and shown"
+                " in its report: leave them out, and give them to the machine by its environment"
+            )
+        return tree
+
     @model_validator(mode="after")
     def _known_prompts(self) -> "Recipe":
         prompts = load_prompts(self.prompts)
@@ -193,6 +204,22 @@ class Recipe(BaseModel):
         if len(set(names)) < len(names):
             raise ValueError(f"two test sets have one name: {names}; give each its own")
         return test_sets
+
+
+_CREDENTIALS = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]*@", re.IGNORECASE)
+
+
+def _key_with_credentials(value: object, key: str = "") -> str | None:
+    """Returns the key of the first address with a user's name or a password in it."""
+    if isinstance(value, str):
+        return key if _CREDENTIALS.match(value) else None
+    inner: Iterable[tuple[object, object]] = ()
+    if isinstance(value, dict):
+        inner = value.items()
+    elif isinstance(value, list | tuple):
+        inner = enumerate(value)
+    parts = (_key_with_credentials(each, f"{key}.{part}".lstrip(".")) for part, each in inner)
+    return next(filter(None, parts), None)
 
 
 def load_recipe(

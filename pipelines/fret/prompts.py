@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from actors.language_model import LanguageModel
 from actors.pair_scores import ScoringPrompt
 from cluster.errors import UserError
 from pipelines.words import compared_words, num_words
@@ -167,7 +168,7 @@ class PairPrompts:
         )
         return ScoringPrompt(
             context=f"{shots}Passage: {passage_line(title, text)}\n{prompt.cue}",
-            query=f" {query}",
+            query=f" {' '.join(query.split())}",
             question=f"\n{prompt.question}",
             labels=tuple(prompt.labels.items()),
         )
@@ -193,6 +194,19 @@ def load_prompts(path: str | None = None) -> Prompts:
         raise UserError(f"prompts {path} cannot be read: {' '.join(str(error).split())}") from error
 
 
+def require_plain(prompts: Prompts, llm: LanguageModel) -> None:
+    """Refuses prompts that spell out control tokens, which would be shown to the LLM as text.
+
+    Raises:
+        UserError: They do.
+    """
+    if spelt := llm.control_tokens(prompts.model_dump_json()):
+        raise UserError(
+            f"prompts: {spelt[0]} is a control token of llm.model, and prompts are plain text: take"
+            " it out; queries.chat puts them into the model's chat template"
+        )
+
+
 def unfit(query: str, passage: str) -> str | None:
     """Says why a query does not suit the passage that it was written from, or None."""
     if _NAMES_THE_PASSAGE.search(query) and not _NAMES_THE_PASSAGE.search(passage):
@@ -206,8 +220,8 @@ def unfit(query: str, passage: str) -> str | None:
 
 
 def passage_line(title: str, text: str) -> str:
-    """Returns a passage as one line."""
-    line = " ".join(text.split())
+    """Returns a passage as one line, so that none can begin another example."""
+    title, line = " ".join(title.split()), " ".join(text.split())
     return f"{title}. {line}" if title and not line.startswith(title) else line
 
 
