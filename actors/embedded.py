@@ -6,11 +6,11 @@ installed with the Python packages that carry their weights and are named ``embe
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 from importlib import metadata, util
 from pathlib import Path
@@ -123,7 +123,7 @@ def embedded_model(name: str) -> Path:
     source = Path(spec.submodule_search_locations[0]) / inside
     if source.is_dir():
         return source
-    folder = _cache() / f"{name.removeprefix(PREFIX)}-{metadata.version(distribution)}"
+    folder = _own_cache() / f"{name.removeprefix(PREFIX)}-{metadata.version(distribution)}"
     if not folder.is_dir():
         _dequantise(source, folder)
     return folder
@@ -133,21 +133,44 @@ def _cache() -> Path:
     return Path(os.environ.get("TOKAY_CACHE", "~/.cache/tokay")).expanduser() / "models"
 
 
+def _own_cache() -> Path:
+    """Returns the cache, made for this user alone, in which nobody else has put a model.
+
+    Raises:
+        UserError: It is another user's, or anybody may write into it.
+    """
+    models = _cache()
+    models.parent.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (models.parent, models):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        info, anybody = folder.stat(), folder.parent.stat().st_mode & stat.S_IWOTH
+        foreign = info.st_uid not in (0, os.getuid()) and anybody  # as in /tmp
+        if foreign or info.st_mode & stat.S_IWOTH:
+            raise UserError(
+                f"cache of models {folder}: it is another user's or anybody may write into it: name"
+                " a folder of your own in TOKAY_CACHE"
+            )
+    return models
+
+
 def _downloaded(uri: str) -> Path:
     """Copy a model folder from S3, once for each content of it on each node."""
     storage = open_storage(uri)
     versions = [(file, storage.version(file)) for file in storage.list()]
     if not versions:
         raise UserError(f"model {uri!r}: nothing is there; give the folder that holds config.json")
-    folder = _cache() / hashlib.sha256(repr((uri, versions)).encode()).hexdigest()[:16]
+    cache = _own_cache()
+    folder = cache / hashlib.sha256(repr((uri, versions)).encode()).hexdigest()[:32]
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        with tempfile.TemporaryDirectory(dir=cache) as temporary:
             whole = Path(temporary) / "whole"
             for file, _ in versions:
                 storage.download(file, whole / file)
-            with contextlib.suppress(OSError):  # another process of this node was first
+            try:
                 whole.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process of this node was first
+                    raise
     return folder
 
 
@@ -162,7 +185,6 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         model = AutoModelForCausalLM.from_pretrained(

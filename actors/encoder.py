@@ -149,9 +149,8 @@ class Encoder:
         if max_tokens is not None and max_tokens < 1:
             raise UserError(f"max_tokens {max_tokens}: accepted are whole numbers from 1")
         trust, precision = trust_remote_code, getattr(torch, dtype)
-        folder = read_folder(
-            local_folder(resolve_model(model), trust_remote_code=trust), trust_remote_code=trust
-        )
+        found = local_folder(resolve_model(model), trust_remote_code=trust)
+        folder = read_folder(found, trust_remote_code=trust)
         transformer = load_transformer(folder, dtype=precision, trust_remote_code=trust)
         tokenizer = load_tokenizer(folder, transformer, trust_remote_code=trust)
         config = transformer.config
@@ -222,8 +221,7 @@ class Encoder:
         if not np.isfinite(vectors).all():
             raise TokayError(
                 f"the encoder {cast(Any, self.model.config).name_or_path!r} gives vectors that are"
-                f" no numbers in {self.model.dtype}: its weights are broken, or too large for this"
-                " dtype (bfloat16 and float32 take larger ones than float16)"
+                f" no numbers in {self.model.dtype}: its weights are broken, or too large for it"
             )
         return vectors if len(texts.rows) == len(texts.order) else vectors[texts.order]
 

@@ -165,8 +165,10 @@ def load_tokenizer(folder: EncoderFolder, transformer: Any, *, trust_remote_code
         raise UserError(f"the tokenizer of {path} cannot be loaded: {brief(error)}") from error
     added = tokenizer.get_added_vocab()
     highest = max((id_ for token, id_ in vocabulary.items() if token not in added), default=-1)
-    rows = num_embeddings(transformer)
-    if highest < 0 or (rows and (highest >= rows or len(tokenizer) <= rows <= max(added.values()))):
+    rows = num_embeddings(transformer) or MAX_TOKENS
+    # Added tokens without an embedding are known by the tokenizer's length, as they come last.
+    scattered = len(tokenizer) <= rows <= max(added.values(), default=-1)
+    if highest < 0 or highest >= rows or scattered:
         raise UserError(
             f"the tokenizer of {path} has ids up to {highest} and its model has {rows} embeddings:"
             " give the model its own tokenizer"

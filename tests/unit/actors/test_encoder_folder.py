@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from actors.encoder import Encoder, add_projection
@@ -269,6 +270,38 @@ def test_modules_in_another_order_or_of_one_name_are_refused(folder: Path):
         refused(folder, "modules.json", "a Transformer, a Pooling", read=read_folder)
 
 
+KEYS = st.sampled_from(
+    ["name", "path", "type", "prompts", "query", "templates", "model_args", "pooling_mode"]
+) | st.sampled_from(["default_prompt_name", "in_features", "auto_map", "model_max_length"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inside: (
+        st.lists(inside, max_size=4) | st.dictionaries(KEYS | st.text(max_size=9), inside)
+    ),
+    max_leaves=10,
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    file=st.sampled_from(
+        ["modules.json", LIMITS, OPTIONS, POOLING, DENSE, "tokay.json", "tokenizer_config.json"]
+    ),
+    content=st.binary(max_size=60) | JSON.map(lambda found: json.dumps(found).encode()),
+)
+def test_any_configuration_is_read_or_refused_by_one_line(
+    file: str, content: bytes, folder: Path, base: Path
+):
+    (folder / file).write_bytes(content)
+    try:
+        read_folder(folder)
+    except UserError as error:
+        assert "\n" not in str(error)
+        assert len(str(error)) < 2000
+    finally:
+        shutil.copyfile(base / file, folder / file)
+
+
 # Weights and tokenizers.
 
 
@@ -425,81 +458,6 @@ def test_configuration_is_utf8_in_every_locale(folder: Path, monkeypatch: pytest
     monkeypatch.setattr("locale.getpreferredencoding", lambda *_: "ascii")
     monkeypatch.setattr("locale.getencoding", lambda: "ascii")
     assert read_folder(folder).templates.query == "为这个: {text}"
-
-
-# Somebody's code.
-
-
-def write_code(folder: Path, marker: Path) -> None:
-    """Puts a model and a tokenizer of its own beside the weights; importing it leaves a marker."""
-    (folder / "own.py").write_text(
-        f"from pathlib import Path\nPath({str(marker)!r}).write_text('ran')\n"
-        "from transformers import BertConfig, BertModel, BertTokenizer\n"
-        "class OwnConfig(BertConfig):\n    model_type = 'bert'\n"
-        "class OwnModel(BertModel):\n    config_class = OwnConfig\n"
-        "class OwnTokenizer(BertTokenizer):\n    pass\n"
-    )
-
-
-MAPS = {
-    "config.json": {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"},
-    "tokenizer_config.json": {"AutoTokenizer": ["own.OwnTokenizer", None]},
-}
-
-
-@pytest.mark.parametrize("file", MAPS)
-@pytest.mark.parametrize("kind", ["bert", "no-such-model"])
-def test_code_of_a_model_is_not_run_unless_it_is_trusted(
-    file: str, kind: str, folder: Path, tmp_path: Path
-):
-    marker = tmp_path / "marker"
-    write_code(folder, marker)
-    change(folder / file, {"auto_map": MAPS[file]})
-    if file == "config.json":
-        change(folder / file, {"model_type": kind})
-    refused(folder, file, "auto_map", "trust_remote_code")
-    with pytest.raises(UserError, match="auto_map"):
-        check_parity(folder)
-    assert not marker.exists()
-    if kind == "bert":
-        Encoder.load(str(folder), trust_remote_code=True).encode(["wing"])
-        assert marker.exists()
-
-
-@pytest.mark.parametrize("trust", [False, True])
-@pytest.mark.parametrize("how", ["module", "activation"])
-def test_class_that_a_folder_names_is_not_imported(
-    how: str, trust: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    marker = tmp_path / "marker"
-    write_code(folder, marker)
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.chdir(folder)
-    if how == "module":
-        modules_with(folder, 3, type="own.OwnModel")
-    else:
-        change(folder / DENSE, {"activation_function": "own.OwnModel"})
-    for load in (Encoder.load, check_parity):
-        with pytest.raises(UserError, match=r"own\.OwnModel"):
-            load(str(folder), trust_remote_code=trust)  # type: ignore[operator]
-    assert not marker.exists()
-    assert "own" not in sys.modules
-
-
-def test_folder_of_the_hub_is_fetched_without_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    from actors.encoder_files import local_folder
-
-    asked: list[list[str]] = []
-
-    def fetch(name: str, *, allow_patterns: list[str]) -> str:
-        asked.append(allow_patterns)
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    local_folder("somebody/model")
-    local_folder("somebody/model", trust_remote_code=True)
-    assert ["*.py" in patterns for patterns in asked] == [False, True]
-    assert not any("bin" in pattern for patterns in asked for pattern in patterns)
 
 
 def test_folder_is_read_through_links_of_its_own(folder: Path, base: Path):
