@@ -45,8 +45,10 @@ def make_task(data: TestData) -> Any:
         "clustering": abstasks.AbsTaskClustering,
     }[data.kind]
     split = "" if data.split == "test" else f"-{data.split}"
+    # It names a file of the results.
+    name = f"{data.name}-{data.kind}{split}".replace("/", "-").replace("\0", "-")
     metadata = TaskMetadata(
-        name=f"{data.name}-{data.kind}".replace("/", "-") + split,
+        name=name,
         description=f"A {data.kind} test set from a local folder.",
         type=mteb_type,
         category="t2c" if data.kind in ("classification", "clustering") else "t2t",

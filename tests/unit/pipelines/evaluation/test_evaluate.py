@@ -17,10 +17,11 @@ import torch
 
 from actors.encoder import PromptTemplates
 from cluster.errors import UserError
+from cluster.plain_json import dump_json
 from pipelines.evaluation.dataset import Passage, RetrievalDataset
 from pipelines.evaluation.evaluate import Result, difference, evaluate, evaluate_at
 from pipelines.evaluation.folders import LabelledDataset
-from pipelines.evaluation.mteb_model import BrokenVectors, ModelIdentity
+from pipelines.evaluation.mteb_model import BrokenVectors
 
 
 class ChosenVectors:
@@ -96,22 +97,19 @@ def test_evaluate_at_more_dimensions_than_there_are_is_refused() -> None:
     assert [each.dimensions for each in evaluate_at(known, TINY, dimensions=(None, 2, 1))] == [2, 1]
 
 
-def test_result_of_pairs_that_are_all_alike_says_why_it_has_no_score(tmp_path: Path) -> None:
+def test_result_of_pairs_that_are_all_alike_says_why_it_has_no_score() -> None:
     pairs = LabelledDataset(
         name="alike",
         kind="sts",
         columns={"test": {"score": [4.0, 1.0], "sentence1": ["a", "b"], "sentence2": ["a", "b"]}},
     )
-    encoder = ChosenVectors({"a": [1.0, 0.0], "b": [0.0, 1.0]})
-    identity = ModelIdentity(name="chosen", revision="1")
-    first, again = (evaluate(encoder, pairs, model=identity, results=tmp_path) for _ in range(2))
-    assert len(encoder.asked) == 1  # the second was read
-    for found in (first, again):
-        row = found.to_json()
+    found = evaluate(ChosenVectors({"a": [1.0, 0.0], "b": [0.0, 1.0]}), pairs, model="chosen")
+    why = "the model finds all pairs equally alike, which has no correlation"
+    for result in (found, Result.from_json(json.loads(dump_json(found.to_json())))):
+        row = result.to_json()
         assert (row["score"], row["mteb_score"], row["cosine_spearman"]) == (None, None, None)
-        assert row["cosine_spearman_interval"] is None
-        assert row["reason"] == "the model finds all pairs equally alike, which has no correlation"
-        json.dumps(row, allow_nan=False)
+        assert (row["cosine_spearman_interval"], row["reason"]) == (None, why)
+        assert math.isnan(result.mteb_score)
 
 
 def test_evaluate_equals_figures_worked_by_hand() -> None:

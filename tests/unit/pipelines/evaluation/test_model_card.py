@@ -36,6 +36,12 @@ def test_card_without_front_matter_gets_one() -> None:
     assert add_to_card("# Title\n", {"tags": ["mteb"]}) == "---\ntags:\n- mteb\n---\n# Title\n"
 
 
+def test_front_matter_ends_at_a_line_of_its_own() -> None:
+    card = add_to_card("# Title\n", {"datasets": ["a---", "b"]})
+    assert training_sets(card) == training_sets(card.replace("\n", "\r\n")) == ("a---", "b")
+    assert add_to_card(card, {}) == card
+
+
 def test_training_sets_are_those_that_the_card_names() -> None:
     assert training_sets(CARD) == ("snli", "quora")
     assert training_sets("---\n" + yaml.safe_dump({"datasets": "snli"}) + "---\n") == ("snli",)
