@@ -1,4 +1,4 @@
-"""Two sizes of fuzzing: `default` in `make test`, the same each time, and `fuzz` by TOKAY_FUZZ=1."""
+"""How much is fuzzed: `default` is the same each time; `fuzz`, by TOKAY_FUZZ=1, ten times more."""
 
 import os
 
