@@ -6,6 +6,11 @@ from collections.abc import Sequence
 Reject = tuple[str, str, str]  # id, reason, text
 
 
+def shorten(text: str, max_characters: int = 120) -> str:
+    """Returns a text of somebody else's as an error shows it: cut where it is long."""
+    return text if len(text) <= max_characters else text[: max_characters - 1] + "…"
+
+
 class TokayError(Exception):
     """Something failed that the user could not have prevented; exit code 1."""
 

@@ -12,13 +12,12 @@ from typing import Any
 
 import yaml
 
-from cluster.errors import UserError
+from cluster.errors import UserError, shorten
 
 MAX_BYTES = 500_000
 MAX_DEPTH = 40
 MAX_NODES = 50_000  # an anchor's content counts again at each alias
 MAX_DIGITS = 400  # of a number
-MAX_SHOWN = 120  # characters of the file in an error
 
 _CORE = "tag:yaml.org,2002:"
 _SCALARS = (
@@ -66,7 +65,7 @@ def read_value(text: str, place: str) -> Any:
     value, end = _read(text, place)
     if text[end:].strip():
         raise UserError(
-            f"{place}: {_shown(text[end:].strip())} stands behind the value: put it in quotes"
+            f"{place}: {shorten(text[end:].strip())!r} stands behind the value: put it in quotes"
         )
     return value
 
@@ -96,13 +95,13 @@ class _Loader(yaml.SafeLoader):
             node = super().compose_node(parent, index)
             if id(node) not in self._sizes:
                 raise _Refused(
-                    problem=f"*{_cut(str(event.anchor))} holds itself", problem_mark=mark
+                    problem=f"*{shorten(str(event.anchor))} holds itself", problem_mark=mark
                 )
             self._count(self._sizes[id(node)], mark)
             return node
         if event.tag not in (None, "!"):
             tag = event.tag.replace(_CORE, "!!")
-            raise _Refused(problem=f"the tag {_shown(tag)} is not accepted", problem_mark=mark)
+            raise _Refused(problem=f"the tag {shorten(tag)!r} is not accepted", problem_mark=mark)
         before = self._num_nodes
         self._count(1, mark)
         self._depth += 1
@@ -124,7 +123,7 @@ class _Loader(yaml.SafeLoader):
             line = key.start_mark.line + 1
             if key.value in lines:
                 raise _Refused(
-                    problem=f"the key {_shown(key.value)} is there twice, in lines"
+                    problem=f"the key {shorten(key.value)!r} is there twice, in lines"
                     f" {lines[key.value]} and {line}: take one out"
                 )
             lines[key.value] = line
@@ -152,7 +151,7 @@ def _integer(loader: _Loader, node: Any) -> int:
     if _LEADING_ZERO.fullmatch(text):
         plain = text.lstrip("+-").lstrip("0") or "0"
         raise _Refused(
-            problem=f"{_cut(text)} is no number: write {_cut(plain)}, or quote it to keep it",
+            problem=f"{shorten(text)} is no number: write {shorten(plain)}, or quote it to keep it",
             problem_mark=node.start_mark,
         )
     if len(text) > MAX_DIGITS:
@@ -210,13 +209,5 @@ def _why(error: yaml.YAMLError) -> str:
         said, where = str(error.problem), f" line {mark.line + 1}:" if mark else ""
         if error.context == "expected a single document in the stream":
             said = "a second document begins here; one is accepted"
-    said = _cut(" ".join(said.split()), 2 * MAX_SHOWN)
+    said = shorten(" ".join(said.split()), 240)
     return f":{where} {said}" if isinstance(error, _Refused) else f" is not YAML:{where} {said}"
-
-
-def _shown(text: str) -> str:
-    return repr(_cut(text))
-
-
-def _cut(text: str, length: int = MAX_SHOWN) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
