@@ -434,9 +434,14 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"key {key} is missing")
         elif mistake["type"] == "value_error" and isinstance(mistake["input"], dict):
             # A mistake of several keys, which names them.
-            lines.append(mistake["msg"].removeprefix("Value error, "))
+            said = shorten(mistake["msg"].removeprefix("Value error, "), 400)
+            lines.append(f"{key}: {said}" if key else said)
         else:
             said = shorten(mistake["msg"].removeprefix("Value error, "), 400)
+            if mistake["type"] == "string_type" and isinstance(mistake["input"], int | float):
+                said = "put it in quotes"
+            elif mistake["input"] is None:
+                said += "; leave the key out for its default"
             lines.append(f"{key}: {shorten(repr(mistake['input']))} given; {said}")
     return "; ".join(lines)
 

@@ -116,17 +116,20 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
-        lines: dict[str, int] = {}
+        lines: dict[str, list[int]] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise _Refused(problem="a key that is no text", problem_mark=key.start_mark)
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                raise _Refused(
-                    problem=f"the key {shorten(key.value)!r} is there twice, in lines"
-                    f" {lines[key.value]} and {line}: take one out"
-                )
-            lines[key.value] = line
+            lines.setdefault(key.value, []).append(key.start_mark.line + 1)
+        twice = [
+            f"{shorten(key, 60)!r} in lines {found[0]} and {found[1]}"
+            for key, found in lines.items()
+            if len(found) > 1
+        ]
+        if twice:
+            raise _Refused(
+                problem=f"keys that are there twice: {', '.join(twice[:3])}; take one out"
+            )
         return node
 
     def _count(self, number: int, mark: Any) -> None:

@@ -47,8 +47,11 @@ def test_yaml_scalars_are_those_of_version_1_2(text: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a: 1\nb: 2\na: 3\n", "r.yaml: the key 'a' is there twice, in lines 1 and 3: take one"),
-        ("x:\n  c: 1\n  c: 1", "r.yaml: the key 'c' is there twice, in lines 2 and 3: take one"),
+        (
+            "a: 1\nb: 2\na: 3\nb: 4",
+            "r.yaml: keys that are there twice: 'a' in lines 1 and 3, 'b' in lines 2 and 4; take",
+        ),
+        ("x:\n  c: 1\n  c: 1", "r.yaml: keys that are there twice: 'c' in lines 2 and 3; take one"),
         ("a: 0100", "r.yaml: line 1: 0100 is no number: write 100, or quote it"),
         ("a: &a [*a]", "r.yaml: line 1: *a holds itself"),
         (BOMB, "r.yaml: line 5: more than 50,000 values"),
