@@ -49,7 +49,9 @@ def local_folder(resolved: str) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Returns a JSON object, empty where the file is missing."""
-    return cast(dict[str, Any], json.loads(path.read_text())) if path.exists() else {}
+    return (
+        cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    )
 
 
 def read_pooling(folder: Path, model: str, config: Any) -> str:
@@ -213,7 +215,7 @@ def write_json(path: Path, document: object) -> None:
 
 def _modules(folder: Path) -> list[tuple[str, Path]]:
     path = folder / "modules.json"
-    modules = json.loads(path.read_text()) if path.exists() else []
+    modules = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     return [(module["type"].rsplit(".", 1)[-1], folder / module["path"]) for module in modules]
 
 

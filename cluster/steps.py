@@ -241,7 +241,7 @@ class Run:
             yield
             return
         self.storage.folder.mkdir(parents=True, exist_ok=True)
-        with (self.storage.folder / "run.lock").open("a") as lock:
+        with (self.storage.folder / "run.lock").open("a", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

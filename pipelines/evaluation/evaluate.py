@@ -343,5 +343,5 @@ class _Stored:
         """Keeps a result for the next run."""
         self._items.parent.mkdir(parents=True, exist_ok=True)
         begun = self._items.with_suffix(".part")
-        begun.write_text(json.dumps(result.to_json()))
+        begun.write_text(json.dumps(result.to_json()), encoding="utf-8")
         begun.replace(self._items)
