@@ -116,7 +116,7 @@ def find_models(model: str, *, trust_remote_code: bool = False) -> dict[str, Loc
         return {model: model}
     place = join(storage.uri, RECIPE)
     recipe = read_saved(storage.read_bytes(RECIPE), place)
-    refuse_foreign_code(recipe, place, trust_remote_code)
+    refuse_foreign_code(recipe, place, trust_remote_code, ("retriever", "student"))
     found: dict[str, Location] = {"retriever": recipe.retriever}
     steps = {"student_before": ("student", MODEL), "student_after": ("export", MODEL)}
     if recipe.prefinetuning:

@@ -223,14 +223,23 @@ def load_recipe(
     return recipe
 
 
-def refuse_foreign_code(recipe: Recipe, place: str, allowed: bool) -> None:
-    """Raises UserError where models may bring code by the recipe alone; both must say it."""
-    asked = {
-        "llm": recipe.llm.trust_remote_code,
-        "retriever": recipe.retriever.trust_remote_code,
-        "student": recipe.student.trust_remote_code,
-    }
-    keys = [f"{part}.trust_remote_code" for part, asks in asked.items() if asks]
+def refuse_foreign_code(
+    recipe: Recipe,
+    place: str,
+    allowed: bool,
+    parts: Sequence[str] = ("llm", "retriever", "student"),
+) -> None:
+    """Raises UserError where models may bring code by the recipe alone; both must say it.
+
+    Args:
+        recipe: The recipe.
+        place: What it is called in an error.
+        allowed: Whether the command line says it.
+        parts: Those whose models are to be loaded.
+    """
+    keys = [
+        f"{part}.trust_remote_code" for part in parts if getattr(recipe, part).trust_remote_code
+    ]
     if keys and not allowed:
         raise UserError(
             f"{place} sets {' and '.join(keys)}, which runs Python code that comes with a model:"

@@ -3,11 +3,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cluster.errors import UserError
 from pipelines.recipe import load_recipe, read_saved, recipe_names
+from pipelines.recipe_keys import recipe_keys
 from pipelines.yaml_files import write_yaml
 
 
@@ -254,14 +258,14 @@ def test_recipe_of_a_run_is_read_without_what_it_names(tmp_path: Path) -> None:
 def test_error_of_a_recipe_is_short_whatever_stands_in_it(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(f"base: laptop\nname: {'x' * 400_000}\n", encoding="utf-8")
-    for settings in (
+    for asked in (
         [],
         [f"seeds={'y' * 100_000}"],
         [f"{'z' * 100_000}.a=1"],
         [f"q={'w' * 99999}"],
     ):
         with pytest.raises(UserError) as refused:
-            load_recipe(recipe, settings)
+            load_recipe(recipe, asked)
         assert len(str(refused.value)) < 2000
 
 
@@ -271,3 +275,45 @@ def test_a_cut_llm_has_a_gpu_for_each_part() -> None:
         load_recipe("gpu", [cut])
     assert load_recipe("gpu", [cut, "resources.llm.num_gpus=2"]).resources.llm.num_gpus == 2
     assert load_recipe("laptop", [cut])  # on a CPU the parts are groups of cores
+
+
+KEYS = [re.sub(r"\[\]|NAME", "0", key.key) for key in recipe_keys()]
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**30), 10**30)
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(
+        ["${TOKAY_X}", "${HOME}", "${", "~x/y", "embedded:", "s3://", "\x00", "../x"]
+    ),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from([k.split(".")[-1] for k in KEYS]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(KEYS) | st.text(max_size=12), VALUES), max_size=3),
+    st.booleans(),
+)
+def test_recipe_of_any_values_is_read_or_refused(
+    changes: list[tuple[str, Any]], keep_unset: bool
+) -> None:
+    asked = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changes]
+    try:
+        load_recipe("laptop", asked, keep_unset=keep_unset)
+    except UserError as error:
+        assert len(str(error)) < 2000
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(KEYS), st.text(max_size=12)), max_size=3))
+def test_setting_of_any_text_is_read_or_refused(changes: list[tuple[str, str]]) -> None:
+    try:
+        load_recipe("laptop", [f"{key}={value}" for key, value in changes])
+    except UserError as error:
+        assert len(str(error)) < 2000

@@ -123,7 +123,9 @@ def test_models_of_a_run_are_found_without_corpus_and_prompts(foreign: Path) -> 
 def test_models_of_a_run_bring_code_only_if_both_say_so(
     foreign: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=r"recipe\.yaml sets llm\.trust.*--trust-remote-code too"):
+    with pytest.raises(
+        UserError, match=r"recipe\.yaml sets retriever\.trust.*--trust-remote-code too"
+    ):
         find_models(str(foreign))
     given: list[bool] = []
     monkeypatch.setattr(
