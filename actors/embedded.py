@@ -48,7 +48,7 @@ def resolve_model(name: str) -> str:
     if name.startswith("s3://"):
         return str(_downloaded(name))
     refuse_missing(name)
-    folder = Path(name).expanduser()
+    folder = _folder(name)
     if folder.is_dir():
         return str(folder)
     from huggingface_hub import HfApi, try_to_load_from_cache
@@ -78,9 +78,9 @@ def refuse_missing(name: str, *, here: bool = True) -> None:
     if name.startswith(PREFIX):
         _wheel(name, installed=here)
         return
-    folder = Path(name).expanduser()
     if name.startswith("s3://") or not here:
         return
+    folder = _folder(name)
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("config.json", "modules.json")):
             raise UserError(f"model {name!r}: the folder holds no config.json, so it is no model")
@@ -93,7 +93,7 @@ def refuse_missing(name: str, *, here: bool = True) -> None:
 
 def is_hub_id(name: str) -> bool:
     """Say whether a name is a model's on the hub, and no folder's here."""
-    return bool(_HUB_ID.fullmatch(name)) and not Path(name).expanduser().is_dir()
+    return bool(_HUB_ID.fullmatch(name)) and not _folder(name).is_dir()
 
 
 def find_model(name: str) -> Path | None:
@@ -113,7 +113,7 @@ def find_model(name: str) -> Path | None:
         source = Path(spec.submodule_search_locations[0]) / inside
         unpacked = _cache() / f"{name.removeprefix(PREFIX)}-{metadata.version(distribution)}"
         return next((folder for folder in (source, unpacked) if folder.is_dir()), None)
-    folder = Path(name).expanduser()
+    folder = _folder(name)
     if folder.is_dir():
         return folder
     if not _HUB_ID.fullmatch(name):
@@ -144,6 +144,14 @@ def embedded_model(name: str) -> Path:
     if not folder.is_dir():
         _dequantise(source, folder)
     return folder
+
+
+def _folder(name: str) -> Path:
+    """Return the folder that a name would be; the home of nobody is left as it stands."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
 
 
 def _wheel(name: str, *, installed: bool = True) -> tuple[str, Path]:

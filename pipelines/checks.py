@@ -19,6 +19,7 @@ from actors.embedded import find_model, is_hub_id, refuse_missing
 from cluster.errors import UserError
 from cluster.storage import open_storage
 from pipelines.corpus.sources import PYTHON_DOCUMENTATION
+from pipelines.fret.prompts import WRITTEN
 from pipelines.mixture.config import SetsConfig
 from pipelines.recipe import Recipe
 from pipelines.training.config import TrainingConfig
@@ -109,6 +110,13 @@ def _check_keys(recipe: Recipe) -> None:
                 f"{key}: {tokens} given, and llm.max_model_tokens is"
                 f" {recipe.llm.max_model_tokens}, which the prompt shares: lower one or raise it"
             )
+    asked_for = {*recipe.queries.tasks}
+    unknown = [task for task in recipe.mixture.fret_only_tasks if task not in asked_for]
+    if unknown and WRITTEN not in asked_for:
+        raise UserError(
+            f"mixture.fret_only_tasks: {unknown[:3]} given, and queries.tasks are"
+            f" {', '.join(recipe.queries.tasks)}"
+        )
     for key, mixture, training in _stages(recipe):
         watched = training.validation
         if watched and watched.test_set is None and not mixture.validation_examples:

@@ -109,7 +109,7 @@ class _Loader(yaml.SafeLoader):
             raise _Refused(problem=f"more than {MAX_DEPTH} levels", problem_mark=mark)
         node = super().compose_node(parent, index)
         if isinstance(node, yaml.ScalarNode) and _SURROGATE.search(node.value):
-            raise _Refused(problem="half a character, such as \\ud83d alone", problem_mark=mark)
+            raise _Refused(problem="half a character", problem_mark=mark)
         self._depth -= 1
         self._sizes[id(node)] = self._num_nodes - before
         return node
@@ -194,7 +194,7 @@ def _plain(text: str, place: str) -> Any:
     """Returns what a text without quotes stands for."""
     loader = _Loader("")
     if _SURROGATE.search(text):
-        raise UserError(f"{place}: half a character: write it in UTF-8")
+        raise UserError(f"{place}: half a character, or none of this locale: try LC_ALL=C.UTF-8")
     tag = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
     if tag == f"{_CORE}merge":
         return text

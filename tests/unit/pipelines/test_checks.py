@@ -88,6 +88,7 @@ def test_recipe_that_comes_with_tokay_has_nothing_to_be_told(name: str, no_hub: 
             ["queries.max_passage_tokens=1000"],
             "llm.max_model_tokens is 1024, which the prompt shares",
         ),
+        (["mixture.fret_only_tasks=[poetry]"], "mixture.fret_only_tasks: ['poetry'] given, and"),
         (["training.validation={}"], "training.validation has nothing to look at: set mixture."),
         (["training.tracking=[mlflow]"], "training.tracking names mlflow, which is not installed"),
         (
