@@ -166,7 +166,7 @@ cut the vectors and normalise them again, or give `truncate_dim={smaller[0]}`.
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
-base_model: {base_model}
+base_model: {json.dumps(base_model)}
 datasets: {json.dumps(list(sets))}
 tags: [sentence-transformers, feature-extraction, tokay]
 ---

@@ -9,6 +9,9 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
+from cluster.steps import Step
+from pipelines import console
+from pipelines.console import RunConsole
 from pipelines.screen import Screen, plain
 
 
@@ -65,3 +68,31 @@ def test_run_console_marks_are_printed_on_an_ascii_terminal() -> None:
         [sys.executable, "-c", code], capture_output=True, env={**os.environ, **plainest}
     )
     assert (answer.stdout, answer.stderr) == (b"? ? na?ve ?\n", b"")
+
+
+def test_run_console_shows_notes_of_others_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", -1.0)
+    step = Step(name="mixture", config={}, inputs=(), work=lambda _: {})
+    out = io.StringIO()
+    with RunConsole(Screen(file=out)) as shown:
+        progress = shown.step_begins(step, resumed=True)
+        progress.update(1, 2, "reading [/x] [bold]\x1b[2J")
+    assert out.getvalue().splitlines() == [
+        "… mixture: going on where it stopped",
+        "… mixture: 1/2 after 0 s reading [/x] [bold]",
+    ]
+
+
+def test_run_console_on_a_terminal_shows_notes_of_others_as_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    step = Step(name="mixture", config={}, inputs=(), work=lambda _: {})
+    out = io.StringIO()
+    with RunConsole(Screen(file=out)) as shown:
+        shown.step_begins(step, resumed=False).update(1, 2, "reading [/x]\x1b]0;t\x07")
+        shown.progress.refresh()
+    assert "reading [/x]" in out.getvalue()
+    assert "\x1b]0;" not in out.getvalue() and "\x07" not in out.getvalue()
