@@ -23,6 +23,7 @@ from pipelines.fret.prompts import WRITTEN
 from pipelines.mixture.config import SetsConfig
 from pipelines.recipe import Recipe
 from pipelines.training.config import TrainingConfig
+from pipelines.variables import unset_variables
 
 PATIENCE_S = 15.0  # for a word from S3 or the hub, whose clients try for minutes
 _ENCODERS = (
@@ -58,6 +59,9 @@ def check_recipe(recipe: Recipe, *, here: bool = True) -> None:
     names["student"] = recipe.student.model
     found: dict[str, Settings] = {}
     for key, name in names.items():
+        found[key] = {}
+        if unset_variables([name]):  # a plan may be made without
+            continue
         try:
             refuse_missing(name, here=here)
         except UserError as error:

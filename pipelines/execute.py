@@ -14,7 +14,7 @@ from pipelines.console import JsonLines, RunConsole
 from pipelines.evaluation.location import Location, SavedEncoder
 from pipelines.fit import refuse_unfit
 from pipelines.graph import ENCODER, TITLES, build_run
-from pipelines.recipe import Recipe, read_saved, refuse_foreign_code
+from pipelines.recipe import Recipe, read_models, refuse_foreign_code
 from pipelines.report.run_folder import RECIPE, open_run_folder
 from pipelines.report.write import print_evaluation, write_report
 from pipelines.student import MODEL
@@ -115,7 +115,7 @@ def find_models(model: str, *, trust_remote_code: bool = False) -> dict[str, Loc
     if not storage.exists(RECIPE):
         return {model: model}
     place = join(storage.uri, RECIPE)
-    recipe = read_saved(storage.read_bytes(RECIPE), place)
+    recipe = read_models(storage.read_bytes(RECIPE), place)
     refuse_foreign_code(recipe, place, trust_remote_code, ("retriever", "student"))
     found: dict[str, Location] = {"retriever": recipe.retriever}
     steps = {"student_before": ("student", MODEL), "student_after": ("export", MODEL)}

@@ -192,6 +192,16 @@ class Recipe(BaseModel):
         return test_sets
 
 
+class RunModels(BaseModel):
+    """What an evaluation needs of a run's recipe; the other keys may be of another version."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    retriever: EncoderConfig
+    student: StudentConfig
+    prefinetuning: Any = None
+
+
 def load_recipe(
     source: str | Path,
     settings: Sequence[str] | None = None,
@@ -224,7 +234,7 @@ def load_recipe(
 
 
 def refuse_foreign_code(
-    recipe: Recipe,
+    recipe: Recipe | RunModels,
     place: str,
     allowed: bool,
     parts: Sequence[str] = ("llm", "retriever", "student"),
@@ -285,8 +295,8 @@ def read_saved_keys(content: bytes, place: str) -> dict[str, Any]:
     return tree or {}
 
 
-def read_saved(content: bytes, place: str) -> Recipe:
-    """Reads the recipe that a run folder keeps; nothing that it names is looked at.
+def read_models(content: bytes, place: str) -> RunModels:
+    """Reads which models the recipe that a run folder keeps is about; looks at none of them.
 
     Raises:
         UserError: It is not YAML, or the recipe of another version.
@@ -294,7 +304,7 @@ def read_saved(content: bytes, place: str) -> Recipe:
     tree = read_saved_keys(content, place)
     refuse_other_version(tree, place)
     try:
-        return Recipe.model_validate(tree)
+        return RunModels.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{place}, perhaps of another version: {_explain(error)}") from error
 

@@ -131,6 +131,13 @@ def test_llm_shorter_than_asked_is_refused_unless_its_positions_are_scaled(
     check_recipe(load_recipe("laptop", [f"llm.model={model(scaled)}"]))
 
 
+def test_model_in_a_place_that_is_not_set_is_left_to_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TOKAY_MODELS", raising=False)
+    check_recipe(load_recipe("laptop", ["llm.model=${TOKAY_MODELS}/llm"], keep_unset=True))
+
+
 @pytest.mark.parametrize(
     "config", ["", "[]", "{", '{"hidden_size": "x", "num_hidden_layers": [1]}', "[" * 100_000]
 )

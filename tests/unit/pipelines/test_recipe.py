@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import UserError
-from pipelines.recipe import load_recipe, read_saved, recipe_names
+from pipelines.recipe import load_recipe, read_models, recipe_names
 from pipelines.recipe_keys import recipe_keys
 from pipelines.yaml_files import write_yaml
 
@@ -242,17 +242,21 @@ def test_recipe_alone_cannot_let_models_bring_code(part: str) -> None:
     assert not load_recipe("laptop", trust_remote_code=True).student.trust_remote_code
 
 
-def test_recipe_of_a_run_is_read_without_what_it_names(tmp_path: Path) -> None:
-    recipe = load_recipe("laptop", [f"corpus.path={tmp_path}/gone"])
-    tree = recipe.model_dump(mode="json") | {"prompts": f"{tmp_path}/gone.yaml"}
-    assert read_saved(write_yaml(tree).encode(), "recipe.yaml").corpus == recipe.corpus
+def test_models_of_a_run_are_read_whatever_else_has_changed(tmp_path: Path) -> None:
+    recipe = load_recipe("laptop")
+    tree = recipe.model_dump(mode="json") | {"prompts": f"{tmp_path}/gone.yaml", "name": "a b"}
+    tree["training"] = {"key_of_old": 1}
+    found = read_models(write_yaml(tree).encode(), "recipe.yaml")
+    assert (found.retriever, found.student) == (recipe.retriever, recipe.student)
     with pytest.raises(UserError, match=r"recipe\.yaml has the unknown key 'ingredients', made by"):
-        read_saved(write_yaml({**tree, "ingredients": []}).encode(), "recipe.yaml")
-    tree["llm"] |= {"mdoel": 3}
-    with pytest.raises(UserError, match=r"perhaps of another version: unknown key llm\.mdoel"):
-        read_saved(write_yaml(tree).encode(), "recipe.yaml")
+        read_models(write_yaml({**tree, "ingredients": []}).encode(), "recipe.yaml")
+    tree["student"] |= {"mdoel": 3}
+    with pytest.raises(UserError, match=r"perhaps of another version: unknown key student\.mdoel"):
+        read_models(write_yaml(tree).encode(), "recipe.yaml")
     with pytest.raises(UserError, match=r"recipe\.yaml is no recipe: accepted is a mapping"):
-        read_saved(b"- a", "recipe.yaml")
+        read_models(b"- a", "recipe.yaml")
+    with pytest.raises(UserError, match="key retriever is missing"):
+        read_models(b"name: begun", "recipe.yaml")
 
 
 def test_error_of_a_recipe_is_short_whatever_stands_in_it(tmp_path: Path) -> None:
