@@ -10,6 +10,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +39,8 @@ _ENCODERS = (
     "xlm-roberta",
 )
 
+_MODELS = ("llm", "retriever", "student")  # parts of a recipe
+
 T = TypeVar("T")
 Settings = dict[str, Any]  # of a model: its config.json
 
@@ -55,18 +58,16 @@ def check_recipe(recipe: Recipe, *, here: bool = True) -> None:
     _check_keys(recipe)
     if here and not os.environ.get("RAY_ADDRESS"):
         _check_tracking(recipe)
-    names = {"llm": recipe.llm.model, "retriever": recipe.retriever.model}
-    names["student"] = recipe.student.model
-    found: dict[str, Settings] = {}
+    names = {key: str(getattr(recipe, key).model) for key in _MODELS}
+    names = {key: name for key, name in names.items() if not unset_variables([name])}
     for key, name in names.items():
-        found[key] = {}
-        if unset_variables([name]):  # a plan may be made without
-            continue
         try:
             refuse_missing(name, here=here)
         except UserError as error:
             raise UserError(f"{key}.model: {error}") from error
-        found[key] = _settings(key, name, here)
+    with ThreadPoolExecutor(len(_MODELS)) as pool:  # the hub may be slow
+        settings = pool.map(lambda key: _settings(key, names[key], here), names)
+        found = dict.fromkeys(_MODELS, Settings()) | dict(zip(names, settings, strict=True))
     _check_llm(recipe, found["llm"])
     for key, encoder in (("retriever", recipe.retriever), ("student", recipe.student)):
         _check_length(f"{key}.max_tokens", encoder.max_tokens, encoder.model, found[key])
@@ -217,7 +218,7 @@ def _is_dense(module: dict[str, Any]) -> bool:
 
 def _fetched(key: str, name: str) -> Settings:
     """Asks the bucket or the hub; without dimensions, which further modules may change."""
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     if name.startswith("s3://"):
         missing: type[Exception] = FileNotFoundError
@@ -233,15 +234,23 @@ def _fetched(key: str, name: str) -> Settings:
             f"{key}.model: {name!r} is no model's folder, and no model that the hub lets us read:"
             " correct it, or give HF_TOKEN"
         ) from error
-    except (UserError, OSError, ValueError, EntryNotFoundError):
-        return {}  # no network or no credentials: the step that needs the model says so
+    except Exception:  # no network, no credentials, no such file: the step that needs it says so
+        return {}
     return _json(lambda: content, dict)
 
 
 def _hub_config(name: str) -> bytes:
-    from huggingface_hub import hf_hub_download
+    """Fetches a small file once; the hub's own download tries for a minute."""
+    from huggingface_hub import get_session, hf_hub_url
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        build_hf_headers,
+        hf_raise_for_status,
+    )
 
-    return Path(hf_hub_download(name, "config.json")).read_bytes()
+    url = hf_hub_url(name, "config.json")
+    answer = get_session().get(url, headers=build_hf_headers(), timeout=PATIENCE_S)
+    hf_raise_for_status(answer)
+    return bytes(answer.content)
 
 
 def _json(read: Callable[[], bytes], kind: type[T]) -> T:

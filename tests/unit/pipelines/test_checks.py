@@ -163,6 +163,18 @@ def test_model_that_the_hub_has_not_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         check_recipe(load_recipe("laptop", ["student.model=no/such", "student.layers=null"]))
 
 
+def test_hub_that_does_not_answer_is_no_reason_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def unreachable(name: str) -> bytes:
+        asked.append(name)
+        raise ExceptionGroup("any", [ValueError("no network")])
+
+    monkeypatch.setattr(checks, "_hub_config", unreachable)
+    check_recipe(load_recipe("gpu"))
+    assert len(asked) == 3
+
+
 def test_model_of_the_hub_is_read_by_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "_hub_config", lambda _: json.dumps(BERT).encode())
     with pytest.raises(UserError, match="the/model has 6 layers"):
