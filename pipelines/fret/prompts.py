@@ -10,13 +10,13 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from actors.language_model import LanguageModel
 from actors.pair_scores import ScoringPrompt
-from cluster.errors import UserError
+from cluster.errors import UserError, excerpt
 from pipelines.words import compared_words, num_words
+from pipelines.yaml_files import read_yaml
 
 MIN_QUERY_WORDS = 3
 MAX_QUERY_WORDS = 40
@@ -183,15 +183,15 @@ def load_prompts(path: str | None = None) -> Prompts:
     """
     file = files("pipelines.fret") / "prompts.yaml" if path is None else Path(path)
     try:
-        return Prompts.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+        return Prompts.model_validate(read_yaml(file.read_bytes(), f"prompts {path}"))
     except FileNotFoundError as error:
         raise UserError(f"prompts {path} does not exist: correct `prompts`") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(f"prompts {path}: {where}: {first['msg']}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"prompts {path} cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"prompts {path}: {excerpt(where)}: {first['msg']}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"prompts {path} cannot be read: {error}") from error
 
 
 def require_plain(prompts: Prompts, llm: LanguageModel) -> None:

@@ -1,5 +1,6 @@
 """Front matter that the hub's own reader understands."""
 
+import pytest
 import yaml
 from huggingface_hub import ModelCard
 
@@ -46,3 +47,21 @@ def test_training_sets_are_those_that_the_card_names() -> None:
     assert training_sets(CARD) == ("snli", "quora")
     assert training_sets("---\n" + yaml.safe_dump({"datasets": "snli"}) + "---\n") == ("snli",)
     assert training_sets("# none") == training_sets("") == ()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "datasets: [unclosed",
+        "datasets: 5",
+        "datasets: {a: b}",
+        "a: &a [*a]\ndatasets: *a",
+        "[" * 9999,
+        "x: !!python/object:os.system {}",
+        "datasets: [1, [2]]",
+        "datasets: 2024-13-99",
+        "- a",
+    ],
+)
+def test_card_that_names_no_sets_is_no_reason_to_stop(head: str) -> None:
+    assert training_sets(f"---\n{head}\n---\ntext") == ()

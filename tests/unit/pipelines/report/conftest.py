@@ -152,7 +152,7 @@ def _steps(beir: Path, decoration: str, by_passage: Any) -> list[Step]:
         return {"final_loss": 2.0}
 
     def evaluation(context: StepContext) -> dict[str, Json]:
-        test_set = TestSet(
+        test_set = TestSet.model_construct(  # a name that an earlier version took
             name=f"questions{decoration}", path=str(beir), task=f"search{decoration}"
         )
         models = ("retriever", "student_before", "student_after")
