@@ -121,14 +121,14 @@ def batch_loss(embedded: torch.Tensor, part: Slice, config: TrainingConfig) -> t
         part: The texts that were embedded.
         config: Its `loss` is used.
     """
-    queries, positives, found = torch.split(
+    queries, positives, flat = torch.split(
         embedded, [len(part.queries), len(part.positives), len(part.negatives)]
     )
     counts = part.num_negatives.to(embedded.device)
     places = torch.arange(int(counts.max()) if len(counts) else 0, device=embedded.device)
     has_negative = places < counts[:, None]
     negatives = queries.new_zeros(*has_negative.shape, queries.shape[1])
-    negatives[has_negative] = found
+    negatives[has_negative] = flat
     scores = part.teacher_scores
     vectors = Vectors(
         queries=queries,
@@ -233,9 +233,9 @@ def _cached_backward(
         vectors = [again() for again in passes[:-1]]
     last = [again() for again in passes[-1:]]
     order = torch.tensor([row for chunk in chunks for row in chunk], dtype=torch.long)
-    found = torch.cat([*vectors, *last]) if rows else encoder.embed_tokens([])
-    leaf = torch.empty_like(found)
-    leaf[order.to(leaf.device)] = found.detach()
+    embedded = torch.cat([*vectors, *last]) if rows else encoder.embed_tokens([])
+    leaf = torch.empty_like(embedded)
+    leaf[order.to(leaf.device)] = embedded.detach()
     leaf.requires_grad_()
     loss = batch_loss(leaf[:num_rows], part, config)
     loss.backward()  # type: ignore[no-untyped-call]

@@ -114,8 +114,8 @@ def fit(
         tokens = lowest(tokens, encoder.device)
     if not tokens:
         raise too_small(encoder, config)
-    found = None if tokens == _EVERYTHING else tokens
-    return config.model_copy(update={"gradient_cache_tokens": found})
+    fitting = None if tokens == _EVERYTHING else tokens
+    return config.model_copy(update={"gradient_cache_tokens": fitting})
 
 
 def search_tokens(
@@ -152,7 +152,7 @@ def search_tokens(
 def halve(encoder: Encoder, part: Slice, config: TrainingConfig) -> TrainingConfig:
     """Returns the configuration with half of the activations that a step has just had too many of.
 
-    All workers call this, but for those of a sharded model, whom the others cannot answer.
+    All workers call this together; of a sharded model's, only the one that ran out does.
 
     Raises:
         UserError: They were of one text at a time.
@@ -264,8 +264,8 @@ def _try_out(
     whole = int(ends[-1])
     if is_sharded(encoder.model):
         room, whole = float(lowest(int(room), encoder.device)), lowest(whole, encoder.device)
-    found = search_tokens(taken_by, room=room, smallest=len(rows[0]), whole=whole)
-    return _EVERYTHING if found == whole else found
+    tokens = search_tokens(taken_by, room=room, smallest=len(rows[0]), whole=whole)
+    return _EVERYTHING if tokens == whole else tokens
 
 
 def _missing_state(optimizer: torch.optim.Optimizer) -> int:

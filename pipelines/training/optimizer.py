@@ -58,7 +58,7 @@ def train_batch(
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(weights, config.max_gradient_norm)
     optimizer.step()
-    # A fused step leaves the versions of the weights, by which oneDNN knows an outdated layout.
+    # A fused step does not raise the weights' versions, by which oneDNN knows outdated layouts.
     torch.autograd.graph.increment_version(weights)
     return loss, float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
