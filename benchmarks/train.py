@@ -57,7 +57,9 @@ def tokay(connection: Connection, task: Task) -> None:
     from pipelines.records import EXAMPLE
     from pipelines.training.config import LossConfig, TrainingConfig
     from pipelines.training.metrics import read_metrics
-    from pipelines.training.worker import Job, Place, run_training
+    from pipelines.training.place import Place
+    from pipelines.training.trainer import Job
+    from pipelines.training.worker import run_training
 
     config = TrainingConfig(
         epochs=1,

@@ -50,7 +50,7 @@ from pipelines.training.config import LossConfig, TrainingConfig
 from pipelines.training.examples import Batch
 from pipelines.training.gradients import slice_batch
 from pipelines.training.memory import fit, use_growing_segments
-from pipelines.training.worker import train_batch, train_fitting
+from pipelines.training.optimizer import train_batch, train_fitting
 
 PRECISIONS = ("float32", "bfloat16")
 MODES = ("plain", "gradient_cache", "gradient_checkpointing", "auto")

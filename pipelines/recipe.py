@@ -5,8 +5,7 @@ A recipe may name another one as its `base`, by name or file, and then holds onl
 
 import difflib
 import math
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from cluster.errors import UserError, excerpt
 from cluster.stages import StageResources
 from pipelines.corpus.sources import CorpusConfig
 from pipelines.corpus.steps import SeedsConfig
+from pipelines.credentials import key_with_credentials
 from pipelines.encoders import EncoderConfig
 from pipelines.evaluation.steps import TestSet
 from pipelines.fret.fusion import FretConfig
@@ -157,7 +157,7 @@ class Recipe(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_credentials(cls, tree: object) -> object:
-        if key := _key_with_credentials(tree):
+        if key := key_with_credentials(tree):
             raise ValueError(
                 f"{key}: the address holds credentials, and a recipe is kept in the run and shown"
                 " in its report: leave them out, and give them to the machine by its environment"
@@ -201,22 +201,6 @@ class Recipe(BaseModel):
         if len(set(names)) < len(names):
             raise ValueError(f"two test sets have one name: {names}; give each its own")
         return test_sets
-
-
-_CREDENTIALS = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]*@", re.IGNORECASE)
-
-
-def _key_with_credentials(value: object, key: str = "") -> str | None:
-    """Returns the key of the first address with a user's name or a password in it."""
-    if isinstance(value, str):
-        return key if _CREDENTIALS.match(value) else None
-    inner: Iterable[tuple[object, object]] = ()
-    if isinstance(value, dict):
-        inner = value.items()
-    elif isinstance(value, list | tuple):
-        inner = enumerate(value)
-    parts = (_key_with_credentials(each, f"{key}.{part}".lstrip(".")) for part, each in inner)
-    return next(filter(None, parts), None)
 
 
 class RunModels(BaseModel):

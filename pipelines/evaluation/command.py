@@ -168,7 +168,7 @@ def run_eval(
     else:
         _print_tables(results, compared, means)
         for dataset, told in notes.items():
-            Screen(soft_wrap=True).print(Text(f"{dataset}: {'; '.join(told)}", style="dim"))
+            Screen().print(Text(f"{dataset}: {'; '.join(told)}", style="dim"), soft_wrap=True)
     return rows
 
 

@@ -29,16 +29,16 @@ def agree(device: torch.device, *, ran_out: bool = False) -> None:
     Raises:
         OutOfMemory: One of the workers has.
     """
-    if most(int(ran_out), device):
+    if highest(int(ran_out), device):
         raise OutOfMemory
 
 
-def most(count: int, device: torch.device) -> int:
+def highest(count: int, device: torch.device) -> int:
     """Returns the highest count of all workers, who all call this."""
     return _reduced(count, device, dist.ReduceOp.MAX)
 
 
-def least(count: int, device: torch.device) -> int:
+def lowest(count: int, device: torch.device) -> int:
     """Returns the lowest count of all workers, who all call this."""
     return _reduced(count, device, dist.ReduceOp.MIN)
 

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipelines.training.agreement import OutOfMemory, agree, most
+from pipelines.training.agreement import OutOfMemory, agree, highest
 from pipelines.training.config import TrainingConfig
 from pipelines.training.examples import Batch
 from pipelines.training.loss import Vectors, contrastive_loss, related_examples
+from pipelines.training.place import ALONE, Place
 from pipelines.training.sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Slice:
         num_negatives: int64 ``[examples]``.
         teacher_scores: ``[examples, 1 + most]`` with NaN where there are none, or None.
         sizes: Number of examples of each worker.
+        rank: This worker's place among them.
         related: What :func:`pipelines.training.loss.related_examples` found, or None.
         symmetric: Whether the batch is of a symmetric set.
     """
@@ -52,6 +54,7 @@ class Slice:
     num_negatives: torch.Tensor
     teacher_scores: torch.Tensor | None
     sizes: list[int]
+    rank: int
     related: torch.Tensor | None
     symmetric: bool
 
@@ -61,13 +64,13 @@ class Slice:
         return [*self.queries, *self.positives, *self.negatives]
 
 
-def slice_batch(batch: Batch, config: TrainingConfig, rank: int = 0, world: int = 1) -> Slice:
-    """Returns a worker's part of a batch: every so-manieth example."""
-    own = slice(rank, None, world)
+def slice_batch(batch: Batch, config: TrainingConfig, place: Place = ALONE) -> Slice:
+    """Returns a worker's part of a batch: each ``world``-th example, from number ``rank`` on."""
+    order = [slice(worker, None, place.world) for worker in range(place.world)]
+    own = order[place.rank]
     negatives = batch.negatives[own]
     related = None
     if config.loss.mask_duplicates:
-        order = [slice(worker, None, world) for worker in range(world)]
         related = related_examples(
             list(chain.from_iterable(batch.query_ids[part] for part in order)),
             list(chain.from_iterable(batch.positive_ids[part] for part in order)),
@@ -78,13 +81,14 @@ def slice_batch(batch: Batch, config: TrainingConfig, rank: int = 0, world: int 
         negatives=list(chain.from_iterable(negatives)),
         num_negatives=torch.tensor([len(rows) for rows in negatives], dtype=torch.int64),
         teacher_scores=_teacher_scores(batch.teacher_scores[own], negatives),
-        sizes=[len(range(worker, len(batch.queries), world)) for worker in range(world)],
+        sizes=[len(batch.queries[part]) for part in order],
+        rank=place.rank,
         related=related,
         symmetric=batch.symmetric,
     )
 
 
-def backward(encoder: Encoder, part: Slice, config: TrainingConfig, rank: int) -> float:
+def backward(encoder: Encoder, part: Slice, config: TrainingConfig) -> float:
     """Adds the whole batch's gradients to the weights and returns its loss.
 
     Raises:
@@ -93,7 +97,7 @@ def backward(encoder: Encoder, part: Slice, config: TrainingConfig, rank: int) -
     """
     several, sharded = len(part.sizes) > 1, is_sharded(encoder.model)
     try:
-        total = _own_backward(encoder, part, config, rank)
+        total = _own_backward(encoder, part, config)
         if several and not sharded:
             weights = encoder.model.parameters()
             _add_up_gradients([weight for weight in weights if weight.requires_grad])
@@ -109,25 +113,22 @@ def backward(encoder: Encoder, part: Slice, config: TrainingConfig, rank: int) -
     raise OutOfMemory
 
 
-def batch_loss(
-    embedded: torch.Tensor, part: Slice, config: TrainingConfig, rank: int
-) -> torch.Tensor:
+def batch_loss(embedded: torch.Tensor, part: Slice, config: TrainingConfig) -> torch.Tensor:
     """Returns this worker's share of the loss.
 
     Args:
         embedded: ``[queries + positives + negatives, dimensions]``, unit length.
         part: The texts that were embedded.
         config: Its `loss` is used.
-        rank: This worker's place.
     """
-    queries, positives, found = torch.split(
+    queries, positives, flat = torch.split(
         embedded, [len(part.queries), len(part.positives), len(part.negatives)]
     )
     counts = part.num_negatives.to(embedded.device)
     places = torch.arange(int(counts.max()) if len(counts) else 0, device=embedded.device)
     has_negative = places < counts[:, None]
     negatives = queries.new_zeros(*has_negative.shape, queries.shape[1])
-    negatives[has_negative] = found
+    negatives[has_negative] = flat
     scores = part.teacher_scores
     vectors = Vectors(
         queries=queries,
@@ -140,16 +141,16 @@ def batch_loss(
         vectors,
         config.loss,
         sizes=part.sizes,
-        rank=rank,
+        rank=part.rank,
         related=part.related,
         symmetric=part.symmetric,
     )
 
 
-def evaluation_loss(encoder: Encoder, part: Slice, config: TrainingConfig, rank: int) -> float:
+def evaluation_loss(encoder: Encoder, part: Slice, config: TrainingConfig) -> float:
     """Returns the whole batch's loss, without gradients."""
     with torch.inference_mode():
-        loss = batch_loss(_embed_all(encoder, part.rows, config), part, config, rank)
+        loss = batch_loss(_embed_all(encoder, part.rows, config), part, config)
         if len(part.sizes) > 1:
             dist.all_reduce(loss)
     return float(loss)
@@ -167,8 +168,8 @@ def uses_bfloat16(config: TrainingConfig, device: torch.device) -> bool:
 def _teacher_scores(scores: list[list[float]], negatives: list[Any]) -> torch.Tensor | None:
     if not any(scores):
         return None
-    most = max(len(rows) for rows in negatives)
-    table = torch.full((len(scores), 1 + most), float("nan"))
+    width = 1 + max(len(rows) for rows in negatives)
+    table = torch.full((len(scores), width), float("nan"))
     for place, row in enumerate(scores):
         table[place, : len(row)] = torch.tensor(row)
     return table
@@ -206,24 +207,24 @@ def _plan(
     chunks = _chunks([len(row) for row in rows], max_tokens, pass_tokens)
     if not sharded:
         return rows, chunks
-    missing = most(len(chunks), encoder.device) - len(chunks)
+    missing = highest(len(chunks), encoder.device) - len(chunks)
     fillers = [[len(rows) + number] for number in range(missing)]
     return [*rows, *[np.zeros(1, np.int64)] * missing], fillers + chunks
 
 
-def _own_backward(encoder: Encoder, part: Slice, config: TrainingConfig, rank: int) -> torch.Tensor:
+def _own_backward(encoder: Encoder, part: Slice, config: TrainingConfig) -> torch.Tensor:
     """Adds what this worker's texts have of the gradients and returns its share of the loss."""
     max_tokens = config.gradient_cache_tokens
     if isinstance(max_tokens, int):
-        return _cached_backward(encoder, part, config, rank, max_tokens)
-    loss = batch_loss(_embed_all(encoder, part.rows, config), part, config, rank)
+        return _cached_backward(encoder, part, config, max_tokens)
+    loss = batch_loss(_embed_all(encoder, part.rows, config), part, config)
     if loss.requires_grad:  # not where this worker has no example and the loss asks no other
         loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
 
 
 def _cached_backward(
-    encoder: Encoder, part: Slice, config: TrainingConfig, rank: int, max_tokens: int
+    encoder: Encoder, part: Slice, config: TrainingConfig, max_tokens: int
 ) -> torch.Tensor:
     num_rows = len(part.rows)
     rows, chunks = _plan(encoder, part.rows, max_tokens)
@@ -232,11 +233,11 @@ def _cached_backward(
         vectors = [again() for again in passes[:-1]]
     last = [again() for again in passes[-1:]]
     order = torch.tensor([row for chunk in chunks for row in chunk], dtype=torch.long)
-    found = torch.cat([*vectors, *last]) if rows else encoder.embed_tokens([])
-    leaf = torch.empty_like(found)
-    leaf[order.to(leaf.device)] = found.detach()
+    embedded = torch.cat([*vectors, *last]) if rows else encoder.embed_tokens([])
+    leaf = torch.empty_like(embedded)
+    leaf[order.to(leaf.device)] = embedded.detach()
     leaf.requires_grad_()
-    loss = batch_loss(leaf[:num_rows], part, config, rank)
+    loss = batch_loss(leaf[:num_rows], part, config)
     loss.backward()  # type: ignore[no-untyped-call]
     if leaf.grad is not None and rows:
         sizes = [len(chunk) for chunk in chunks]

@@ -18,11 +18,12 @@ from torch.distributed.tensor import DTensor
 
 from cluster.errors import UserError
 from cluster.storage import Storage
-from pipelines.training.agreement import least, most
+from pipelines.training.agreement import highest, lowest
 from pipelines.training.checkpoint import WORK
 from pipelines.training.config import TrainingConfig
 from pipelines.training.examples import Batch
 from pipelines.training.gradients import Slice, batch_loss, embed, slice_batch
+from pipelines.training.place import ALONE, Place
 from pipelines.training.sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -79,10 +80,9 @@ def fit(
     encoder: Encoder,
     optimizer: torch.optim.Optimizer,
     config: TrainingConfig,
+    place: Place = ALONE,
     *,
     num_negatives: int = 1,
-    rank: int = 0,
-    world: int = 1,
     memory: Memory | None = None,
 ) -> TrainingConfig:
     """Replaces a gradient cache of ``auto`` by the number of tokens that fits all workers.
@@ -94,9 +94,8 @@ def fit(
         encoder: The student.
         optimizer: Its state is counted whether it is there yet or not.
         config: The training's configuration.
+        place: This worker's place.
         num_negatives: Hard negatives of an example.
-        rank: This worker's place.
-        world: Number of workers.
         memory: The GPU's, or that of a test.
 
     Raises:
@@ -108,15 +107,15 @@ def fit(
         memory = GpuMemory(encoder.device)
     tokens = _EVERYTHING
     if memory is not None:
-        part = slice_batch(_longest_batch(config, num_negatives), config, rank, world)
+        part = slice_batch(_longest_batch(config, num_negatives), config, place)
         with _untouched(encoder):
-            tokens = _try_out(encoder, optimizer, config, part, rank, memory)
-    if world > 1:
-        tokens = least(tokens, encoder.device)
+            tokens = _try_out(encoder, optimizer, config, part, memory)
+    if place.world > 1:
+        tokens = lowest(tokens, encoder.device)
     if not tokens:
         raise too_small(encoder, config)
-    found = None if tokens == _EVERYTHING else tokens
-    return config.model_copy(update={"gradient_cache_tokens": found})
+    fitting = None if tokens == _EVERYTHING else tokens
+    return config.model_copy(update={"gradient_cache_tokens": fitting})
 
 
 def search_tokens(
@@ -153,7 +152,7 @@ def search_tokens(
 def halve(encoder: Encoder, part: Slice, config: TrainingConfig) -> TrainingConfig:
     """Returns the configuration with half of the activations that a step has just had too many of.
 
-    All workers call this, but for those of a sharded model, whom the others cannot answer.
+    All workers call this together; of a sharded model's, only the one that ran out does.
 
     Raises:
         UserError: They were of one text at a time.
@@ -161,7 +160,7 @@ def halve(encoder: Encoder, part: Slice, config: TrainingConfig) -> TrainingConf
     lengths = [len(row) for row in part.rows]
     longest, total = max(lengths, default=1), sum(lengths)
     if len(part.sizes) > 1 and not is_sharded(encoder.model):
-        longest, total = most(longest, encoder.device), most(total, encoder.device)
+        longest, total = highest(longest, encoder.device), highest(total, encoder.device)
     if isinstance(config.gradient_cache_tokens, int):
         total = min(total, config.gradient_cache_tokens)
     if total <= longest:
@@ -171,7 +170,7 @@ def halve(encoder: Encoder, part: Slice, config: TrainingConfig) -> TrainingConf
 
 
 def too_small(encoder: Encoder, config: TrainingConfig) -> UserError:
-    """Says that a student cannot be trained on this device at all."""
+    """Says that a student cannot be trained on this device, and what to do."""
     device = encoder.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type}"
     checkpointing = "" if config.gradient_checkpointing else "gradient_checkpointing: true, "
@@ -180,6 +179,15 @@ def too_small(encoder: Encoder, config: TrainingConfig) -> UserError:
         f" set training.{checkpointing}a max_passage_tokens below {config.max_passage_tokens},"
         " or lora, or take a GPU with more memory"
     )
+
+
+@contextmanager
+def explain_out_of_memory(encoder: Encoder, config: TrainingConfig) -> Iterator[None]:
+    """Raises the error of :func:`too_small` where PyTorch runs out of memory in the block."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise too_small(encoder, config) from error
 
 
 def remembered(storage: Storage, config: TrainingConfig) -> TrainingConfig:
@@ -224,7 +232,6 @@ def _try_out(
     optimizer: torch.optim.Optimizer,
     config: TrainingConfig,
     part: Slice,
-    rank: int,
     memory: Memory,
 ) -> int:
     """Returns how many tokens fit this worker, 0 for none."""
@@ -237,7 +244,7 @@ def _try_out(
 
     def run_loss() -> None:
         leaf = torch.zeros(len(rows), encoder.dimensions, device=encoder.device).requires_grad_()
-        batch_loss(leaf, part, config, rank).backward()  # type: ignore[no-untyped-call]
+        batch_loss(leaf, part, config).backward()  # type: ignore[no-untyped-call]
 
     def taken_by(tokens: int) -> float:
         taken = float("inf")
@@ -247,7 +254,7 @@ def _try_out(
             if is_sharded(encoder.model):
                 raise
         if is_sharded(encoder.model):  # whose workers make the same passes
-            taken = most(int(taken), encoder.device)
+            taken = highest(int(taken), encoder.device)
         return taken
 
     for_loss = memory.taken_by(run_loss)  # of all workers, who wait for each other in it
@@ -256,9 +263,9 @@ def _try_out(
     room = _SHARE * (memory.room() - _missing_state(optimizer) - for_loss)
     whole = int(ends[-1])
     if is_sharded(encoder.model):
-        room, whole = float(least(int(room), encoder.device)), least(whole, encoder.device)
-    found = search_tokens(taken_by, room=room, smallest=len(rows[0]), whole=whole)
-    return _EVERYTHING if found == whole else found
+        room, whole = float(lowest(int(room), encoder.device)), lowest(whole, encoder.device)
+    tokens = search_tokens(taken_by, room=room, smallest=len(rows[0]), whole=whole)
+    return _EVERYTHING if tokens == whole else tokens
 
 
 def _missing_state(optimizer: torch.optim.Optimizer) -> int:

@@ -6,8 +6,10 @@ from cluster.artifacts import Json
 from cluster.steps import StepContext
 from cluster.storage import join
 from pipelines.training.config import TrainingConfig
+from pipelines.training.examples import count_batches
 from pipelines.training.metrics import recent_loss
 from pipelines.training.train import train
+from pipelines.training.trainer import Job
 from pipelines.training.validation import WatchedSet
 
 
@@ -29,18 +31,22 @@ def train_student(
         test_set: What the training is watched on, if anything.
         trust_remote_code: Run Python code that comes with the student.
         context: Of the step.
+
+    Raises:
+        UserError: There are no examples.
     """
-    context.progress.update(0, context.input(mixture).manifest.metrics["num_batches"])
-    rows = train(
-        config,
-        examples=context.input(mixture).uri,
+    examples, output = context.input(mixture).uri, context.storage.uri
+    job = Job(
+        config=config,
+        examples=examples,
         student=student,
-        output=context.storage.uri,
-        scratch=join(context.storage.uri, "work", "ray"),
+        output=output,
+        num_batches=count_batches(examples),
         test_set=test_set,
-        progress=context.progress,
         trust_remote_code=trust_remote_code,
     )
+    context.progress.update(0, job.num_batches)
+    rows = train(job, scratch=join(output, "work", "ray"), progress=context.progress)
     metrics = {"num_batches": len(rows), "final_loss": round(recent_loss(rows), 4)}
     if "gradient_cache_tokens" in rows[-1]:
         metrics["gradient_cache_tokens"] = rows[-1]["gradient_cache_tokens"]

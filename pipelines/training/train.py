@@ -12,39 +12,23 @@ from cluster.steps import Progress
 from cluster.storage import Storage, open_storage
 from pipelines.training.checkpoint import WORK
 from pipelines.training.config import TrainingConfig
-from pipelines.training.examples import count_batches
 from pipelines.training.metrics import MetricsRow, read_metrics, recent_loss
-from pipelines.training.validation import WatchedSet
-from pipelines.training.worker import Job, train_worker
+from pipelines.training.trainer import Job
+from pipelines.training.worker import train_worker
 
 _LOOK_EVERY_S = 1.0
 
 
-def train(
-    config: TrainingConfig,
-    *,
-    examples: str,
-    student: str,
-    output: str,
-    scratch: str,
-    test_set: WatchedSet | None = None,
-    progress: Progress | None = None,
-    trust_remote_code: bool = False,
-) -> list[MetricsRow]:
-    """Trains the student on all batches, going on from the last checkpoint in `output`.
+def train(job: Job, *, scratch: str, progress: Progress | None = None) -> list[MetricsRow]:
+    """Trains the student on all batches, going on from the last checkpoint in the job's output.
 
-    Ray must be connected.
+    Ray must be connected. The output gets ``encoder/``, ``metrics.jsonl`` and, while it lasts,
+    ``work/checkpoints/``.
 
     Args:
-        config: The training's configuration.
-        examples: URI of a folder with ``shards/*.parquet`` in the order of training.
-        student: Folder, hub id or ``embedded:NAME``, the same on every node.
-        output: URI of the folder that gets ``encoder/``, ``metrics.jsonl`` and, while it lasts,
-            ``work/checkpoints/``.
+        job: What to train; its folders are the same on every node.
         scratch: URI of a folder that every node reaches, for Ray Train's own files.
-        test_set: What `config.validation.test_set` names.
         progress: Told of batches done.
-        trust_remote_code: Run Python code that comes with the student.
 
     Returns:
         A row for each batch: batch, dataset, loss, learning_rate, gradient_norm, examples_per_s,
@@ -53,7 +37,7 @@ def train(
         training looked, validation_loss and validation_ndcg_at_10.
 
     Raises:
-        UserError: There are no examples, or the student does not load.
+        UserError: The student does not load, or does not fit in a worker's memory.
         TokayError: A worker failed more than ``max_failures`` times.
     """
     from ray.train import (
@@ -65,21 +49,15 @@ def train(
     )
     from ray.train.torch import TorchTrainer
 
-    job = Job(
-        config=config,
-        examples=examples,
-        student=student,
-        output=output,
-        num_batches=count_batches(examples),
-        test_set=test_set,
-        trust_remote_code=trust_remote_code,
-    )
-    storage = open_storage(output)
+    config, storage = job.config, open_storage(job.output)
+    num_workers: int | tuple[int, int] = config.num_workers
+    if config.min_workers is not None:  # the fewest and the most
+        num_workers = config.min_workers, config.num_workers
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=_num_workers(config),
+            num_workers=num_workers,
             use_gpu=config.use_gpu,
             resources_per_worker=_worker_resources(config),
         ),
@@ -97,13 +75,6 @@ def train(
             raise _cause(error) from error
     storage.delete(WORK)
     return read_metrics(storage)
-
-
-def _num_workers(config: TrainingConfig) -> int | tuple[int, int]:
-    """Returns the number, or the fewest and the most where some may be missing."""
-    if config.min_workers is None:
-        return config.num_workers
-    return config.min_workers, config.num_workers
 
 
 def _worker_resources(config: TrainingConfig) -> dict[str, float]:
@@ -143,13 +114,13 @@ def _followed(storage: Storage, total: int, progress: Progress | None) -> Iterat
         yield
         return
     done = threading.Event()
-    told = 0
+    shown = 0
 
     def tell() -> None:
-        nonlocal told
+        nonlocal shown
         rows = read_metrics(storage)
-        if len(rows) != told:
-            told = len(rows)
+        if len(rows) != shown:
+            shown = len(rows)
             progress.update(len(rows), total, _note(rows))
 
     def follow() -> None:

@@ -17,6 +17,7 @@ from pipelines.training.config import TrainingConfig, ValidationConfig
 from pipelines.training.examples import Batch, iterate_validation
 from pipelines.training.gradients import evaluation_loss, slice_batch
 from pipelines.training.metrics import MetricsRow
+from pipelines.training.place import Place
 from pipelines.training.sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -88,10 +89,9 @@ class Validation:
         self,
         encoder: Encoder,
         config: TrainingConfig,
+        place: Place,
         *,
         done: int,
-        rank: int,
-        world: int,
         storage: Storage,
     ) -> tuple[MetricsRow, bool]:
         """Measures the encoder; rank 0 keeps the best weights where patience is asked for.
@@ -101,13 +101,13 @@ class Validation:
         """
         encoder.model.eval()
         try:
-            found = self._measure(encoder, config, rank, world)
+            found = self._measure(encoder, config, place)
         finally:
             encoder.set_training(
                 dropout=config.dropout, checkpointing=config.gradient_checkpointing
             )
         if self._judge(found, done) and self._config.patience:
-            save_weights(storage, BEST, done, encoder.model, write=rank == 0)
+            save_weights(storage, BEST, done, encoder.model, write=place.rank == 0)
         looks_since = (done - self.best) // self._config.every_batches
         return found, bool(self._config.patience and looks_since >= self._config.patience)
 
@@ -121,19 +121,17 @@ class Validation:
             raise TokayError("the training diverged: each look at it found NaN; try a lower rate")
         restore_weights(storage, BEST, self.best, model)
 
-    def _measure(
-        self, encoder: Encoder, config: TrainingConfig, rank: int, world: int
-    ) -> MetricsRow:
+    def _measure(self, encoder: Encoder, config: TrainingConfig, place: Place) -> MetricsRow:
         found: MetricsRow = {}
         if self._batches:
             shares = [
-                evaluation_loss(encoder, slice_batch(batch, config, rank, world), config, rank)
+                evaluation_loss(encoder, slice_batch(batch, config, place), config)
                 for batch in self._batches
             ]
             found[LOSS] = round(sum(shares) / len(shares), 6)
         if self._test_set is not None:
             score = torch.zeros((), dtype=torch.float64, device=encoder.device)
-            if rank == 0 or is_sharded(encoder.model):  # nobody runs a sharded model alone
+            if place.rank == 0 or is_sharded(encoder.model):  # nobody runs a sharded model alone
                 from pipelines.evaluation.evaluate import evaluate
                 from pipelines.evaluation.mteb_model import BrokenVectors
 
@@ -142,8 +140,8 @@ class Validation:
                     measured = evaluate(encoder, watched.data, task=watched.task).ndcg_at_10.mean
                 except BrokenVectors:  # the training diverged, which `take_best` tells
                     measured = math.nan
-                score += measured if rank == 0 else 0
-            if world > 1:
+                score += measured if place.rank == 0 else 0
+            if place.world > 1:
                 dist.all_reduce(score)
             found[NDCG] = round(float(score), 6)
         return found

@@ -20,7 +20,7 @@ from pipelines.training.config import LossConfig, TrainingConfig
 from pipelines.training.examples import Batch
 from pipelines.training.gradients import Slice, backward, slice_batch
 from pipelines.training.memory import fit, use_growing_segments
-from pipelines.training.worker import train_batch, train_fitting
+from pipelines.training.optimizer import train_batch, train_fitting
 
 DEVICE = "cuda"
 use_growing_segments()
@@ -109,7 +109,7 @@ def gradient(encoder: Encoder, config: TrainingConfig) -> tuple[float, torch.Ten
     """The loss of the first batch, and the gradients of all weights in one row."""
     encoder.model.zero_grad()
     torch.manual_seed(0)
-    loss = backward(encoder, part(), config, 0)
+    loss = backward(encoder, part(), config)
     found = [w.grad.flatten() for w in encoder.model.parameters() if w.grad is not None]
     return loss, torch.cat(found).double()
 
@@ -181,7 +181,7 @@ def test_gradient_cache_repeats_its_dropout(precision: str, monkeypatch: pytest.
 
     monkeypatch.setattr(encoder, "embed_tokens", recorded)
     torch.manual_seed(0)
-    backward(encoder, part(), config, 0)
+    backward(encoder, part(), config)
     chunks = (len(seen) + 1) // 2
     assert chunks > 3
     # All without a graph but the last; then those again, with one.
@@ -190,7 +190,7 @@ def test_gradient_cache_repeats_its_dropout(precision: str, monkeypatch: pytest.
         assert again.requires_grad
         torch.testing.assert_close(again, first, rtol=0, atol=1e-5)
     torch.manual_seed(1)
-    backward(encoder, part(), config, 0)
+    backward(encoder, part(), config)
     assert not torch.allclose(seen[0], seen[2 * chunks - 1], atol=1e-2)  # other masks
 
 

@@ -21,6 +21,7 @@ from pipelines.records import EXAMPLE
 from pipelines.training.config import TrainingConfig
 from pipelines.training.metrics import read_metrics
 from pipelines.training.train import train
+from pipelines.training.trainer import Job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -86,6 +87,16 @@ class Told:
         self.updates.append((done, total))
 
 
+def job(config: TrainingConfig, examples: str, student: str, output: Path | str) -> Job:
+    return Job(
+        config=config,
+        examples=examples,
+        student=student,
+        output=str(output),
+        num_batches=NUM_BATCHES,
+    )
+
+
 def mean_loss(rows: list[dict[str, float]]) -> float:
     return float(np.mean([row["loss"] for row in rows]))
 
@@ -105,10 +116,7 @@ def trained(
 ) -> Trained:
     folder, told = tmp_path_factory.mktemp("two-workers"), Told()
     rows = train(
-        CONFIG,
-        examples=examples,
-        student=student,
-        output=str(folder / "output"),
+        job(CONFIG, examples, student, folder / "output"),
         scratch=str(folder / "scratch"),
         progress=told,
     )
@@ -140,10 +148,7 @@ def test_one_worker_and_sharded_ones_train_as_two_do(
     tmp_path: Path,
 ):
     rows = train(
-        CONFIG.model_copy(update=settings),
-        examples=examples,
-        student=student,
-        output=str(tmp_path / "output"),
+        job(CONFIG.model_copy(update=settings), examples, student, tmp_path / "output"),
         scratch=str(tmp_path / "scratch"),
     )
     losses = [[row["loss"] for row in found] for found in (rows, trained.rows)]
@@ -156,13 +161,15 @@ import sys
 from cluster.session import connect
 from pipelines.training.config import TrainingConfig
 from pipelines.training.train import train
+from pipelines.training.trainer import Job
 
 connect()
-config, examples, student, output, scratch = sys.argv[1:]
-train(
-    TrainingConfig.model_validate_json(config),
-    examples=examples, student=student, output=output, scratch=scratch,
+config, examples, student, output, scratch, num_batches = sys.argv[1:]
+config = TrainingConfig.model_validate_json(config)
+job = Job(
+    config=config, examples=examples, student=student, output=output, num_batches=int(num_batches)
 )
+train(job, scratch=scratch)
 """
 
 
@@ -173,7 +180,8 @@ def test_killed_training_goes_on_and_ends_like_an_unkilled_one(
     tmp_path: Path,
 ):
     output = tmp_path / "output"
-    arguments = [CONFIG.model_dump_json(), examples, student, output, tmp_path / "scratch"]
+    folders = [examples, student, output, tmp_path / "scratch"]
+    arguments = [CONFIG.model_dump_json(), *folders, NUM_BATCHES]
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *map(str, arguments)], start_new_session=True
     )
@@ -186,13 +194,7 @@ def test_killed_training_goes_on_and_ends_like_an_unkilled_one(
     process.wait()
     began_again = read_metrics(storage)
     assert len(began_again) < NUM_BATCHES
-    rows = train(
-        CONFIG,
-        examples=examples,
-        student=student,
-        output=str(output),
-        scratch=str(tmp_path / "scratch"),
-    )
+    rows = train(job(CONFIG, examples, student, output), scratch=str(tmp_path / "scratch"))
     assert [row["batch"] for row in rows] == list(range(NUM_BATCHES))
     assert rows[:3] == began_again[:3]  # not trained again: even the speed is the same
     assert [row["loss"] for row in rows] == [row["loss"] for row in trained.rows]
@@ -217,13 +219,8 @@ def test_training_goes_on_after_a_lost_worker(
 
     thread = threading.Thread(target=kill_one)
     thread.start()
-    rows = train(
-        CONFIG.model_copy(update={"max_failures": 1}),
-        examples=examples,
-        student=student,
-        output=output.uri,
-        scratch=str(tmp_path / "scratch"),
-    )
+    config = CONFIG.model_copy(update={"max_failures": 1})
+    rows = train(job(config, examples, student, output.uri), scratch=str(tmp_path / "scratch"))
     thread.join()
     assert killed
     assert [row["loss"] for row in rows] == [row["loss"] for row in trained.rows]
@@ -235,11 +232,9 @@ def test_student_that_does_not_load_is_the_users_error(
 ):
     (tmp_path / "student").mkdir()
     (tmp_path / "student/config.json").write_text("{}")
+    config = CONFIG.model_copy(update={"num_workers": 1})
     with pytest.raises(UserError, match="cannot be loaded"):
         train(
-            CONFIG.model_copy(update={"num_workers": 1}),
-            examples=examples,
-            student=str(tmp_path / "student"),
-            output=str(tmp_path / "output"),
+            job(config, examples, str(tmp_path / "student"), tmp_path / "output"),
             scratch=str(tmp_path / "scratch"),
         )

@@ -22,7 +22,7 @@ from pipelines.training.checkpoint import (
 )
 from pipelines.training.config import TrainingConfig
 from pipelines.training.gradients import uses_bfloat16
-from pipelines.training.worker import learning_rate
+from pipelines.training.optimizer import learning_rate
 
 
 def small() -> tuple[torch.nn.Module, torch.optim.Optimizer]:

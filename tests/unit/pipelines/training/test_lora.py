@@ -19,7 +19,10 @@ from pipelines.training.config import LoraConfig, TrainingConfig
 from pipelines.training.examples import iterate_batches
 from pipelines.training.gradients import slice_batch
 from pipelines.training.lora import add_adapters, merge_adapters
-from pipelines.training.worker import Job, Place, make_optimizer, run_training, train_batch
+from pipelines.training.optimizer import make_optimizer, train_batch
+from pipelines.training.place import Place
+from pipelines.training.trainer import Job
+from pipelines.training.worker import run_training
 
 TEXTS = ["boundary layer", "supersonic flow over a wing", ""]
 LORA = LoraConfig(rank=4, alpha=8, dropout=0.1)

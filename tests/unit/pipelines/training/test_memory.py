@@ -20,8 +20,11 @@ from pipelines.training.examples import iterate_batches
 from pipelines.training.gradients import slice_batch
 from pipelines.training.memory import FITTED, fit, search_tokens
 from pipelines.training.metrics import read_metrics
+from pipelines.training.optimizer import make_optimizer, train_fitting
+from pipelines.training.place import Place
 from pipelines.training.train import _note
-from pipelines.training.worker import Job, Place, make_optimizer, run_training, train_fitting
+from pipelines.training.trainer import Job
+from pipelines.training.worker import run_training
 
 CONFIG = TrainingConfig(
     batch_size=16,
@@ -236,11 +239,11 @@ def test_training_tells_where_it_ran_out_and_goes_on_with_less(
 def test_restart_takes_what_the_trial_found(
     examples: str, student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def found(_: Encoder, __: Any, config: TrainingConfig, **___: Any) -> TrainingConfig:
-        return config.model_copy(update={"gradient_cache_tokens": 350})
+    def found(*given: Any, **_: Any) -> TrainingConfig:
+        return given[2].model_copy(update={"gradient_cache_tokens": 350})
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.training.worker.fit", found)
+        patch.setattr("pipelines.training.trainer.fit", found)
         run_training(job(examples, student, tmp_path), Place(device="cpu"))
     storage = open_storage(tmp_path)
     storage.delete("work/checkpoints")
@@ -289,7 +292,8 @@ def work(rank: int, folder: str, examples: str, student: str) -> None:
     )
     torch.set_num_threads(1)
     config = CONFIG.model_copy(update={"gradient_cache_tokens": None})
-    parts = [slice_batch(b, config, rank, WORLD) for b in islice(iterate_batches(examples), 2)]
+    here = Place(rank=rank, world=WORLD)
+    parts = [slice_batch(b, config, here) for b in islice(iterate_batches(examples), 2)]
     for place in ("none", *PLACES):
         encoder, now = Encoder.load(student, device="cpu"), config
         optimizer, losses = make_optimizer(encoder, config), []
@@ -297,9 +301,7 @@ def work(rank: int, folder: str, examples: str, student: str) -> None:
             if rank == 1 and place != "none":
                 fail_once(place, encoder, patch)
             for part in parts:
-                row = train_fitting(
-                    encoder, optimizer, part, now, rate=1e-3, rank=rank, seed=SEED + rank
-                )
+                row = train_fitting(encoder, optimizer, part, now, rate=1e-3, seed=SEED + rank)
                 losses, now = [*losses, *row[:2]], row[2]
         found = {
             "losses": losses,
@@ -308,7 +310,7 @@ def work(rank: int, folder: str, examples: str, student: str) -> None:
         }
         torch.save(found, f"{folder}/{place}-{rank}.pt")
     card = Card(encoder, 10**9 if rank else 400_000, lambda: 0)
-    found = fit(encoder, optimizer, CONFIG, rank=rank, world=WORLD, memory=card)
+    found = fit(encoder, optimizer, CONFIG, here, memory=card)
     Path(f"{folder}/fitted-{rank}").write_text(str(found.gradient_cache_tokens))
     dist.destroy_process_group()
 

@@ -18,9 +18,11 @@ from pipelines.evaluation.dataset import Passage, RetrievalDataset
 from pipelines.training import gradients
 from pipelines.training.config import LoraConfig, LossConfig, TrainingConfig, ValidationConfig
 from pipelines.training.metrics import read_metrics
+from pipelines.training.place import Place
 from pipelines.training.sharding import shard
+from pipelines.training.trainer import Job
 from pipelines.training.validation import WatchedSet
-from pipelines.training.worker import Job, Place, run_training
+from pipelines.training.worker import run_training
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

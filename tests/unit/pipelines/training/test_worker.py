@@ -20,7 +20,9 @@ from pipelines.training.config import LoraConfig, LossConfig, TrainingConfig, Va
 from pipelines.training.examples import iterate_batches, iterate_validation
 from pipelines.training.gradients import Slice, _chunks, backward, evaluation_loss, slice_batch
 from pipelines.training.metrics import TENSORBOARD, read_metrics
-from pipelines.training.worker import Job, Place, run_training
+from pipelines.training.place import Place
+from pipelines.training.trainer import Job
+from pipelines.training.worker import run_training
 
 NUM_BATCHES = 12
 CONFIG = TrainingConfig(
@@ -87,11 +89,12 @@ def test_worker_without_examples_needs_no_terms_of_others(
         num_negatives=torch.zeros(0, dtype=torch.int64),
         teacher_scores=None,
         sizes=[1, 0],
+        rank=1,
         related=None,
         symmetric=False,
     )
     config = CONFIG.model_copy(update={"loss": alone})
-    assert backward(Encoder.load(student, device="cpu"), part, config, rank=1) == 0
+    assert backward(Encoder.load(student, device="cpu"), part, config) == 0
 
 
 def weights(output: Path) -> list[torch.Tensor]:
@@ -147,7 +150,7 @@ def test_gradient_cache_changes_neither_loss_nor_gradients(
     for each in (cached, cached) if dropout else (config, cached):
         encoder.model.zero_grad()
         torch.manual_seed(0)
-        value = backward(encoder, part, each, 0)
+        value = backward(encoder, part, each)
         gradients = [w.grad.clone() for w in encoder.model.parameters() if w.grad is not None]
         found.append((value, gradients))
     (expected, plain), (value, gradients) = found
@@ -181,7 +184,7 @@ def test_gradient_cache_and_validation_see_each_batchs_weights(
     assert losses(cached) == pytest.approx(losses(plain), rel=1e-4)
     encoder = Encoder.load(str(tmp_path / "plain/encoder"), device="cpu")
     parts = [slice_batch(batch, CONFIG) for batch in iterate_validation(examples)]
-    found = np.mean([evaluation_loss(encoder, part, CONFIG, 0) for part in parts])
+    found = np.mean([evaluation_loss(encoder, part, CONFIG) for part in parts])
     assert plain[-1]["validation_loss"] == pytest.approx(found, rel=1e-4)
 
 
@@ -202,7 +205,7 @@ def test_gradient_cache_repeats_its_dropout(examples: str, student: str):
     def loss() -> float:
         encoder.model.zero_grad()
         torch.manual_seed(3)
-        return backward(encoder, part, config, 0)
+        return backward(encoder, part, config)
 
     loss()
     weight = encoder.model.encoder.layer[1].output.dense.weight
