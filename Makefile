@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick gpu lint lock clean
+.PHONY: help install demo test quick fuzz gpu lint lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ test: $(STAMP)  ## every test that needs no GPU (11 to 17 minutes)
 
 quick: $(STAMP)  ## the tests that start no engine (under 90 seconds)
 	@$(BIN)/pytest -m "not gpu and not slow"
+
+fuzz: $(STAMP)  ## the readers against random input, ten times what `make test` tries (about 20 minutes)
+	@TOKAY_FUZZ=1 $(BIN)/pytest tests/fuzz -n 2
 
 # Another interpreter (PYTHON=...) takes the place of .venv's: nothing is installed, and what it
 # lacks is skipped. CORPUS names a folder in BEIR's layout; OPTIONS are those of the script.

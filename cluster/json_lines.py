@@ -1,4 +1,4 @@
-"""JSON from anywhere: one value, or one a line, with a reason for whatever is none.
+"""Lines and JSON from anywhere, perhaps packed, with a reason for whatever cannot be read.
 
 Python's reader takes more than JSON (`NaN`, a key twice, half of a surrogate pair) and raises
 `RecursionError` for what is nested deeply; the readers here do neither.
@@ -10,10 +10,11 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import IO, Any
 
 from cluster.errors import Reject, UserError, excerpt
 
+GZIP = ".gz"
 _MAX_KEYS = 10_000
 _TOO_DEEP = "JSON nested too deeply"
 _SHOWN = 200  # of a line, in a reject
@@ -74,18 +75,40 @@ def json_lines(content: bytes | Iterable[bytes], place: str) -> Iterator[tuple[s
             yield where, value
 
 
-def unpacked(content: bytes, place: str) -> bytes:
-    """Returns what a file holds; of one whose name ends in .gz, what it was made from.
+def unpacked(stream: IO[bytes], place: str) -> Iterator[bytes]:
+    r"""Yields the lines of a file, which end at ``\n`` alone; of a ``.gz``, of what it holds.
+
+    Args:
+        stream: The file; closed at the end.
+        place: Its name.
 
     Raises:
-        UserError: It is no whole gzip file.
+        UserError: It cannot be unpacked.
     """
-    if not place.lower().endswith(".gz"):
-        return content
-    try:
-        return gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{excerpt(place)} is no whole gzip file ({error}): mend it") from error
+    with stream:
+        if not place.lower().endswith(GZIP):
+            yield from stream
+            return
+        try:
+            with gzip.open(stream) as content:
+                yield from content
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(
+                f"{excerpt(place)} cannot be unpacked: {error}; pack it again"
+            ) from error
+
+
+def text_lines(lines: Iterable[bytes], place: str) -> Iterator[tuple[str, str] | Reject]:
+    """Yields ``file:line`` and each line without its end; blank ones are left out."""
+    for number, line in enumerate(lines, start=1):
+        where = f"{place}:{number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            yield where, "not UTF-8", line[:_SHOWN].decode("utf-8", "replace")
+            continue
+        if text.strip():
+            yield where, text.rstrip("\r\n")
 
 
 def is_text(value: Any) -> bool:

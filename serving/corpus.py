@@ -5,6 +5,7 @@ passages are embedded when the server starts. A row that is no passage is left o
 corpus of which most rows are none is refused.
 """
 
+import io
 import logging
 import reprlib
 from collections import Counter
@@ -198,7 +199,7 @@ def _tables(storage: Storage, files: Sequence[str], tally: _Tally) -> Iterator[p
         if path.lower().endswith(".parquet"):
             yield from _parquet_tables(content, name, join(storage.uri, path), tally)
             continue
-        lines = json_lines(unpacked(content, join(storage.uri, name)), name)
+        lines = json_lines(unpacked(io.BytesIO(content), join(storage.uri, name)), name)
         while rows := list(islice(lines, _PASSAGES_AT_ONCE)):
             found = [row if len(row) == 3 else _passage(row[0], row[1]) for row in rows]
             yield _table(found, tally)[0]

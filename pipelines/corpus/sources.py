@@ -19,11 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cluster.artifacts import fingerprint
 from cluster.errors import Reject, UserError, excerpt
-from cluster.json_lines import json_lines
+from cluster.json_lines import GZIP, json_lines, unpacked
 from cluster.parquet import open_parquet, parquet_batches
 from cluster.storage import Storage, open_storage
 from pipelines.corpus.passages import Document
-from pipelines.json_lines import GZIP, unpacked
 
 PYTHON_DOCUMENTATION = "python-documentation"
 

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
 from cluster.errors import Reject, UserError
-from cluster.json_lines import json_lines
+from cluster.json_lines import GZIP, json_lines, text_lines, unpacked
 from pipelines.evaluation.qrels import Qrels, read_qrels
-from pipelines.json_lines import GZIP, text_lines, unpacked
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")

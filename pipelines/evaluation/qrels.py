@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cluster.errors import Reject
-from pipelines.json_lines import text_lines
+from cluster.json_lines import text_lines
 
 # trec_eval keeps a counter for every score up to the highest, which for 2^31 takes 16 GB.
 MAX_SCORE = 1_000_000

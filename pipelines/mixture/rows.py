@@ -12,10 +12,9 @@ import pyarrow as pa
 
 from cluster.artifacts import Json
 from cluster.errors import Reject, UserError
-from cluster.json_lines import json_lines
+from cluster.json_lines import GZIP, json_lines, text_lines, unpacked
 from cluster.parquet import open_parquet, parquet_batches
 from cluster.storage import Storage, open_storage
-from pipelines.json_lines import GZIP, text_lines, unpacked
 from pipelines.mixture.config import FIELDS, HUB, RUN_PASSAGES, LabelledSet
 
 if TYPE_CHECKING:

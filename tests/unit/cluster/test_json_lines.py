@@ -1,4 +1,5 @@
 import gzip
+import io
 
 import pytest
 
@@ -60,8 +61,8 @@ def test_line_that_is_no_text_is_a_reject_and_the_next_is_read() -> None:
 
 def test_gzip_is_unpacked_by_the_name_of_the_file() -> None:
     packed = gzip.compress(b"one\n") + gzip.compress(b"two\n")
-    assert unpacked(packed, "c.jsonl.GZ") == b"one\ntwo\n"
-    assert unpacked(packed, "c.jsonl") == packed
+    assert list(unpacked(io.BytesIO(packed), "c.jsonl.GZ")) == [b"one\n", b"two\n"]
+    assert b"".join(unpacked(io.BytesIO(packed), "c.jsonl")) == packed
     for broken in (packed[:-5], b"none", packed[:12] + b"\xff" * 20):
-        with pytest.raises(UserError, match="no whole gzip file"):
-            unpacked(broken, "c.jsonl.gz")
+        with pytest.raises(UserError, match=r"c\.jsonl\.gz cannot be unpacked"):
+            list(unpacked(io.BytesIO(broken), "c.jsonl.gz"))
