@@ -58,9 +58,7 @@ def of_somebody_else(folder: Path) -> None:
     os.chown(folder, 12345, 12345)
 
 
-@pytest.mark.parametrize(
-    "there", [open_to_all, link_to_elsewhere, of_somebody_else, Path.touch], ids=str
-)
+@pytest.mark.parametrize("there", [open_to_all, link_to_elsewhere, of_somebody_else, Path.touch])
 def test_folder_that_others_may_have_prepared_is_refused(
     there: Callable[[Path], None], temporary: Path
 ) -> None:
