@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from actors.encoder import Encoder, add_projection
@@ -268,38 +266,6 @@ def test_modules_in_another_order_or_of_one_name_are_refused(folder: Path):
         named = [{**module, "name": str(n), "kwargs": []} for n, module in enumerate(wrong)]
         (folder / "modules.json").write_text(json.dumps(named))
         refused(folder, "modules.json", "a Transformer, a Pooling", read=read_folder)
-
-
-KEYS = st.sampled_from(
-    ["name", "path", "type", "prompts", "query", "templates", "model_args", "pooling_mode"]
-) | st.sampled_from(["default_prompt_name", "in_features", "auto_map", "model_max_length"])
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inside: (
-        st.lists(inside, max_size=4) | st.dictionaries(KEYS | st.text(max_size=9), inside)
-    ),
-    max_leaves=10,
-)
-
-
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    file=st.sampled_from(
-        ["modules.json", LIMITS, OPTIONS, POOLING, DENSE, "tokay.json", "tokenizer_config.json"]
-    ),
-    content=st.binary(max_size=60) | JSON.map(lambda found: json.dumps(found).encode()),
-)
-def test_any_configuration_is_read_or_refused_by_one_line(
-    file: str, content: bytes, folder: Path, base: Path
-):
-    (folder / file).write_bytes(content)
-    try:
-        read_folder(folder)
-    except UserError as error:
-        assert "\n" not in str(error)
-        assert len(str(error)) < 2000
-    finally:
-        shutil.copyfile(base / file, folder / file)
 
 
 # Weights and tokenizers.

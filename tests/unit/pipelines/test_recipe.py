@@ -3,15 +3,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cluster.errors import UserError
 from pipelines.recipe import load_recipe, read_models, recipe_names
-from pipelines.recipe_keys import recipe_keys
 from pipelines.yaml_files import write_yaml
 
 
@@ -279,45 +275,3 @@ def test_a_cut_llm_has_a_gpu_for_each_part() -> None:
         load_recipe("gpu", [cut])
     assert load_recipe("gpu", [cut, "resources.llm.num_gpus=2"]).resources.llm.num_gpus == 2
     assert load_recipe("laptop", [cut])  # on a CPU the parts are groups of cores
-
-
-KEYS = [re.sub(r"\[\]|NAME", "0", key.key) for key in recipe_keys()]
-VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(10**30), 10**30)
-    | st.floats()
-    | st.text(max_size=20)
-    | st.sampled_from(
-        ["${TOKAY_X}", "${HOME}", "${", "~x/y", "embedded:", "s3://", "\x00", "../x"]
-    ),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from([k.split(".")[-1] for k in KEYS]), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.tuples(st.sampled_from(KEYS) | st.text(max_size=12), VALUES), max_size=3),
-    st.booleans(),
-)
-def test_recipe_of_any_values_is_read_or_refused(
-    changes: list[tuple[str, Any]], keep_unset: bool
-) -> None:
-    asked = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changes]
-    try:
-        load_recipe("laptop", asked, keep_unset=keep_unset)
-    except UserError as error:
-        assert len(str(error)) < 2000
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(KEYS), st.text(max_size=12)), max_size=3))
-def test_setting_of_any_text_is_read_or_refused(changes: list[tuple[str, str]]) -> None:
-    try:
-        load_recipe("laptop", [f"{key}={value}" for key, value in changes])
-    except UserError as error:
-        assert len(str(error)) < 2000

@@ -134,16 +134,3 @@ TREES = st.recursive(
 @given(TREES)
 def test_yaml_that_is_written_is_read_as_it_was(tree: Any) -> None:
     assert json.dumps(read_yaml(write_yaml(tree), "r.yaml")) == json.dumps(tree)
-
-
-@settings(max_examples=1000, deadline=None)
-@given(
-    st.binary(max_size=200)
-    | st.text(max_size=200)
-    | st.text("[]{}:,-&*!|>'\"#?@ \n\tab01.", max_size=60)
-)
-def test_yaml_of_random_characters_is_read_or_refused(content: str | bytes) -> None:
-    try:
-        read_yaml(content, "r.yaml")
-    except UserError as error:
-        assert len(str(error)) < 500
