@@ -4,23 +4,30 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick gpu lint lock clean
+.PHONY: help install demo test quick fuzz gpu lint lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(STAMP)  ## make .venv from the lock
 
-# --no-deps: the lock is complete, and leaves out torchvision, torchaudio and torchcodec, whose
-# only builds are for CUDA. PyTorch's own index is asked for its CPU build where it answers.
-$(STAMP): requirements-cpu.txt pyproject.toml
+# --no-deps: the locks are complete, and leave out torchvision, torchaudio and torchcodec, whose
+# only builds are for CUDA. Every file is a wheel whose hash is in a lock, so none is built here and
+# no other package index can put one in its place. torch's CPU build is on PyTorch's own index: the
+# page of that one package is asked, where it answers, and for that one package.
+TORCH_BUILDS ?= https://download.pytorch.org/whl/cpu/torch/
+PIP := $(BIN)/pip install -qq --disable-pip-version-check --no-deps
+LOCKED := $(PIP) --require-hashes --only-binary :all:
+
+$(STAMP): requirements-cpu.txt requirements-cpu-torch.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "tokay needs Python 3.11: set PYTHON=/path/to/python3.11"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "Python's venv module is missing: apt-get install python3.11-venv"; exit 2; }
 	@echo "Installing into $(VENV) (about 3 minutes, once) ..."
 	@$(PYTHON) -m venv --clear $(VENV)
-	@extra=$$($(PYTHON) -c 'import urllib.request as u; u.urlopen("https://download.pytorch.org/whl/cpu/torch/", timeout=3); print("--extra-index-url https://download.pytorch.org/whl/cpu")' 2>/dev/null); \
-	  $(BIN)/pip install -qq --disable-pip-version-check --no-deps $$extra -r requirements-cpu.txt
-	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@page=$$($(PYTHON) -c 'import urllib.request as u; u.urlopen("$(TORCH_BUILDS)", timeout=3); print("--no-index --find-links $(TORCH_BUILDS)")' 2>/dev/null); \
+	  $(LOCKED) $$page -r requirements-cpu-torch.txt
+	@$(LOCKED) -r requirements-cpu.txt
+	@$(PIP) --no-build-isolation -e .
 	@touch $@
 
 demo: $(STAMP)  ## search the documentation of this Python environment, end to end (10 minutes)
@@ -31,6 +38,9 @@ test: $(STAMP)  ## every test that needs no GPU (11 to 17 minutes)
 
 quick: $(STAMP)  ## the tests that start no engine (under 90 seconds)
 	@$(BIN)/pytest -m "not gpu and not slow"
+
+fuzz: $(STAMP)  ## the readers against random input, ten times what `make test` tries (about 20 minutes)
+	@TOKAY_FUZZ=1 $(BIN)/pytest tests/fuzz -n 2
 
 # Another interpreter (PYTHON=...) takes the place of .venv's: nothing is installed, and what it
 # lacks is skipped. CORPUS names a folder in BEIR's layout; OPTIONS are those of the script.
@@ -44,13 +54,17 @@ lint: $(STAMP)  ## ruff, mypy, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Of the GPU lock every package has a wheel for this platform, or there is no lock: nodes build nothing.
-lock:  ## resolve both locks anew (needs uv)
-	uv pip compile pyproject.toml --extra cpu --extra dev --override cpu-overrides.txt \
-	  --python-version 3.11 --no-header -o requirements-cpu.txt
-	sed -i 's/^torch==\(.*\)+cpu$$/torch==\1/' requirements-cpu.txt
-	uv pip compile pyproject.toml --extra gpu --python-version 3.11 --only-binary :all: \
-	  --python-platform x86_64-manylinux_2_31 --no-header -o requirements.txt
+# Every package of both locks has a wheel, or there is no lock: nothing is built where it is installed.
+# torch's CPU build stands in a lock of its own, because it does not come from where the rest does.
+COMPILE := $(BIN)/uv pip compile -q --python-version 3.11 --no-header --generate-hashes --only-binary :all:
+
+lock:  ## resolve the locks anew (TORCH_BUILDS: a page or a folder with PyTorch's CPU builds)
+	@test -x $(BIN)/uv || { echo "uv is missing: make install"; exit 2; }
+	$(COMPILE) pyproject.toml --extra cpu --extra dev --override cpu-overrides.txt \
+	  --find-links $(TORCH_BUILDS) --no-emit-package torch -o requirements-cpu.txt
+	sed -n 's/^ *"\(torch==[^"]*\)",/\1+cpu/p' pyproject.toml | $(COMPILE) - --no-annotate \
+	  --find-links $(TORCH_BUILDS) | awk '/^[a-z]/ {torch = /^torch==/} torch' >requirements-cpu-torch.txt
+	$(COMPILE) pyproject.toml --extra gpu --python-platform x86_64-manylinux_2_31 -o requirements.txt
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

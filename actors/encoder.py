@@ -20,29 +20,30 @@ from torch.nn import functional
 from actors.dropout import use_fast_dropout
 from actors.embedded import resolve_model
 from actors.encoder_files import (
-    POOLINGS,
+    load_tokenizer,
+    load_transformer,
     local_folder,
     no_progress_bars,
-    read_json,
-    read_pooling,
+    num_embeddings,
+    read_max_tokens,
     read_projection,
-    read_templates,
     write_modules,
     write_settings,
 )
+from actors.encoder_folder import read_folder
+from actors.encoder_format import POOLINGS
 from actors.linear import native_bfloat16, use_onednn
 from actors.packing import (
     TokenRows,
     can_pack,
     cut_batches,
-    first_position,
     packed_forward,
     pool_packed,
     send,
     use_packing,
 )
 from actors.templates import PromptTemplates
-from cluster.errors import UserError
+from cluster.errors import TokayError, UserError
 
 __all__ = ["POOLINGS", "Encoder", "PromptTemplates", "cut_layers", "native_bfloat16"]
 
@@ -51,7 +52,6 @@ _BATCH_TOKENS = {"cpu": 2048}
 _BATCH_TOKENS_ELSEWHERE = 16384
 # Of an H200 without gradients: 1.5 times the speed of 16384 for MiniLM, a few percent for larger.
 _ENCODE_TOKENS_ELSEWHERE = 32768
-_MAX_TOKENS = 256  # of a model that does not say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,68 +123,48 @@ class Encoder:
     ) -> Encoder:
         """Reads a sentence-transformers or a plain Hugging Face model.
 
-        Pooling comes from the sentence-transformers configuration; without one it is the last token
-        for a decoder and the mean for everything else. Templates come from ``tokay.json``, or from
-        sentence-transformers' prompts.
+        What a folder says is done as sentence-transformers does it, or refused
+        (:mod:`actors.encoder_format`). A plain model is pooled at the last token if it is a decoder
+        and by the mean otherwise. Templates come from ``tokay.json``, or from the prompts of
+        sentence-transformers.
 
         Args:
             model: Folder, hub id, or ``embedded:NAME``.
             max_tokens: Cut texts here; a model that takes less lowers it. None: where the model's
-                folder says, or 256.
+                folder says, or 256 for a plain model.
             dtype: ``float32``, ``bfloat16``, ``float16``; or ``auto``, which is bfloat16 where the
                 hardware multiplies it natively and float32 elsewhere.
             device: ``cpu``, ``cuda``, ``cuda:1``; the GPU where there is one if None.
             trust_remote_code: Run Python code that comes with the model.
 
         Raises:
-            UserError: The model is missing, has no safetensors weights, or is of an unknown kind.
+            UserError: The model is missing, broken, of an unknown kind, or has no safetensors
+                weights; its folder means what is not done here.
         """
-        from transformers import AutoModel, AutoTokenizer
-
         if dtype not in ("float32", "bfloat16", "float16", "auto"):
             raise UserError(f"dtype {dtype!r}: accepted are float32, bfloat16, float16 and auto")
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if dtype == "auto":
             dtype = "bfloat16" if native_bfloat16(torch.device(chosen)) else "float32"
-        folder = local_folder(resolve_model(model))
-        try:
-            with no_progress_bars():
-                transformer = AutoModel.from_pretrained(
-                    folder,
-                    dtype=getattr(torch, dtype),
-                    use_safetensors=True,
-                    trust_remote_code=trust_remote_code,
-                )
-                tokenizer = AutoTokenizer.from_pretrained(
-                    folder, trust_remote_code=trust_remote_code
-                )
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"encoder {model!r} cannot be loaded: {reason}") from error
-        # The right side: the same positions in any batch; a decoder sees nothing behind a token.
-        tokenizer.padding_side = "right"
-        if tokenizer.pad_token is None:  # some decoders'; libraries want one to fill a batch
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        projection = read_projection(folder, model)
+        if max_tokens is not None and max_tokens < 1:
+            raise UserError(f"max_tokens {max_tokens}: accepted are whole numbers from 1")
+        trust, precision = trust_remote_code, getattr(torch, dtype)
+        found = local_folder(resolve_model(model), trust_remote_code=trust)
+        folder = read_folder(found, trust_remote_code=trust)
+        transformer = load_transformer(folder, dtype=precision, trust_remote_code=trust)
+        tokenizer = load_tokenizer(folder, transformer, trust_remote_code=trust)
+        config = transformer.config
+        projection = read_projection(folder, config.hidden_size)
         if projection is not None:
-            transformer.add_module("projection", projection.to(getattr(torch, dtype)))
-        said = [
-            read_json(folder / "sentence_bert_config.json").get("max_seq_length"),
-            read_json(folder / "tokay.json").get("max_tokens"),
-        ]
-        positions = getattr(transformer.config, "max_position_embeddings", None)
-        limits = [
-            max_tokens or (None if any(said) else _MAX_TOKENS),
-            tokenizer.model_max_length,
-            positions and positions - first_position(transformer.config),
-            *said,
-        ]
+            transformer.add_module("projection", projection.to(precision))
+        decoder = any("CausalLM" in name for name in config.architectures or [])
+        last = decoder and getattr(config, "is_causal", True)
         return cls(
             transformer.to(chosen).eval(),
             tokenizer,
-            pooling=read_pooling(folder, model, transformer.config),
-            max_tokens=min(int(limit) for limit in limits if limit),
-            templates=read_templates(folder),
+            pooling=folder.pooling or ("lasttoken" if last else "mean"),
+            max_tokens=read_max_tokens(folder, transformer, tokenizer, max_tokens),
+            templates=folder.templates,
         )
 
     @property
@@ -193,6 +173,11 @@ class Encoder:
         layers = list(self._projection or [])
         size = layers[-2].out_features if layers else cast(Any, self.model.config).hidden_size
         return int(cast(int, size))
+
+    def check_dimensions(self, dimensions: int) -> None:
+        """Raises UserError unless vectors can be cut to so many dimensions."""
+        if not 1 <= dimensions <= self.dimensions:
+            raise UserError(f"dimensions {dimensions}: accepted are 1 to {self.dimensions}")
 
     @property
     def device(self) -> torch.device:
@@ -233,6 +218,11 @@ class Encoder:
         finally:
             for module, training in modes:
                 module.training = training
+        if not np.isfinite(vectors).all():
+            raise TokayError(
+                f"the encoder {cast(Any, self.model.config).name_or_path!r} gives vectors that are"
+                f" no numbers in {self.model.dtype}: its weights are broken, or too large for it"
+            )
         return vectors if len(texts.rows) == len(texts.order) else vectors[texts.order]
 
     def set_training(self, *, dropout: bool, checkpointing: bool = False) -> None:
@@ -291,6 +281,9 @@ class Encoder:
             return_token_type_ids=False,
             verbose=False,
         )["input_ids"]
+        most = num_embeddings(self.model)
+        if most and len(self.tokenizer) > most:  # added tokens, such as an image's, of no embedding
+            rows = [[id_ if id_ < most else self._unknown_id for id_ in row] for row in rows]
         # A decoder's tokenizer makes nothing of an empty text, and nothing has no vector.
         return [row or [self._pad_id] for row in rows]
 
@@ -346,7 +339,13 @@ class Encoder:
             pooling=self.pooling,
             dimensions=model.config.hidden_size,
         )
-        write_settings(path, templates=self.templates, max_tokens=self.max_tokens, task=task)
+        write_settings(
+            path,
+            tokenizer=self.tokenizer,
+            templates=self.templates,
+            max_tokens=self.max_tokens,
+            task=task,
+        )
         (path / "README.md").write_text(model_card, encoding="utf-8")
 
     @property
@@ -360,8 +359,16 @@ class Encoder:
 
     @property
     def _pad_id(self) -> int:
-        tokenizer = self.tokenizer
-        return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
+        return self._known(self.tokenizer.pad_token_id) or 0
+
+    @property
+    def _unknown_id(self) -> int:
+        found = self._known(self.tokenizer.unk_token_id)
+        return self._pad_id if found is None else found
+
+    def _known(self, token_id: int | None) -> int | None:
+        most = num_embeddings(self.model)
+        return None if token_id is None or (most and token_id >= most) else int(token_id)
 
     def _embed_packed(self, batches: Sequence[TokenRows]) -> torch.Tensor:
         pooled = []

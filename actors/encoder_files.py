@@ -1,6 +1,7 @@
-"""The files of an encoder: a sentence-transformers folder, read and written.
+"""The files of an encoder: a sentence-transformers folder, its weights read, and written.
 
-What sentence-transformers computes from a folder is what we compute, or the folder is refused.
+What sentence-transformers computes from a folder is what we compute, or the folder is refused;
+:mod:`actors.encoder_format` says which.
 """
 
 from __future__ import annotations
@@ -13,31 +14,61 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch.nn import functional
 
+from actors.encoder_folder import EncoderFolder
+from actors.encoder_format import MAX_TOKENS, Dense
+from actors.model_files import (
+    brief,
+    check_no_pointer,
+    check_safetensors,
+    read_object,
+    weight_files,
+)
+from actors.packing import first_position
 from actors.templates import PromptTemplates
 from cluster.errors import UserError
 
-POOLINGS = ("mean", "cls", "lasttoken")
-_MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
-_LEGACY_POOLINGS = {
+# Of a plain model that does not say how long its texts may be.
+_PLAIN_TOKENS = 256
+_ACTIVATIONS = {
+    f"{kind.__module__}.{kind.__name__}": kind
+    for kind in (
+        torch.nn.Identity,
+        torch.nn.Tanh,
+        torch.nn.ReLU,
+        torch.nn.GELU,
+        torch.nn.SiLU,
+        torch.nn.Sigmoid,
+    )
+}
+
+
+# The keys of sentence-transformers 2 to 5, which 6 reads too.
+_POOLING_KEYS = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
     "pooling_mode_lasttoken": "lasttoken",
 }
-_ACTIVATIONS = {
-    "torch.nn.modules.linear.Identity": torch.nn.Identity,
-    "torch.nn.modules.activation.Tanh": torch.nn.Tanh,
-}
 
 
-def local_folder(resolved: str) -> Path:
+class UnitLength(torch.nn.Module):
+    """Makes vectors ``[..., dimensions]`` of length 1: a ``Normalize`` that others follow."""
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Returns them divided by their lengths."""
+        return functional.normalize(vectors, dim=-1)
+
+
+def local_folder(resolved: str, *, trust_remote_code: bool = False) -> Path:
     """Returns the folder of a model, fetched from the hub unless it is one already."""
     if Path(resolved).is_dir():
         return Path(resolved)
     from huggingface_hub import snapshot_download
 
-    # Weights in pickles are left where they are.
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py"]
+    # Weights in pickles are left where they are, and so is code that will not run.
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    patterns += ["*.py"] if trust_remote_code else []
     try:
         return Path(snapshot_download(resolved, allow_patterns=patterns))
     except Exception as error:  # the hub's client has no common ancestor for its errors
@@ -47,85 +78,191 @@ def local_folder(resolved: str) -> Path:
         ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns a JSON object, empty where the file is missing."""
-    return cast(dict[str, Any], json.loads(path.read_text())) if path.exists() else {}
+def load_transformer(folder: EncoderFolder, *, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """Loads the transformer of a folder, with every weight that it computes with.
 
-
-def read_pooling(folder: Path, model: str, config: Any) -> str:
-    """Returns how a folder's vectors are pooled: one of ``POOLINGS``.
+    Args:
+        folder: As read.
+        dtype: Of the weights from now on.
+        trust_remote_code: Run Python code that comes with the model.
 
     Raises:
-        UserError: It is done in another way, or there are modules that we do not know.
+        UserError: Weights are missing or broken, or it makes no states of tokens.
     """
-    if not (folder / "modules.json").exists():
-        decoder = any("CausalLM" in name for name in config.architectures or [])
-        return "lasttoken" if decoder and getattr(config, "is_causal", True) else "mean"
-    settings: dict[str, Any] = {}
-    for kind, path in _modules(folder):
-        if kind not in _MODULES:
-            raise UserError(
-                f"encoder {model!r} has a module {kind!r}: accepted are {', '.join(_MODULES)}"
+    from transformers import AutoConfig, AutoModel
+
+    path = folder.transformer
+    weight_files(path)
+    try:
+        config: Any = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if config.is_encoder_decoder:
+            raise _other_kind(path, config)
+        with no_progress_bars():
+            transformer, found = AutoModel.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below
             )
-        if kind == "Pooling":
-            settings = read_json(path / "config.json")
-    pooling = settings.get("pooling_mode") or [
-        _LEGACY_POOLINGS.get(name, name)
-        for name, value in settings.items()
-        if name.startswith("pooling_mode_") and value is True
-    ]
-    if isinstance(pooling, list):
-        pooling = "+".join(pooling)
-    if pooling not in POOLINGS:
+    except UserError:
+        raise
+    except Exception as error:  # transformers has none of its own, and the files are anybody's
+        raise UserError(f"encoder {path} cannot be loaded: {brief(error)}") from error
+    # transformers draws at random what it does not find. Nothing is computed with a pooler.
+    other = [f"{name} of shape {list(shape)}" for name, shape, _ in found["mismatched_keys"]]
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
+    if other or missing:
         raise UserError(
-            f"encoder {model!r} pools by {pooling or 'nothing'!r}: accepted are "
-            f"{', '.join(POOLINGS)}"
+            f"{path}: its weights are not those of the model that config.json describes:"
+            f" {len(missing)} are missing and {len(other)} have other shapes, such as"
+            f" {[*missing, *other][0]}: fetch the model again"
         )
-    return str(pooling)
+    _try(transformer.eval(), path)
+    return transformer
 
 
-def read_projection(folder: Path, model: str) -> torch.nn.Sequential | None:
-    """Returns the ``Dense`` modules of a folder as layers, None where it has none.
+def _try(transformer: Any, path: Path) -> None:
+    """Raises UserError unless a model makes a state of a token."""
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    try:
+        with torch.inference_mode():
+            output = transformer(input_ids=ids, attention_mask=torch.ones_like(ids))
+        shape = tuple(output.last_hidden_state.shape)
+        whole = shape == (1, 1, transformer.config.hidden_size)
+    except Exception as error:  # whatever a model of images says to tokens
+        raise _other_kind(path, transformer.config) from error
+    if not whole:
+        raise _other_kind(path, transformer.config)
+
+
+def _other_kind(path: Path, config: Any) -> UserError:
+    return UserError(
+        f"{path / 'config.json'}: model_type {brief(config.model_type)}: accepted are encoders"
+        " (BERT and its like) and decoders (Qwen, Llama, Gemma) of texts"
+    )
+
+
+def load_tokenizer(folder: EncoderFolder, transformer: Any, *, trust_remote_code: bool) -> Any:
+    """Loads a folder's tokenizer, and sees that it is the transformer's.
 
     Raises:
-        UserError: A module does more than a product and a known activation.
+        UserError: It is missing or broken, or of another model.
     """
-    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
 
-    layers: list[torch.nn.Module] = []
-    for kind, path in _modules(folder):
-        if kind != "Dense":
-            continue
-        config = read_json(path / "config.json")
-        activation = _ACTIVATIONS.get(config.get("activation_function", ""))
-        plain = config.get("module_input_name", "sentence_embedding") == "sentence_embedding"
-        if activation is None or not plain or config.get("use_residual"):
-            raise UserError(
-                f"encoder {model!r}: its {path.name} is no plain projection; accepted is a product"
-                f" of the pooled vector with activation {' or '.join(_ACTIVATIONS)}"
-            )
-        if not (path / "model.safetensors").is_file():
-            raise UserError(f"encoder {model!r}: its {path.name} has no safetensors weights")
-        layer = torch.nn.Linear(
-            config["in_features"], config["out_features"], bias=config.get("bias", True)
+    path = folder.transformer
+    for name in ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt"):
+        check_no_pointer(path / name)
+    for file in path.glob("*.model"):
+        check_no_pointer(file)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        vocabulary = tokenizer.get_vocab()
+    except Exception as error:  # as above; tokenizers raises plain Exception
+        raise UserError(f"the tokenizer of {path} cannot be loaded: {brief(error)}") from error
+    added = tokenizer.get_added_vocab()
+    highest = max((id_ for token, id_ in vocabulary.items() if token not in added), default=-1)
+    rows = num_embeddings(transformer) or MAX_TOKENS
+    # Added tokens without an embedding are known by the tokenizer's length, as they come last.
+    scattered = len(tokenizer) <= rows <= max(added.values(), default=-1)
+    if highest < 0 or highest >= rows or scattered:
+        raise UserError(
+            f"the tokenizer of {path} has ids up to {highest} and its model has {rows} embeddings:"
+            " give the model its own tokenizer"
         )
-        weights = load_file(path / "model.safetensors")
-        layer.load_state_dict({name.removeprefix("linear."): w for name, w in weights.items()})
-        layers += [layer, activation()]
+    # The right side: the same positions in any batch; a decoder sees nothing behind a token.
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:  # some decoders'; libraries want one to fill a batch
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if folder.settings.do_lower_case and not lowers_case(tokenizer):
+        _lower_case(tokenizer, path)
+    _check_tokens(tokenizer, path)
+    return tokenizer
+
+
+def _check_tokens(tokenizer: Any, path: Path) -> None:
+    """Raises UserError where a tokenizer's files do not say what becomes of a text."""
+    given = tokenizer("a", return_token_type_ids=True)
+    types = given.get("token_type_ids") or [0]
+    if any(types) and "token_type_ids" in tokenizer.model_input_names:
+        raise UserError(
+            f"the tokenizer of {path} gives token types {brief(types, 60)}: accepted are zeros"
+        )
+    file = path / "tokenizer_config.json"
+    said = read_object(file)
+    for key, token in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token")):
+        added = getattr(tokenizer, f"{token}_id") in given["input_ids"]
+        if said.get(key) is True and not added:
+            raise UserError(
+                f"{file}: {key} true: the tokenizer adds no {getattr(tokenizer, token)!r}: write"
+                " the post_processor of its tokenizer.json anew, or take this key out"
+            )
+
+
+def read_max_tokens(
+    folder: EncoderFolder, transformer: Any, tokenizer: Any, asked: int | None
+) -> int:
+    """Returns where texts are cut.
+
+    Args:
+        folder: What it says holds; a plain model that says nothing takes 256 tokens.
+        transformer: It has so many positions.
+        tokenizer: Its own limit holds too.
+        asked: No more than these.
+
+    Raises:
+        UserError: Nothing of a text would be left.
+    """
+    said = [limit for limit in (folder.settings.max_seq_length, folder.max_tokens) if limit]
+    most = min([MAX_TOKENS, tokenizer.model_max_length, *_num_positions(transformer), *said])
+    if asked is None and not said and not folder.listed:
+        asked = _PLAIN_TOKENS
+    limit = int(min(most, asked)) if asked is not None else int(most)
+    special = tokenizer.num_special_tokens_to_add()
+    if limit <= special:
+        key = "max_tokens" if asked is not None and asked <= special else "max_seq_length"
+        raise UserError(
+            f"encoder {folder.transformer}: {key} {limit}: its tokenizer adds {special} tokens to a"
+            f" text, so accepted are whole numbers from {special + 1}"
+        )
+    return limit
+
+
+def read_projection(folder: EncoderFolder, hidden_size: int) -> torch.nn.Sequential | None:
+    """Returns what is done to a pooled vector before it is made of length 1, None for nothing.
+
+    Args:
+        folder: As read.
+        hidden_size: Dimensions of the pooled vector.
+
+    Raises:
+        UserError: Weights are missing, broken, or of another shape.
+    """
+    size = hidden_size
+    layers: list[torch.nn.Module] = []
+    for found in folder.layers:
+        if found is None:
+            layers.append(UnitLength())
+            continue
+        path, dense = found
+        if dense.in_features != size:
+            raise UserError(
+                f"{path / 'config.json'}: in_features {dense.in_features}: what comes before it"
+                f" gives {size} dimensions"
+            )
+        size = dense.out_features
+        layers.append(_linear(path / "model.safetensors", dense))
+        layers.append(_ACTIVATIONS[dense.activation_function]())
+    if folder.truncate_dim is not None and folder.truncate_dim < size:
+        first = torch.nn.Linear(size, folder.truncate_dim, bias=False)
+        torch.nn.init.eye_(first.weight)
+        layers += [first, torch.nn.Identity()]
+    while layers and isinstance(layers[-1], UnitLength):  # we end so ourselves
+        layers.pop()
     return torch.nn.Sequential(*layers) if layers else None
-
-
-def read_templates(folder: Path) -> PromptTemplates:
-    """Returns the templates of ``tokay.json``, or those that are sentence-transformers' prompts."""
-    own = read_json(folder / "tokay.json")
-    if "templates" in own:
-        return PromptTemplates(**own["templates"])
-    prompts = read_json(folder / "config_sentence_transformers.json").get("prompts", {})
-    found = {}
-    for role, names in (("query", ["query"]), ("passage", ["document", "passage", "corpus"])):
-        prefix = next((prompts[name] for name in names if prompts.get(name)), "")
-        found[role] = prefix.replace("{", "{{").replace("}", "}}") + "{text}"
-    return PromptTemplates(**found)
 
 
 def write_modules(
@@ -135,7 +272,7 @@ def write_modules(
 
     Args:
         folder: Holds the transformer's own files.
-        projection: Layers and activations in turns.
+        projection: Layers, each with its activation behind it, and ``UnitLength``.
         pooling: One of ``POOLINGS``.
         dimensions: Of the pooled vector.
     """
@@ -148,20 +285,22 @@ def write_modules(
             "Pooling",
             {
                 "word_embedding_dimension": dimensions,
-                **{name: kind == pooling for name, kind in _LEGACY_POOLINGS.items()},
+                **{name: kind == pooling for name, kind in _POOLING_KEYS.items()},
             },
         ),
     ]
-    layers = list(projection or [])
-    for layer, activation in zip(layers[::2], layers[1::2], strict=True):
-        linear = cast(torch.nn.Linear, layer)
+    layers = iter(projection or [])
+    for layer in layers:
+        if isinstance(layer, UnitLength):
+            documents.append((f"{len(documents)}_Normalize", "Normalize", {}))
+            continue
+        linear, activation = cast(torch.nn.Linear, layer), type(next(layers))
         path = f"{len(documents)}_Dense"
-        kind = type(activation)
         config = {
             "in_features": linear.in_features,
             "out_features": linear.out_features,
             "bias": linear.bias is not None,
-            "activation_function": f"{kind.__module__}.{kind.__name__}",
+            "activation_function": f"{activation.__module__}.{activation.__name__}",
         }
         documents.append((path, "Dense", config))
         (folder / path).mkdir(exist_ok=True)
@@ -180,13 +319,18 @@ def write_modules(
 
 
 def write_settings(
-    folder: Path, *, templates: PromptTemplates, max_tokens: int, task: str | None
+    folder: Path,
+    *,
+    tokenizer: Any,
+    templates: PromptTemplates,
+    max_tokens: int,
+    task: str | None,
 ) -> None:
     """Writes the prompts and limits, in our words and in those of sentence-transformers."""
     import sentence_transformers
     import transformers
 
-    limits = {"max_seq_length": max_tokens, "do_lower_case": False}
+    limits = {"max_seq_length": max_tokens, "do_lower_case": lowers_case(tokenizer)}
     write_json(folder / "sentence_bert_config.json", limits)
     versions = {
         "sentence_transformers": sentence_transformers.__version__,
@@ -213,19 +357,84 @@ def write_json(path: Path, document: object) -> None:
 
 def _modules(folder: Path) -> list[tuple[str, Path]]:
     path = folder / "modules.json"
-    modules = json.loads(path.read_text()) if path.exists() else []
+    modules = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     return [(module["type"].rsplit(".", 1)[-1], folder / module["path"]) for module in modules]
 
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Keeps the bars of transformers, one for each file, off the console."""
+    """Keeps the bars of transformers, one for each file, and its reports off the console."""
     from transformers.utils import logging
 
-    enabled = logging.is_progress_bar_enabled()
+    enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if enabled:
             logging.enable_progress_bar()
+
+
+def num_embeddings(transformer: Any) -> int | None:
+    """Returns how many token ids a transformer knows, None for code that does not say."""
+    try:
+        table = transformer.get_input_embeddings()
+    except NotImplementedError:  # of models that bring their own code
+        return None
+    return getattr(table, "num_embeddings", None)
+
+
+def lowers_case(tokenizer: Any) -> bool:
+    """Says whether a step of its own makes every text lower case."""
+    from tokenizers.normalizers import Lowercase, Sequence
+
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    steps = [*cast(Any, normalizer)] if isinstance(normalizer, Sequence) else [normalizer]
+    return any(isinstance(step, Lowercase) for step in steps)
+
+
+def _lower_case(tokenizer: Any, path: Path) -> None:
+    """Lets a tokenizer lower the case first, where sentence-transformers has it done."""
+    from tokenizers.normalizers import Lowercase, Sequence
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(f"{path}: do_lower_case true: the model's tokenizer cannot do it")
+    normalizer = backend.normalizer
+    steps = [*cast(Any, normalizer)] if isinstance(normalizer, Sequence) else [normalizer]
+    backend.normalizer = Sequence([Lowercase(), *(step for step in steps if step is not None)])
+
+
+def _num_positions(transformer: Any) -> list[int]:
+    """Returns how many tokens a transformer has positions for, as often as it says so."""
+    said = getattr(transformer.config, "max_position_embeddings", None)
+    found = (
+        [said - first_position(transformer.config)] if isinstance(said, int) and said > 0 else []
+    )
+    for module in transformer.modules():
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(table, torch.nn.Embedding):
+            # RoBERTa's kinds, MPNet too, count from behind the padding token's number.
+            padding = getattr(module, "padding_idx", None)
+            first = padding + 1 if isinstance(padding, int) else 0
+            found.append(table.num_embeddings - first)
+    return found
+
+
+def _linear(file: Path, dense: Dense) -> torch.nn.Linear:
+    from safetensors.torch import load_file
+
+    check_safetensors(file)
+    weights = load_file(file)
+    shapes = {name: list(weight.shape) for name, weight in weights.items()}
+    expected = {"linear.weight": [dense.out_features, dense.in_features]}
+    if dense.bias:
+        expected["linear.bias"] = [dense.out_features]
+    if shapes != expected:
+        raise UserError(f"{file} holds {brief(shapes)}: its config.json asks for {brief(expected)}")
+    layer = torch.nn.Linear(dense.in_features, dense.out_features, bias=dense.bias, device="meta")
+    parameters = {name.removeprefix("linear."): weight for name, weight in weights.items()}
+    layer.load_state_dict(parameters, assign=True)
+    return layer

@@ -12,11 +12,12 @@ import asyncio
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from actors.embedded import resolve_model
 from actors.engine import EngineLog, EngineOptions, start_engine
 from actors.pair_scores import PairScore, PairScorer, PairTokens, ScoringPrompt
+from actors.plain_text import PlainText
 from cluster.errors import EngineDied, TokayError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class LanguageModel:
     ) -> None:
         """Wrap a started engine; use `load`."""
         self._engine = engine
-        self._tokenizer = tokenizer
+        self._text = PlainText(tokenizer)
         self._max_model_tokens = max_model_tokens
         self._log = log
         self._ids = itertools.count()
@@ -89,30 +90,28 @@ class LanguageModel:
 
     def truncate(self, text: str, max_tokens: int) -> str:
         """Cut ``text`` to its first ``max_tokens`` tokens of this model's tokenizer."""
-        return truncate(self._tokenizer, text, max_tokens)
+        return self._text.truncate(text, max_tokens)
 
-    def chat(self, message: str) -> str:
-        """Format ``message`` as a user's turn with the model's chat template, if it has one."""
-        if not self._tokenizer.chat_template:
-            return message
-        return str(
-            self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": message}],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        )
+    def control_tokens(self, text: str) -> list[str]:
+        """Return the control tokens that ``text`` spells out, which a prompt shows as text."""
+        return self._text.spelt(text)
 
     async def generate(
-        self, prompts: Sequence[str], *, sampling: Sampling, seeds: Sequence[int]
+        self,
+        prompts: Sequence[str],
+        *,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        chat: bool = False,
     ) -> list[Generation]:
         """Continue each prompt.
 
         Args:
-            prompts: Texts to continue.
+            prompts: Texts to continue. Control tokens that they spell out are text.
             sampling: Shared by all prompts.
             seeds: One for each prompt: a prompt's randomness depends on its own seed and not on
                 what else is in the batch.
+            chat: Make each prompt a user's turn, by the model's chat template if it has one.
 
         Returns:
             One generation for each prompt, in order. A prompt that does not fit the model comes
@@ -124,7 +123,7 @@ class LanguageModel:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         async def one(prompt: str, seed: int) -> Generation:
-            tokens = self._tokenize(prompt, special=True)
+            tokens = self._text.chat_ids(prompt) if chat else self._text.ids(prompt, special=True)
             if error := self._misfit(len(tokens), sampling.max_tokens):
                 return Generation(error=error, num_prompt_tokens=len(tokens))
             output = await self._request(
@@ -203,19 +202,15 @@ class LanguageModel:
         return 2e-3 if str(model.dtype) == "torch.float32" else 0.15
 
     def _pair_tokens(self, pair: ScoringPrompt) -> PairTokens:
-        labels = {self._tokenize(label, special=False)[0]: weight for label, weight in pair.labels}
+        labels = {self._text.ids(label)[0]: weight for label, weight in pair.labels}
         if len(labels) < len(pair.labels):
             raise ValueError(f"labels {pair.labels} begin with the same token; choose others")
         return PairTokens(
-            context=tuple(self._tokenize(pair.context, special=True)),
-            query=tuple(self._tokenize(pair.query, special=False)),
-            question=tuple(self._tokenize(pair.question, special=False)),
+            context=tuple(self._text.ids(pair.context, special=True)),
+            query=tuple(self._text.ids(pair.query)),
+            question=tuple(self._text.ids(pair.question)),
             labels=labels,
         )
-
-    def _tokenize(self, text: str, *, special: bool) -> list[int]:
-        ids = self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-        return cast(list[int], ids)
 
     def _misfit(self, num_prompt_tokens: int, num_new_tokens: int) -> str | None:
         if num_prompt_tokens + num_new_tokens <= self._max_model_tokens:
@@ -244,6 +239,4 @@ class LanguageModel:
 
 def truncate(tokenizer: Any, text: str, max_tokens: int) -> str:
     """Cuts `text` to its first `max_tokens` tokens of a Hugging Face tokenizer."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = encoded["offset_mapping"]
-    return text if len(offsets) <= max_tokens else text[: offsets[max_tokens][0]].rstrip()
+    return PlainText(tokenizer).truncate(text, max_tokens)

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from actors.encoder import Encoder, PromptTemplates
 from actors.encoder_files import no_progress_bars, read_projection
+from actors.encoder_folder import read_folder
 
 SERVED = "the endpoint's passes"
 SENTENCE_TRANSFORMERS = "sentence-transformers"
@@ -84,6 +85,8 @@ def check_parity(
         One agreement for each way, kind of text and number of dimensions.
     """
     export = Encoder.load(str(folder), device="cpu", trust_remote_code=trust_remote_code)
+    for size in dimensions:
+        export.check_dimensions(size)
     trained = trained or export
     known = [(each, _written(each, trained.templates, task)) for each in texts]
     # A tokenizer without special tokens makes nothing of nothing, and each library its own of that.
@@ -157,10 +160,12 @@ def _by_transformers(
     """Embeds as a person would who has transformers alone: pooling written out, eager attention."""
     from transformers import AutoModel, AutoTokenizer
 
+    said = read_folder(Path(folder), trust_remote_code=trust_remote_code)
+    path = said.transformer
     with no_progress_bars():
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model = AutoModel.from_pretrained(
-            folder,
+            path,
             attn_implementation="eager",
             dtype=torch.float32,
             use_safetensors=True,
@@ -177,7 +182,7 @@ def _by_transformers(
             pooled = hidden[:, 0]
         else:
             pooled = hidden[torch.arange(len(texts)), mask.sum(1) - 1]
-        projection = read_projection(Path(folder), str(folder))
+        projection = read_projection(said, hidden.shape[-1])
         if projection is not None:
             pooled = projection(pooled)
         return functional.normalize(pooled, dim=-1).numpy()

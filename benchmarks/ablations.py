@@ -30,6 +30,7 @@ from pathlib import Path
 import yaml
 
 from cluster.artifacts import Artifact
+from cluster.plain_json import dump_json
 from cluster.storage import open_storage
 from pipelines.evaluation.test_set import TestSet
 from pipelines.recipe import Recipe, load_recipe
@@ -115,7 +116,7 @@ class Ablations:
         self.of = {"recipe": self.name, "set": self.fixed, "fret_epochs": arguments.fret_epochs}
         self.scores: dict[str, dict[str, float]] = {}
         if self.notes.exists():
-            notes = json.loads(self.notes.read_text())
+            notes = json.loads(self.notes.read_text(encoding="utf-8"))
             if notes["of"] != self.of:
                 sys.exit(f"{self.notes} is of {notes['of']}, not of {self.of}: use another storage")
             self.scores = notes["scores"]
@@ -171,7 +172,9 @@ class Ablations:
             for row in found["results"]:
                 place = f"{names[row['dataset']]}@{row['dimensions']}"
                 self.scores.setdefault(key, {})[place] = row["score"]
-        self.notes.write_text(json.dumps({"of": self.of, "scores": self.scores}, indent=1))
+        self.notes.write_text(
+            dump_json({"of": self.of, "scores": self.scores}, indent=1), encoding="utf-8"
+        )
         print(key, self.scores[key], file=sys.stderr, flush=True)
 
     def rows(self, table: str, name: str, keys: list[str]) -> Iterator[list[str]]:
@@ -221,7 +224,7 @@ def main() -> None:
     for given in printed:
         for row in ablations.rows(*given):
             print(f"| {' | '.join(row)} |")
-    print(json.dumps({"benchmark": "ablations", "fret": rows_by_task, **ablations.scores}))
+    print(dump_json({"benchmark": "ablations", "fret": rows_by_task, **ablations.scores}))
 
 
 if __name__ == "__main__":

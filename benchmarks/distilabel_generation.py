@@ -17,6 +17,7 @@ from distilabel.steps.tasks import TextGeneration
 
 from actors.embedded import resolve_model
 from actors.engine import EngineOptions
+from cluster.plain_json import dump_json
 
 
 class StampedVLLM(vLLM):  # type: ignore[misc]
@@ -36,7 +37,7 @@ class StampedVLLM(vLLM):  # type: ignore[misc]
             return params(**arguments)
 
         vllm.SamplingParams = without_processors
-        Path(self.stamp).write_text(str(time.time()))
+        Path(self.stamp).write_text(str(time.time()), encoding="utf-8")
 
     def prepare_input(self, input: Any) -> str:
         """Gives the prompt as it is: a document to be continued, not a chat."""
@@ -76,8 +77,8 @@ def main() -> None:
     written = folder.rglob("text_generation_0/*.parquet")
     result = {
         "seconds": max(file.stat().st_mtime for file in written)
-        - float((folder / "engine-is-up").read_text()),
+        - float((folder / "engine-is-up").read_text(encoding="utf-8")),
         "tokens": tokens,
         "rows": len(rows),
     }
-    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "result.json").write_text(dump_json(result), encoding="utf-8")

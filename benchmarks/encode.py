@@ -27,6 +27,7 @@ import torch
 
 from actors.encoder import Encoder, cut_layers, native_bfloat16
 from actors.encoder_files import no_progress_bars
+from cluster.plain_json import dump_json
 
 MODEL = "embedded:all-MiniLM-L6-v2"
 LAYERS = {"6 layers": range(6), "3 layers": (0, 2, 5)}
@@ -68,7 +69,7 @@ def main() -> None:
         "median_tokens": statistics.median(lengths),
         "mean_tokens": round(statistics.mean(lengths), 1),
     }
-    print(json.dumps({"benchmark": "encode", **machine, **of_texts, "figures": figures}))
+    print(dump_json({"benchmark": "encode", **machine, **of_texts, "figures": figures}))
 
 
 def mixed_texts(data: Path, num_texts: int) -> list[str]:

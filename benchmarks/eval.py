@@ -10,7 +10,6 @@ no rival runs: so many Ray actors encode, in turns, a core each.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from sentence_transformers import SentenceTransformer
 
 from actors.embedded import resolve_model
 from actors.encoder import Encoder
+from cluster.plain_json import dump_json
 from pipelines.evaluation.encoder_actors import EncoderActors
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.folders import KINDS, TestData, read_folder
@@ -56,7 +56,7 @@ def main() -> None:
         found = compare_actors(load, data, options.actors, options.repeats)
     else:
         found = compare_with_mteb(load(), data, options)
-    print(json.dumps(report | found))
+    print(dump_json(report | found))
 
 
 def compare_with_mteb(ours: Encoder, data: TestData, options: argparse.Namespace) -> dict[str, Any]:

@@ -8,13 +8,14 @@ Prints one JSON line; `identical` is the share of queries whose rows are all the
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 
 import faiss
 import numpy as np
+
+from cluster.plain_json import dump_json
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where the project is not installed
 
@@ -73,7 +74,7 @@ def main() -> None:
         "cpu_add_s": round(filling["cpu"], 2),
         "identical": round(float((rows["gpu"] == rows["cpu"]).all(axis=1).mean()), 5),
     }
-    print(json.dumps(report))
+    print(dump_json(report))
     if report["identical"] < 1:
         sys.exit("the GPU found other rows than the CPU")
 

@@ -9,7 +9,6 @@ have the laptop recipe's settings and both cores, and take turns. Prints one JSO
 """
 
 import argparse
-import json
 import multiprocessing
 import statistics
 import sys
@@ -23,6 +22,7 @@ import psutil
 from bare_vllm import bare_llm
 from streamed_generation import write_step
 
+from cluster.plain_json import dump_json
 from pipelines.console import JsonLines
 from pipelines.fret.language_models import engine_options
 from pipelines.fret.prompts import STOP, load_prompts
@@ -101,7 +101,7 @@ def main() -> None:
         for name, rows in results.items()
     }
     print(
-        json.dumps(
+        dump_json(
             {
                 "benchmark": "generate",
                 "prompts": arguments.seeds,

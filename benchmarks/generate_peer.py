@@ -56,7 +56,9 @@ def make_environment(folder: Path) -> Path:
         venv.create(folder, with_pip=True)
         site = next(folder.glob("lib/python*/site-packages"))
         ours = sysconfig.get_paths()["purelib"]
-        (site / "tokay-packages.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
+        (site / "tokay-packages.pth").write_text(
+            f"import site; site.addsitedir({ours!r})\n", encoding="utf-8"
+        )
         pip = [str(python), "-m", "pip", "install", "-q", "--no-deps", "--ignore-installed"]
         subprocess.run([*pip, *PACKAGES], check=True)
     return python
@@ -94,7 +96,7 @@ def distilabel(python: Path, job: dict[str, Any]) -> tuple[float, int]:
         stdout=sys.stderr,
         check=True,
     )
-    result = json.loads((folder / "result.json").read_text())
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     assert result["rows"] == len(job["prompts"]), result
     return result["seconds"], result["tokens"]
 

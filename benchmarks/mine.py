@@ -37,6 +37,7 @@ from cluster.artifacts import (
     shard_path,
     write_shards,
 )
+from cluster.plain_json import dump_json
 from cluster.storage import open_storage, write_table
 
 WINDOW_WORDS = 24
@@ -83,7 +84,9 @@ def prepare(data: str, folder: Path, num_queries: int, num_passages: int) -> Non
     np.save(folder / "queries.npy", vectors[is_query])
     np.save(folder / "passages.npy", vectors[~is_query])
     np.save(folder / "positives.npy", places[is_query])  # the passage before the query
-    (folder / "texts.json").write_text(json.dumps({"queries": queries, "passages": passages}))
+    (folder / "texts.json").write_text(
+        dump_json({"queries": queries, "passages": passages}), encoding="utf-8"
+    )
     table = pa.table(
         {
             "id": [f"{row:016x}" for row in range(len(passages))],
@@ -152,7 +155,7 @@ def sentence_transformers(connection: Connection, folder: Path) -> None:
 
     from actors.embedded import embedded_model
 
-    texts = json.loads((folder / "texts.json").read_text())
+    texts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
     passages, queries = texts["passages"], texts["queries"]
     positives = [passages[row] for row in np.load(folder / "positives.npy")]
     pairs = Dataset.from_dict({"anchor": queries, "positive": positives})
@@ -255,7 +258,7 @@ def main() -> None:
         report["ratio"] = round(theirs / ours, 2)
         report["peak_share"] = round(peak / rival_peak, 3)
         report["same_negatives"] = round(float(np.mean(same)) / NUM_NEGATIVES, 4)
-    print(json.dumps(report))
+    print(dump_json(report))
 
 
 if __name__ == "__main__":

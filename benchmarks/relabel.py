@@ -13,7 +13,6 @@ candidates is the same for both, by QL and by RC.
 
 import argparse
 import asyncio
-import json
 import math
 import multiprocessing
 import statistics
@@ -29,6 +28,7 @@ from bare_vllm import bare_llm
 from actors.engine import EngineOptions
 from actors.language_model import LanguageModel
 from actors.pair_scores import ScoringPrompt
+from cluster.plain_json import dump_json
 from pipelines.fret.fusion import ranks
 from pipelines.fret.prompts import PairPrompts, load_prompts
 
@@ -180,7 +180,7 @@ def main() -> None:
     ]
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     print(
-        json.dumps(
+        dump_json(
             {
                 "benchmark": "relabel",
                 "pairs": len(by_passage),

@@ -12,7 +12,6 @@ least.
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import random
 import re
@@ -28,6 +27,7 @@ import aiohttp
 import psutil
 
 from actors.embedded import embedded_model
+from cluster.plain_json import dump_json
 from cluster.session import free_port
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +96,7 @@ def main() -> None:
             load: {server: asdict(row) for server, row in figures.items()}
             for load, figures in results.items()
         }
-        arguments.json.write_text(json.dumps(written, indent=1) + "\n")
+        arguments.json.write_text(dump_json(written, indent=1) + "\n", encoding="utf-8")
 
 
 def serve_rival(port: int) -> None:
@@ -157,7 +157,7 @@ def measure(
     servers: dict[str, tuple[int, psutil.Process]], rounds: int, seconds: float
 ) -> dict[str, dict[str, Figures]]:
     """Loads the servers in turns; medians over the rounds for each load."""
-    words = re.findall("[a-z]{3,}", Path(random.__file__).read_text())
+    words = re.findall("[a-z]{3,}", Path(random.__file__).read_text(encoding="utf-8"))
     seen: dict[str, dict[str, list[Figures]]] = {}
     for number in range(rounds + 1):
         for load in LOADS:

@@ -32,7 +32,7 @@ class Stamped:
 
     def load(self) -> StageFunction:
         transform = self.stage.load()
-        Path(self.stamp).write_text(str(time.time()))
+        Path(self.stamp).write_text(str(time.time()), encoding="utf-8")
         return transform
 
 
@@ -67,4 +67,4 @@ def write_step(recipe: Recipe, seeds: Artifact, folder: Path) -> tuple[float, in
     )
     disconnect()
     end = max(file.stat().st_mtime for file in folder.glob("shards/*.parquet"))
-    return end - float(stamp.read_text()), int(metrics["num_written_tokens"])
+    return end - float(stamp.read_text(encoding="utf-8")), int(metrics["num_written_tokens"])

@@ -26,6 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from cluster.plain_json import dump_json
+
 MODEL = "embedded:all-MiniLM-L6-v2"
 DIMENSIONS = (384, 128)
 TEMPERATURE = 0.05
@@ -199,6 +201,12 @@ def measure(worker: Any, task: Task) -> tuple[float, int, list[float]]:
     return found
 
 
+def quarters(losses: list[float]) -> list[float]:
+    """Returns the mean of each quarter, or each loss where there are fewer than four."""
+    parts = np.array_split(losses, min(4, len(losses)))
+    return [round(float(np.mean(part)), 3) for part in parts]
+
+
 def compare(task: Task, repeats: int) -> dict[str, Any]:
     """Runs both in turns and returns pairs/s, memory and how far the loss curves are apart."""
     workers = (tokay, sentence_transformers)
@@ -210,7 +218,7 @@ def compare(task: Task, repeats: int) -> dict[str, Any]:
         report[name] = {
             "pairs_per_s": [round(len(task.pairs) / row[0], 1) for row in rows],
             "peak_mib": round(statistics.median(row[1] for row in rows) / 2**20),
-            "losses": [round(float(np.mean(part)), 3) for part in np.array_split(rows[0][2], 4)],
+            "losses": quarters(rows[0][2]),
         }
     ours, theirs = ([row[0] for row in rows] for rows in found.values())
     curves = [np.array(rows[0][2]) for rows in found.values()]
@@ -256,7 +264,7 @@ def main() -> None:
         mini_batch = min(tried, key=lambda size: tried[size])
         cached = compare(task(arguments.cached_batch, mini_batch), arguments.repeats)
     print(
-        json.dumps(
+        dump_json(
             {
                 "benchmark": "train",
                 "pairs": len(pairs),

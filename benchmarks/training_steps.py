@@ -40,6 +40,8 @@ import numpy as np
 import torch
 import transformers
 
+from cluster.plain_json import dump_json
+
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where the project is not installed
 
 from actors.encoder import Encoder, PromptTemplates, see_both_ways
@@ -346,7 +348,7 @@ def main() -> None:
         "product_tflops": round(product_tflops(device), 2),
         "figures": figures,
     }
-    print(json.dumps(report))
+    print(dump_json(report))
 
 
 if __name__ == "__main__":

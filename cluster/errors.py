@@ -1,9 +1,24 @@
 """The errors a person meets: the command line answers each with one line and its exit code."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
 Reject = tuple[str, str, str]  # id, reason, text
+DUPLICATE, NEAR_DUPLICATE = "duplicate", "near-duplicate"
+DUPLICATES = (DUPLICATE, NEAR_DUPLICATE)  # reasons of rejects that are no bad rows
+
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def excerpt(value: object, max_characters: int = 200) -> str:
+    """Returns a value's text on one line that any terminal can show, cut at `max_characters`.
+
+    For whatever comes from outside, above all in errors: control characters and halves of
+    surrogate pairs become U+FFFD.
+    """
+    line = _UNPRINTABLE.sub("\ufffd", " ".join(str(value).split()))
+    return line if len(line) <= max_characters else line[: max_characters - 1].rstrip() + "…"
 
 
 class TokayError(Exception):
@@ -41,8 +56,13 @@ class TooManyRejects(TokayError):
             examples: Some of the rows.
             limit: What was accepted, and what to do.
         """
-        common = ", ".join(f"{reason!r} ({count})" for reason, count in reasons.most_common(3))
-        shown = "; ".join(f"{id_}: {reason}: {text[:80]!r}" for id_, reason, text in examples[:3])
+        common = ", ".join(
+            f"{excerpt(reason, 80)!r} ({count})" for reason, count in reasons.most_common(3)
+        )
+        shown = "; ".join(
+            f"{excerpt(id_, 80)}: {excerpt(reason, 80)}: {excerpt(text, 80)!r}"
+            for id_, reason, text in examples[:3]
+        )
         return cls(
             f"step {step!r} refused {reasons.total()} rows, mostly {common}, and {limit}."
             f" Examples: {shown}"

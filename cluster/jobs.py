@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from cluster.errors import TokayError, UserError
+from cluster.errors import TokayError, UserError, excerpt
 from cluster.storage import open_storage
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 _CODE = ("actors", "cluster", "pipelines", "serving")
 _CONNECT_TIMEOUT_S = 10.0
+# Characters that are taken of what a cluster says; it may be anybody's.
+MAX_LABEL = 300
+MAX_MESSAGE = 1000
 _FINISHED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 
 
@@ -62,7 +65,7 @@ def submit(
     name: str,
     address: str,
     storage: str,
-    settings: Sequence[str] = (),
+    flags: Sequence[str] = (),
     files: Mapping[str, str] | None = None,
     submission_id: str | None = None,
     ship_code: bool = False,
@@ -74,7 +77,7 @@ def submit(
         name: What the recipe is called in the list of jobs.
         address: The dashboard, `http://HEAD:8265`.
         storage: Where the run goes: an S3 URI, or a folder if the whole cluster is this machine.
-        settings: Overrides, each `path.to.key=value`. They are shown in the dashboard: no secrets.
+        flags: More of `tokay run`'s. They are shown in the dashboard: no secrets.
         files: What else stands in the folder where the recipe runs, name to content.
         submission_id: A name for the job; Ray makes one up otherwise.
         ship_code: Run this checkout's packages instead of those installed on the nodes.
@@ -88,8 +91,7 @@ def submit(
     """
     storage = _reachable_storage(storage, address)
     command = ["python", "-m", "pipelines.cli", "run", "recipe.yaml", "--storage", storage]
-    for setting in settings:
-        command += ["--set", setting]
+    command += flags
     return submit_command(
         command,
         address=address,
@@ -131,13 +133,13 @@ def submit_command(
             runtime_env["py_modules"] = [str(root / package) for package in _CODE]
             runtime_env["excludes"] = ["**/__pycache__"]
         with _server_errors(address, submission_id or ""):
-            job_id: str = client.submit_job(
+            job_id = client.submit_job(
                 entrypoint=shlex.join(command),
                 runtime_env=runtime_env,
                 metadata=dict(labels or {}),
                 submission_id=submission_id,
             )
-    return job_id
+    return excerpt(str(job_id), MAX_LABEL)
 
 
 def status(address: str, job_id: str | None = None) -> list[JobState]:
@@ -266,8 +268,10 @@ def _server_errors(address: str, job_id: str) -> Iterator[None]:
             raise UserError(
                 f"submission id {job_id!r} is taken on {address}: choose another"
             ) from error
-        last_line = text.strip().rstrip(".").splitlines()[-1]
-        raise TokayError(f"the job server at {address} refused: {last_line}") from error
+        last_line = (text.strip().rstrip(".") or "it did not say why").splitlines()[-1]
+        raise TokayError(
+            f"the job server at {address} refused: {excerpt(last_line, MAX_MESSAGE)}"
+        ) from error
     except OSError as error:
         raise TokayError(f"the connection to {address} broke: {error}") from error
 
@@ -280,11 +284,11 @@ def _details(client: "JobSubmissionClient", address: str, job_id: str) -> "JobDe
 def _state(job: "JobDetails") -> JobState:
     labels = job.metadata or {}
     return JobState(
-        id=job.submission_id or job.job_id,
+        id=excerpt(job.submission_id or job.job_id or "", MAX_LABEL),
         status=job.status.value,
-        recipe=labels.get("recipe", ""),
-        storage=labels.get("storage", ""),
-        message=job.message or "",
+        recipe=excerpt(str(labels.get("recipe", "")), MAX_LABEL),
+        storage=excerpt(str(labels.get("storage", "")), MAX_LABEL),
+        message=excerpt(job.message or "", MAX_MESSAGE),
         exit_code=job.driver_exit_code,
         started=_time(job.start_time),
         ended=_time(job.end_time),

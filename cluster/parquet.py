@@ -6,14 +6,21 @@ values are unpickled. So a file of somebody else may hold code where nobody woul
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from cluster.errors import StorageError
+from cluster.errors import StorageError, excerpt
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
+
+# Arrow keeps its schema in the footer, in base64, and a type's class under this key. Searching for
+# the text, at each of the three places in a base64 group, needs no trust in the footer's structure.
+_EXTENSION = b"ARROW:extension:name"
+_EXTENSION_IN_BASE64 = tuple(b64encode(_EXTENSION[start : start + 18]) for start in range(3))
 
 
 def open_parquet(content: bytes, place: str) -> pq.ParquetFile:
@@ -29,11 +36,17 @@ def open_parquet(content: bytes, place: str) -> pq.ParquetFile:
     import pyarrow as pa  # here, since encoders and training steps go without it
     import pyarrow.parquet as pq
 
-    try:
-        return pq.ParquetFile(pa.BufferReader(content))
-    except pa.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise StorageError(f"{place} is not a readable Parquet file: {reason}") from error
+    # Before Arrow sees the file, which makes the types, and may run their code, to open it.
+    num_bytes = int.from_bytes(content[-8:-4], "little")
+    footer = content[-8 - num_bytes : -8]
+    if any(name in footer for name in _EXTENSION_IN_BASE64):
+        raise StorageError(
+            f"{place} has a column of an Arrow extension type, whose values may run code when they"
+            " are read: write the file anew with text, numbers, lists and structs only"
+        )
+    with _one_line(place):
+        # Else Arrow takes Parquet's own JSON and UUID for extension types too.
+        return pq.ParquetFile(pa.BufferReader(content), arrow_extensions_enabled=False)
 
 
 def parquet_batches(
@@ -41,15 +54,64 @@ def parquet_batches(
 ) -> Iterator[pa.RecordBatch]:
     """Yields the rows of a Parquet file with those of the columns that it has.
 
+    A column of text comes as bytes in a batch in which some of it is not UTF-8, so that a reader
+    can refuse those rows alone.
+
     Raises:
         StorageError: It is not Parquet, a column has an extension type, or cannot be decoded.
     """
     import pyarrow as pa
 
     file = open_parquet(content, place)
-    there = [name for name in columns if name in file.schema_arrow.names]
+    names = _names(file, columns, place)
+    with _one_line(place):
+        for batch in file.iter_batches(batch_rows, columns=[n for n in names if n in columns]):
+            for number, column in enumerate(batch.columns):
+                try:
+                    column.validate(full=True)
+                except pa.ArrowInvalid:
+                    name = batch.schema.names[number]
+                    batch = batch.set_column(number, name, column.cast(pa.binary()))
+            yield batch
+
+
+def parquet_table(content: bytes, columns: Sequence[str] | None, place: str) -> pa.Table:
+    """Returns a Parquet file's rows with these columns; all of them where `columns` is None.
+
+    Raises:
+        StorageError: As `parquet_batches`; or a column is not there, or its text is not UTF-8.
+    """
+    file = open_parquet(content, place)
+    names = _names(file, columns, place)
+    missing = [name for name in columns or [] if name not in names]
+    if missing:
+        raise StorageError(
+            f"{place} has no column {excerpt(', '.join(missing))}, only {excerpt(', '.join(names))}"
+        )
+    with _one_line(place):
+        table = file.read(columns)
+        table.validate(full=True)
+        return table if columns is None else table.select(columns)
+
+
+def _names(file: pq.ParquetFile, columns: Sequence[str] | None, place: str) -> list[str]:
+    """Returns a file's columns; raises StorageError if one that is to be read is there twice."""
+    with _one_line(place):
+        names: list[str] = file.schema_arrow.names
+    for name in names if columns is None else columns:
+        if names.count(name) > 1:
+            raise StorageError(
+                f"{place} has {names.count(name)} columns {excerpt(name)!r}: write it anew with one"
+            )
+    return names
+
+
+@contextmanager
+def _one_line(place: str) -> Iterator[None]:
+    """Turns what Arrow raises over a broken file into one line for the user."""
+    import pyarrow as pa
+
     try:
-        yield from file.iter_batches(batch_rows, columns=there)
-    except pa.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise StorageError(f"{place} is not a readable Parquet file: {reason}") from error
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise StorageError(f"{place} is not a readable Parquet file: {excerpt(error)}") from error

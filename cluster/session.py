@@ -1,9 +1,12 @@
 """The Ray session: where this process finds or starts a cluster, and where its chatter goes."""
 
+import contextlib
 import io
 import logging
 import os
+import secrets
 import socket
+import stat
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -33,7 +36,8 @@ def connect(log_folder: Path | None = None, *, serve: bool = False) -> ClusterRe
         serve: Leaves worker output on the console, for a server's own log lines.
 
     Raises:
-        UserError: RAY_ADDRESS names a cluster that does not answer.
+        UserError: RAY_ADDRESS names a cluster that does not answer, or Ray's files on this machine
+            cannot be kept from other users.
     """
     # Processes that asked for no GPU see none: each would keep half a gigabyte of the first.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
@@ -47,13 +51,14 @@ def connect(log_folder: Path | None = None, *, serve: bool = False) -> ClusterRe
             if address:
                 ray.init(address=address, log_to_driver=serve, logging_level=logging.ERROR)
             else:
+                _keep_token_private()
                 ray.init(
                     num_cpus=os.cpu_count(),
                     object_store_memory=MIN_OBJECT_STORE_BYTES,
                     include_dashboard=False,
                     log_to_driver=serve,
                     logging_level=logging.ERROR,
-                    _temp_dir=_short_temporary_folder(),
+                    _temp_dir=_private_temporary_folder(),
                 )
         except ConnectionError as error:
             raise UserError(
@@ -121,12 +126,57 @@ def _configure_ray_data() -> None:
     context.execution_no_progress_timeout_s = -1
 
 
-def _short_temporary_folder() -> str:
-    """Returns a folder short enough for Ray's socket paths (107 bytes), private to this user."""
-    folder = Path(tempfile.gettempdir())
-    if len(str(folder)) > 30:
-        folder = Path("/tmp")
-    return str(folder / f"tokay-ray-{os.getuid()}")
+_MAX_SOCKET_FOLDER = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+
+
+def _private_temporary_folder() -> str:
+    """Returns a folder for Ray that only this user can reach, and short enough for its sockets.
+
+    Ray opens its own folder to everybody at each start, so it is the folder around it that keeps
+    others out.
+
+    Raises:
+        UserError: Something that is not this user's alone has that folder's place.
+    """
+    name = Path(f"tokay-{os.getuid()}", "ray")
+    folder = Path(tempfile.gettempdir()) / name
+    if len(str(folder)) > _MAX_SOCKET_FOLDER:
+        folder = Path("/tmp") / name
+    parent = folder.parent
+    with contextlib.suppress(FileExistsError):
+        parent.mkdir(mode=0o700)
+    found = parent.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise UserError(
+            f"{parent} is not a folder of yours alone (mode 700), as Ray's files need: move it"
+            " away, or set TMPDIR to another folder"
+        )
+    return str(folder)
+
+
+def _keep_token_private() -> None:
+    """Makes the token of a Ray on this machine readable by its owner alone; Ray would not.
+
+    Raises:
+        UserError: The home folder cannot be written to.
+    """
+    elsewhere = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or elsewhere:
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "w") as file:
+                file.write(secrets.token_hex(32))
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o600)
+    except OSError as error:
+        raise UserError(
+            f"cannot write Ray's token to {path}: {error.strerror}; make it writable, or set"
+            " RAY_AUTH_TOKEN_PATH to a file that holds one"
+        ) from error
 
 
 def free_port() -> int:

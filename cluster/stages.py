@@ -189,7 +189,7 @@ class _Tally:
             "reasons": reasons,
             "examples": refused[:3],
         }
-        return json.dumps(rows).encode()
+        return json.dumps(rows, allow_nan=False).encode()
 
     def add(self, content: bytes) -> None:
         """Adds a shard's."""

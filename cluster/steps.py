@@ -7,6 +7,7 @@ configuration left, calls a step's work, and writes the manifest last.
 import contextlib
 import fcntl
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +22,15 @@ from cluster.artifacts import (
     fingerprint,
     library_versions,
     list_files,
+    parse_object,
 )
-from cluster.errors import TooManyRejects, UserError
+from cluster.errors import DUPLICATES, ArtifactError, TooManyRejects, UserError, excerpt
 from cluster.storage import LocalStorage, Storage, join, open_storage
 
 BEGUN = "work/begun.json"
+MARKER = ".tokay"
+LOCK = "run.lock"
+_MARKER_TEXT = b"A run of Tokay: with --fresh or --rebuild it deletes its steps' folders in here.\n"
 State = Literal["done", "unfinished", "changed", "waiting"]
 
 
@@ -59,7 +64,8 @@ class Step:
         config: Everything that changes the artifact's content, as JSON.
         inputs: Names of the steps it reads.
         work: Makes the artifact's files in `context.storage`; returns metrics for the manifest.
-        max_reject_share: The step fails when a larger share of its rows is refused.
+        max_reject_share: The step fails when a larger share of its rows, duplicates left out, is
+            refused.
     """
 
     name: str
@@ -83,13 +89,21 @@ class RunListener(Protocol):
 
 
 class Run:
-    """A run folder and the steps that fill it."""
+    """A run folder and the steps that fill it.
+
+    A folder is a run once it carries our marker, which only an empty folder gets. Within it a
+    step's folder is ours once it has a manifest or the note that its work has begun. Nothing else
+    is ever deleted.
+    """
 
     def __init__(self, uri: str, steps: Sequence[Step]) -> None:
         self.storage = open_storage(uri)
         self.steps = tuple(steps)
+        self._held = False
         self._fingerprints: dict[str, str] = {}
         for step in self.steps:
+            if not re.fullmatch(r"[\w-]+", step.name):
+                raise ValueError(f"step {step.name!r}: give it the name of a folder")
             missing = [name for name in step.inputs if name not in self._fingerprints]
             if missing:
                 raise ValueError(f"step {step.name!r} reads {missing}, which no earlier step makes")
@@ -117,9 +131,9 @@ class Run:
             same = artifact.manifest.fingerprint == self.fingerprint(step)
             return "done" if same else "changed"
         begun = self._begun(step)
-        if begun is None:
-            return "waiting"
-        return "unfinished" if begun["fingerprint"] == self.fingerprint(step) else "changed"
+        if not begun or not begun.get("fingerprint"):
+            return "waiting"  # or half deleted
+        return "unfinished" if begun.get("fingerprint") == self.fingerprint(step) else "changed"
 
     def execute(
         self, listener: RunListener, *, until: str | None = None, rebuild: bool = False
@@ -132,21 +146,30 @@ class Run:
             rebuild: Makes steps of another configuration anew instead of refusing.
 
         Raises:
-            UserError: A step was made by another configuration, `until` is no step, or another
-                process is at work in this folder.
+            UserError: A step was made by another configuration, `until` is no step, another
+                process is at work in this folder, or files of somebody else are in the way.
             TooManyRejects: A step refused more rows than it may.
         """
-        names = [step.name for step in self.steps]
-        if until is not None and until not in names:
-            raise UserError(f"--until {until!r} is no step: choose one of {', '.join(names)}")
-        steps = self.steps[: names.index(until) + 1] if until else self.steps
+        self.check_folder()
+        steps = self.steps_until(until)
         if not rebuild:
             self.check_configuration(steps)
         artifacts: dict[str, Artifact] = {}
-        with self._alone():
+        with self.alone():
+            for step in steps:
+                self._refuse_foreign(step)
             for step in steps:
                 artifacts[step.name] = self._execute_step(step, artifacts, listener)
         return artifacts
+
+    def steps_until(self, until: str | None) -> tuple[Step, ...]:
+        """Returns the steps up to the one that is named, or all; raises UserError if it is none."""
+        names = [step.name for step in self.steps]
+        if until is not None and until not in names:
+            raise UserError(
+                f"--until {excerpt(until)!r} is no step: choose one of {', '.join(names)}"
+            )
+        return self.steps[: names.index(until) + 1] if until else self.steps
 
     def check_configuration(self, steps: Sequence[Step]) -> None:
         """Raises UserError if a step's folder was made by another configuration."""
@@ -158,6 +181,105 @@ class Run:
                     " or another --storage"
                 )
 
+    def check_folder(self) -> None:
+        """Raises UserError if the folder holds files and is no run; touches nothing."""
+        if (
+            self.storage.exists(MARKER)
+            or any(map(self._is_ours, self.steps))  # a run of before there were markers
+            or all(name == LOCK for name in self.storage.entries())
+        ):
+            return
+        raise UserError(
+            f"{self.storage.uri} is no run of Tokay, and holds files, which stay as they are: give"
+            " a new or an empty folder as --storage"
+        )
+
+    def delete_steps(self) -> None:
+        """Deletes the folders of all steps, once it is sure that all of them are ours.
+
+        Raises:
+            UserError: Another process is at work in this folder, it is no run, or a step's folder
+                holds files that no step has made; nothing was deleted.
+        """
+        with self.alone():
+            for step in self.steps:
+                self._refuse_foreign(step)
+            for step in self.steps:
+                self._delete(step)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Makes the folder a run and keeps a second process out, if it is a local folder.
+
+        The lock dies with its process, and may be taken again by what runs within the block.
+
+        Raises:
+            UserError: Another process is at work in this folder, or it holds files and is no run.
+        """
+        if self._held:
+            yield
+            return
+        self.check_folder()
+        with self._lock():
+            if not self.storage.exists(MARKER):
+                self.storage.write_bytes(MARKER, _MARKER_TEXT)
+            self._held = True
+            try:
+                yield
+            finally:
+                self._held = False
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        if not isinstance(self.storage, LocalStorage):
+            yield
+            return
+        self.storage.make()
+        with (self.storage.folder / LOCK).open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another process is at work in {self.storage.uri}: wait for it, or stop it"
+                ) from error
+            yield
+
+    def _is_ours(self, step: Step) -> bool:
+        """Says whether a step of this name, of whatever configuration or version, made a folder."""
+        if self._note(step, MANIFEST).get("step") == step.name:
+            return True
+        return {"fingerprint", "config"} <= self._note(step, BEGUN).keys()
+
+    def _note(self, step: Step, path: str) -> dict[str, Json]:
+        try:
+            return parse_object(self.step_storage(step).read_bytes(path), path)
+        except (FileNotFoundError, ArtifactError):
+            return {}
+
+    def _refuse_foreign(self, step: Step) -> None:
+        """Raises UserError if a step's folder holds files, and no step of that name made them."""
+        storage = self.step_storage(step)
+        if isinstance(storage, LocalStorage) and storage.folder.is_symlink():
+            what = "is a symbolic link"
+        elif self._is_ours(step) or not any(storage.entries()):
+            return
+        else:
+            what = f"holds files that no step {step.name!r} made"
+        raise UserError(
+            f"{storage.uri} {what}; nothing was touched: move it away, or give another --storage"
+        )
+
+    def _delete(self, step: Step) -> None:
+        """Deletes a step's folder; a half-deleted one is known for ours, and for no result."""
+        storage = self.step_storage(step)
+        if not any(storage.entries()):
+            return
+        storage.write_bytes(BEGUN, json.dumps({"fingerprint": "", "config": {}}).encode())
+        for path in [MANIFEST, *storage.list()]:
+            if path != BEGUN:
+                storage.delete(path)
+        storage.delete("")
+
     def _execute_step(
         self, step: Step, artifacts: dict[str, Artifact], listener: RunListener
     ) -> Artifact:
@@ -168,9 +290,8 @@ class Run:
             assert found is not None
             listener.step_found(step, found)
             return found
-        if state == "changed":
-            storage.delete(MANIFEST)  # first, so that a half-deleted folder is not taken for whole
-            storage.delete("")
+        if state in ("changed", "waiting"):
+            self._delete(step)
         _delete_unfinished(storage)
         begun = {"fingerprint": self.fingerprint(step), "config": step.config}
         storage.write_bytes(BEGUN, json.dumps(begun, sort_keys=True).encode())
@@ -200,11 +321,12 @@ class Run:
         artifact = Artifact(storage, manifest)
         num_all = artifact.num_rows + artifact.num_rejects
         if artifact.num_rejects > step.max_reject_share * num_all:
-            rejects = artifact.rejects()
+            rows = artifact.rejects().to_pylist()
+            rejects = [tuple(row.values()) for row in rows if row["reason"] not in DUPLICATES]
             raise TooManyRejects.of(
                 step.name,
-                Counter(rejects["reason"].to_pylist()),
-                [tuple(row.values()) for row in rejects.slice(0, 3).to_pylist()],
+                Counter(reason for _, reason, _ in rejects),
+                rejects[:3],
                 f"accepted is a share of {step.max_reject_share} of {num_all}: look at"
                 f" {join(storage.uri, 'rejects')}, mend the input or raise max_reject_share",
             )
@@ -217,8 +339,7 @@ class Run:
             content = self.step_storage(step).read_bytes(BEGUN)
         except FileNotFoundError:
             return None
-        begun: dict[str, Any] = json.loads(content)
-        return begun
+        return parse_object(content, join(self.step_storage(step).uri, BEGUN))
 
     def _difference(self, step: Step) -> str:
         artifact = self.artifact(step)
@@ -226,29 +347,13 @@ class Run:
         old = artifact.manifest.config if artifact else (begun or {}).get("config", {})
         before, after = dict(_leaves(old)), dict(_leaves(step.config))
         changes = [
-            f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}"
+            f"{excerpt(key, 60)}: {_short(before.get(key))} -> {_short(after.get(key))}"
             for key in sorted(before.keys() | after.keys())
             if before.get(key) != after.get(key)
         ]
         if not changes:
             return "an earlier step differs"
         return ", ".join(changes[:3]) + (f" and {len(changes) - 3} more" if changes[3:] else "")
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keeps a second process out of a local run folder; the lock dies with its process."""
-        if not isinstance(self.storage, LocalStorage):
-            yield
-            return
-        self.storage.folder.mkdir(parents=True, exist_ok=True)
-        with (self.storage.folder / "run.lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"another process is at work in {self.storage.uri}: wait for it, or stop it"
-                ) from error
-            yield
 
 
 def _delete_unfinished(storage: Storage) -> None:
@@ -267,5 +372,4 @@ def _leaves(value: Json, path: str = "") -> Iterator[tuple[str, Json]]:
 
 
 def _short(value: Json) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return excerpt(json.dumps(value), 60)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,9 +17,10 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
-from cluster.errors import StorageError
+from cluster.errors import StorageError, excerpt
+from cluster.parquet import parquet_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,7 +28,11 @@ if TYPE_CHECKING:
 
 
 class Storage(Protocol):
-    """A folder addressed by a URI; every `path` is relative to it and uses forward slashes."""
+    """A folder addressed by a URI.
+
+    Every `path` is relative to it, uses forward slashes and stays within it: a StorageError refuses
+    one that begins with a slash or has an empty part, `.` or `..`, be it given, or a key on S3.
+    """
 
     uri: str
 
@@ -45,6 +51,9 @@ class Storage(Protocol):
     def list(self, prefix: str = "") -> list[str]:
         """Returns the sorted paths of all whole files below the folder `prefix`."""
 
+    def entries(self) -> Iterator[str]:
+        """Yields the names of the files and folders that lie right in it, in no order."""
+
     def exists(self, path: str) -> bool:
         """Says whether the file is there."""
 
@@ -58,25 +67,60 @@ class Storage(Protocol):
         """Returns a short text that changes with the file's content."""
 
 
+_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(?://([^/]*))?(.*)", re.DOTALL)
+
+
 def open_storage(uri: str | Path) -> Storage:
     """Opens the folder that `uri` names: a path, `file:///path` or `s3://bucket/prefix`.
 
+    A `#` or `?` is a part of the name; only `%` in a file URI stands for something else.
+
     Raises:
-        StorageError: The scheme is none of these, or an S3 URI names no bucket.
+        StorageError: The scheme is none of these, or an S3 URI names no bucket, or has a part that
+            is empty, `.` or `..`.
     """
     text = str(uri)
-    parts = urlsplit(text)
-    if parts.scheme == "file" and parts.netloc not in ("", "localhost"):
-        raise StorageError(f"storage {text!r}: write file:///{parts.netloc}{parts.path}, or a path")
-    if parts.scheme in ("", "file"):
-        return LocalStorage(Path(unquote(parts.path) if parts.scheme else text))
-    if parts.scheme == "s3":
-        if not parts.netloc:
-            raise StorageError(f"storage {text!r} names no bucket: write s3://BUCKET/PREFIX")
-        return S3Storage(parts.netloc, parts.path.strip("/"))
+    found = _URI.fullmatch(text)
+    if not found:
+        return LocalStorage(Path(text))
+    scheme, host, path = found[1].lower(), found[2], found[3]
+    if "@" in (host or ""):  # not repeated: errors reach logs
+        raise StorageError(
+            "the storage URI holds credentials, which logs would show: leave them out, and give"
+            " them to the machine by its environment or an instance profile"
+        )
+    told = f"storage {excerpt(text)!r}"
+    if scheme == "file":
+        if host not in (None, "", "localhost"):
+            raise StorageError(f"{told}: write file:///{excerpt(host + path)}, or a path")
+        return LocalStorage(Path(unquote(path)))
+    if scheme == "s3":
+        if not host:
+            raise StorageError(f"{told} names no bucket: write s3://BUCKET/PREFIX")
+        prefix = path[1:].rstrip("/")
+        return S3Storage(host, prefix and checked_path(prefix, told))
     raise StorageError(
-        f"storage {text!r} has the scheme {parts.scheme!r}: accepted are a folder, file:// and s3://"
+        f"{told} has the scheme {scheme!r}: accepted are a folder, file:// and s3:// (a folder of"
+        " that name is written with ./ before it)"
     )
+
+
+def checked_path(path: str, place: str) -> str:
+    """Returns a path that stays within its folder, and is written in one way only.
+
+    Args:
+        path: Relative, with forward slashes.
+        place: Whose it is, for errors.
+
+    Raises:
+        StorageError: It begins with a slash, or a part is empty, `.` or `..`, or holds a zero byte.
+    """
+    if "\0" in path or {"", ".", ".."}.intersection(path.split("/")):
+        raise StorageError(
+            f"{excerpt(place)} names {excerpt(path)!r}: a path must be relative, with no part that"
+            " is empty, '.' or '..', so that it stays in its folder; rename it"
+        )
+    return path
 
 
 def join(uri: str, *parts: str) -> str:
@@ -88,63 +132,110 @@ class LocalStorage:
     """A folder on a file system that every node sees (one machine, or a shared mount)."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder.expanduser().absolute()
+        try:
+            self.folder = folder.expanduser().absolute()
+        except RuntimeError as error:  # ~NAME of nobody
+            raise StorageError(f"storage {excerpt(folder)!r}: {excerpt(error)}") from error
         self.uri = str(self.folder)
 
     def read_bytes(self, path: str) -> bytes:
         """Returns the whole file; raises FileNotFoundError."""
-        with _local_errors(self.folder / path):
-            return (self.folder / path).read_bytes()
+        with self._place(path) as file:
+            return file.read_bytes()
 
     def write_bytes(self, path: str, content: bytes) -> None:
         """Writes the whole file atomically, making parent folders."""
-        with _local_errors(self.folder / path), _replacing(self.folder / path) as unfinished:
+        with self._place(path) as file, _replacing(file) as unfinished:
             unfinished.write_bytes(content)
 
     def upload(self, source: Path, path: str) -> None:
         """Copies one local file to `path` atomically."""
-        with _local_errors(self.folder / path), _replacing(self.folder / path) as unfinished:
+        with self._place(path) as file, _replacing(file) as unfinished:
             shutil.copyfile(source, unfinished)
 
     def download(self, path: str, target: Path) -> None:
         """Copies one file to the local `target`; raises FileNotFoundError."""
-        with _local_errors(self.folder / path):
+        with self._place(path) as file:
             _make_folder(target.parent)
-            shutil.copyfile(self.folder / path, target)
+            shutil.copyfile(file, target)
 
     def list(self, prefix: str = "") -> list[str]:
-        """Returns the sorted paths of all whole files below the folder `prefix`."""
-        with _local_errors(self.folder / prefix):
-            files = (self.folder / prefix).rglob("*")
+        """Returns the sorted paths of all whole files below the folder `prefix`.
+
+        A name that is not UTF-8 comes as Python has it from the system, with surrogates for the
+        bytes in question; the other methods take it so.
+        """
+        with self._place(prefix) as top:
             return sorted(
                 file.relative_to(self.folder).as_posix()
-                for file in files
+                for folder, _, names in os.walk(top, onerror=_raise_unless_gone)
+                for file in (Path(folder, name) for name in names)
                 if file.is_file() and not file.name.endswith(".unfinished")
             )
 
+    def entries(self) -> Iterator[str]:
+        """Yields the names of the files and folders that lie right in it, in no order."""
+        with self._place("") as folder:
+            names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        yield from (name for name in names if not name.endswith(".unfinished"))
+
+    def make(self) -> None:
+        """Makes the folder and its parents, where they are missing."""
+        _make_folder(self.folder)
+
+    def symbolic_link(self) -> Path | None:
+        """Returns a symbolic link that lies in the folder, or None."""
+        with self._place("") as top:
+            for folder, folders, files in os.walk(top, onerror=_raise_unless_gone):
+                for name in (*folders, *files):
+                    if (path := Path(folder, name)).is_symlink():
+                        return path
+        return None
+
     def exists(self, path: str) -> bool:
         """Says whether the file is there."""
-        with _local_errors(self.folder / path):
-            return (self.folder / path).is_file()
+        with self._place(path) as file:
+            return file.is_file()
 
     def size(self, path: str) -> int:
         """Returns the file's bytes; raises FileNotFoundError."""
-        with _local_errors(self.folder / path):
-            return (self.folder / path).stat().st_size
+        with self._place(path) as file:
+            return file.stat().st_size
 
     def version(self, path: str) -> str:
         """Returns the SHA-256 of the file's content."""
-        with _local_errors(self.folder / path), (self.folder / path).open("rb") as file:
+        with self._place(path) as place, place.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def delete(self, prefix: str) -> None:
-        """Deletes a file, or a folder with all it holds; nothing there is no error."""
-        target = self.folder / prefix
-        with _local_errors(self.folder / prefix):
-            if target.is_dir():
-                shutil.rmtree(target)
-            else:
+        """Deletes a file, or a folder with all it holds; nothing there is no error.
+
+        Raises:
+            StorageError: A symbolic link leads to the folder.
+        """
+        with self._place(prefix) as target:
+            if not target.is_dir():
                 target.unlink(missing_ok=True)
+            elif target.is_symlink():
+                raise StorageError(
+                    f"cannot delete {target}: it is a symbolic link to a folder, whose files may be"
+                    " somebody else's; remove it yourself"
+                )
+            else:
+                shutil.rmtree(target)
+
+    @contextmanager
+    def _place(self, path: str) -> Iterator[Path]:
+        """Gives a path's place on the disk; what the system refuses there becomes one line."""
+        place = self.folder / (path and checked_path(path, self.uri))
+        with _local_errors(place):
+            yield place
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    """Lets no folder that cannot be read pass for an empty one."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 @contextmanager
@@ -192,13 +283,15 @@ def _local_errors(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise _refusal(path, error) from error
+    except ValueError as error:  # half a surrogate pair, a zero byte
+        raise StorageError(f"cannot use {excerpt(path)}: it is no name of a file") from error
 
 
 def _refusal(path: Path, error: OSError) -> StorageError:
     mend = _LOCAL_MENDS.get(
         error.errno or 0, "check that its owner and permissions let you read and write it"
     )
-    return StorageError(f"cannot use {path}: {error.strerror}; {mend}")
+    return StorageError(f"cannot use {excerpt(path, 300)}: {excerpt(error.strerror)}; {mend}")
 
 
 _S3_ATTEMPTS = 8
@@ -256,13 +349,24 @@ class S3Storage:
 
     def download(self, path: str, target: Path) -> None:
         """Copies one file to the local `target`; raises FileNotFoundError."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _s3_errors(self._uri(path)):
+        with _local_errors(target), _s3_errors(self._uri(path)):
+            _make_folder(target.parent)
             self.client.download_file(self.bucket, self._key(path), str(target))
 
     def list(self, prefix: str = "") -> list[str]:
         """Returns the sorted paths of all files below the folder `prefix`."""
         return sorted(path for path, _ in self._objects(prefix))
+
+    def entries(self) -> Iterator[str]:
+        """Yields the names of the files and folders that lie right in it, in no order."""
+        folder = f"{self.prefix}/" if self.prefix else ""
+        with _s3_errors(self.uri):
+            for page in self.client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=folder, Delimiter="/"
+            ):
+                keys = [entry["Key"] for entry in page.get("Contents", [])]
+                keys += [entry["Prefix"] for entry in page.get("CommonPrefixes", [])]
+                yield from (key[len(folder) :].rstrip("/") for key in keys if key != folder)
 
     def exists(self, path: str) -> bool:
         """Says whether the file is there."""
@@ -292,7 +396,7 @@ class S3Storage:
         return f"s3://{self.bucket}/{self._key(path)}"
 
     def _key(self, path: str) -> str:
-        return f"{self.prefix}/{path}".strip("/")
+        return f"{self.prefix}/{path and checked_path(path, self.uri)}".strip("/")
 
     def _objects(self, prefix: str) -> Iterator[tuple[str, int]]:
         folder = self._key(prefix)
@@ -305,7 +409,7 @@ class S3Storage:
             for page in pages:
                 for entry in page.get("Contents", []):
                     if not entry["Key"].endswith("/"):  # "folders" that other programs made
-                        yield entry["Key"][start:], entry["Size"]
+                        yield checked_path(entry["Key"][start:], self.uri), entry["Size"]
 
 
 _S3_RIGHTS = "give this identity s3:GetObject, PutObject, ListBucket and DeleteObject on it"
@@ -329,11 +433,13 @@ def _s3_errors(uri: str) -> Iterator[None]:
         if code in ("NoSuchKey", "404", "NotFound"):
             raise FileNotFoundError(uri) from error
         mend = _S3_MENDS.get(code, "check the bucket, the region and the credentials")
-        raise StorageError(f"cannot use {uri}: {code}; {mend}") from error
+        raise StorageError(f"cannot use {excerpt(uri, 300)}: {excerpt(code)}; {mend}") from error
+    except UnicodeEncodeError as error:  # half a surrogate pair
+        raise StorageError(f"cannot use {excerpt(uri, 300)}: it is no name of an object") from error
     except (BotoCoreError, Boto3Error) as error:
         raise StorageError(
-            f"cannot use {uri}: {error}; set AWS credentials (environment, profile or instance"
-            " role) and the region"
+            f"cannot use {excerpt(uri, 300)}: {excerpt(error)}; set AWS credentials (environment,"
+            " profile or instance role) and the region"
         ) from error
 
 
@@ -342,23 +448,14 @@ def read_table(storage: Storage, path: str, columns: list[str] | None = None) ->
 
     Raises:
         FileNotFoundError: It is not there.
-        StorageError: It is not Parquet, or lacks a column.
+        StorageError: It is not Parquet, lacks a column, or has one of an extension type.
     """
-    import pyarrow as pa  # here, since encoders and training steps go without it
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(pa.BufferReader(storage.read_bytes(path)), columns=columns)
-    except (pa.ArrowInvalid, KeyError) as error:
-        raise StorageError(
-            f"{join(storage.uri, path)} is not a readable Parquet file with the columns"
-            f" {columns or 'expected'}: {str(error).splitlines()[0]}"
-        ) from error
+    return parquet_table(storage.read_bytes(path), columns, join(storage.uri, path))
 
 
 def write_table(storage: Storage, path: str, table: pa.Table) -> int:
     """Writes one Parquet file atomically and returns its bytes."""
-    import pyarrow as pa
+    import pyarrow as pa  # here, since encoders and training steps go without it
     import pyarrow.parquet as pq
 
     sink = pa.BufferOutputStream()

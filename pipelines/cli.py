@@ -1,6 +1,5 @@
 """The `tokay` command."""
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -10,10 +9,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from cluster.errors import TokayError
+from cluster.errors import TokayError, excerpt
+from cluster.plain_json import dump_json
+from pipelines.screen import Screen, plain, write_any_text
 
 app = typer.Typer(
     name="tokay",
@@ -22,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(highlight=False)
+console = Screen()
 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Override a recipe key: path.to.key=value.")
@@ -45,6 +45,13 @@ RecipeFile = Annotated[
         help="A YAML file, or laptop, gpu, gpu-80gb, gpu-8x80gb, cluster or gecko-mini."
     ),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run Python code of a model; a recipe must say so too."
+    ),
+]
+MAX_ERROR = 2000  # characters
 LOCAL_DASHBOARD = "http://127.0.0.1:8265"
 
 
@@ -66,13 +73,14 @@ def run_command(
     until: Annotated[str | None, typer.Option(help="The last step to run.")] = None,
     rebuild: Rebuild = False,
     fresh: Annotated[bool, typer.Option(help="Delete the run folder's steps first.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe here, or on the cluster of RAY_ADDRESS; finished steps are not repeated."""
     from pipelines.execute import execute
     from pipelines.recipe import load_recipe
 
-    loaded = load_recipe(recipe, settings)
+    loaded = load_recipe(recipe, settings, trust_remote_code=trust_remote_code)
     execute(
         loaded,
         storage or f"runs/{loaded.name}",
@@ -102,13 +110,16 @@ def plan(
     recipe: RecipeFile,
     storage: StorageUri = None,
     settings: Settings = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the steps, what is done, what fits the GPUs, and what the rest would cost."""
+    from pipelines.checks import check_recipe
     from pipelines.plan import make_plan, print_plan
     from pipelines.recipe import load_recipe
 
-    loaded = load_recipe(recipe, settings, keep_unset=True)
+    loaded = load_recipe(recipe, settings, keep_unset=True, trust_remote_code=trust_remote_code)
+    check_recipe(loaded)
     made = make_plan(loaded, storage or f"runs/{loaded.name}")
     _print_json(made) if as_json else print_plan(made, console)
 
@@ -185,9 +196,7 @@ def eval_command(
         int | None,
         typer.Option(min=8, help="Cut texts here [default: where the model says, or 256]."),
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate models with mteb on folders of test data or mteb's own tasks."""
@@ -224,7 +233,8 @@ def eval_command(
         trust_remote_code=trust_remote_code,
         as_json=as_json,
     )
-    run_eval(name_models({model: find_models(model) for model in models}), test_sets, options)
+    found = {model: find_models(model, trust_remote_code=trust_remote_code) for model in models}
+    run_eval(name_models(found), test_sets, options)
 
 
 @app.command()
@@ -235,27 +245,30 @@ def submit(
     settings: Settings = None,
     submission_id: Annotated[str | None, typer.Option(help="A name for the job.")] = None,
     ship_code: Annotated[bool, typer.Option(help="Run this checkout's code there.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe on a cluster through the Ray Jobs API; prints the job's id."""
-    import yaml
-
     from cluster import jobs
+    from pipelines.checks import check_recipe
     from pipelines.fit import refuse_unfit
     from pipelines.recipe import load_recipe, read_keys
+    from pipelines.yaml_files import write_yaml
 
-    loaded = load_recipe(recipe, settings)  # a mistake is told here, not by a job an hour later
+    # A mistake is told here, not by a job an hour later.
+    loaded = load_recipe(recipe, settings, trust_remote_code=trust_remote_code)
+    check_recipe(loaded, here=False)
     refuse_unfit(loaded, here=False)
-    files, settings = {}, settings or []
+    keys, files = read_keys(recipe, settings), {}
     if loaded.prompts:
         files["prompts.yaml"] = Path(loaded.prompts).read_text(encoding="utf-8")
-        settings = [*settings, "prompts=prompts.yaml"]
+        keys["prompts"] = "prompts.yaml"
     job = jobs.submit(
-        yaml.safe_dump(read_keys(recipe), sort_keys=False),
+        write_yaml(keys),
         name=Path(recipe).name,
         address=address,
         storage=storage,
-        settings=settings,
+        flags=["--trust-remote-code"] if trust_remote_code else [],
         files=files,
         submission_id=submission_id,
         ship_code=ship_code,
@@ -307,7 +320,7 @@ def logs(
     from cluster import jobs
 
     for piece in jobs.logs(address, job, follow=follow):
-        sys.stdout.write(piece)
+        sys.stdout.write(plain(piece) if sys.stdout.isatty() else piece)
         sys.stdout.flush()
 
 
@@ -329,7 +342,7 @@ def version_command() -> None:
 
 
 def _print_json(document: object) -> None:
-    print(json.dumps(document, indent=1))
+    print(dump_json(document, indent=1))
 
 
 def _print_rows(rows: list[dict[str, object]], as_json: bool) -> None:
@@ -355,9 +368,14 @@ def _one_line_errors() -> Iterator[None]:
     except TokayError as error:
         if os.environ.get("TOKAY_VERBOSE"):
             raise
-        line = " ".join(str(error).split())
+        line = excerpt(plain(" ".join(str(error).split())), MAX_ERROR)
         print(f"tokay: {line}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except UnicodeEncodeError as error:
+        if sys.getfilesystemencoding() == "utf-8" or os.environ.get("TOKAY_VERBOSE"):
+            raise
+        print(f"tokay: this locale has no {error.object!a}: set LC_ALL=C.UTF-8", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("tokay: interrupted; the same command goes on where it stopped", file=sys.stderr)
         sys.exit(130)
@@ -365,6 +383,7 @@ def _one_line_errors() -> Iterator[None]:
 
 def main() -> None:
     """The console script's entry."""
+    write_any_text()
     for command in entry_points(group="tokay.commands"):
         app.command(command.name)(command.load())
     with _one_line_errors():

@@ -1,13 +1,14 @@
 """What a person sees while a run is under way: one line a step, live on a terminal."""
 
-import json
 import time
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.text import Text
 
 from cluster.artifacts import Artifact
+from cluster.plain_json import dump_json
 from cluster.steps import Step
 from pipelines.graph import TITLES
 
@@ -22,11 +23,11 @@ class RunConsole:
         self.console = console
         self.progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[count]}"),
-            TextColumn("{task.fields[clock]}"),
-            TextColumn("[dim]{task.fields[note]}"),
+            TextColumn("{task.fields[count]}", markup=False),
+            TextColumn("{task.fields[clock]}", markup=False),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=console,
             transient=True,
         )
@@ -57,9 +58,12 @@ class RunConsole:
     def _line(self, mark: str, step: Step, summary: str, time_text: str) -> None:
         title = TITLES.get(step.name, step.name)
         self.console.print(
-            f"[green]{mark}[/] {step.name:<11} {title:<38} {summary:<34} [dim]{time_text}[/]",
+            Text.assemble(
+                (mark, "green"),
+                f" {step.name:<11} {title:<38} {summary:<34} ",
+                (time_text, "dim"),
+            ),
             soft_wrap=True,
-            highlight=False,
         )
 
 
@@ -76,7 +80,7 @@ class StepConsole:
             f"{step.name:<11} {title}", total=None, count="", clock="", note=note
         )
         if resumed and not run.console.is_terminal:
-            run.console.print(f"… {step.name}: {note}", highlight=False)
+            run.console.print(Text(f"… {step.name}: {note}"))
 
     def update(self, done: float, total: float | None = None, note: str = "") -> None:
         """Moves the bar, or prints a line every ten seconds where there is no terminal."""
@@ -93,7 +97,7 @@ class StepConsole:
         if not self._run.console.is_terminal and now - self._last > SECONDS_BETWEEN_LINES:
             self._last = now
             line = f"… {self._step.name}: {count} after {now - self._begin:.0f} s {note}".rstrip()
-            self._run.console.print(line, highlight=False, soft_wrap=True)
+            self._run.console.print(Text(line), soft_wrap=True)
 
 
 class JsonLines:
@@ -116,6 +120,7 @@ class JsonLines:
                 "step": step.name,
                 "num_rows": artifact.num_rows,
                 "num_rejects": artifact.num_rejects,
+                "num_duplicates": artifact.num_duplicates,
                 "seconds_s": artifact.manifest.seconds_s,
             }
         )
@@ -125,7 +130,7 @@ class JsonLines:
 
 
 def _print(row: dict[str, Any]) -> None:
-    print(json.dumps(row), flush=True)
+    print(dump_json(row), flush=True)
 
 
 def _summary(artifact: Artifact) -> str:
@@ -137,7 +142,9 @@ def _summary(artifact: Artifact) -> str:
         parts.append(f"{metrics['num_kept']:,} kept")
     if artifact.num_rejects:
         parts.append(f"{artifact.num_rejects:,} rejects")
-    if "final_loss" in metrics:
+    if artifact.num_duplicates:
+        parts.append(f"{artifact.num_duplicates:,} duplicates")
+    if metrics.get("final_loss") is not None:
         parts.append(f"loss {metrics['final_loss']:.3f}")
     if "parity_cosine" in metrics:
         parts.append(f"parity {metrics['parity_cosine']:.5f}")

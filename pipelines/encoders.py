@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from actors.templates import PromptTemplates
 from cluster.artifacts import Artifact, Json
 from cluster.stages import StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import StepContext
@@ -34,13 +35,26 @@ class EncoderConfig(BaseModel):
     passage_template: str | None = Field(
         default=None, description="'title: {title} | text: {text}' is Gecko's"
     )
-    dtype: str = "float32"
-    trust_remote_code: bool = False
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    trust_remote_code: bool = Field(
+        default=False,
+        description="run code that comes with it; --trust-remote-code must say it too",
+    )
+
+    @model_validator(mode="after")
+    def _templates_have_a_place_for_the_text(self) -> Self:
+        for key in ("query_template", "passage_template"):
+            template = getattr(self, key)
+            try:
+                PromptTemplates(**{key.removesuffix("_template"): template or "{text}"})
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
+        return self
 
 
 def load_encoder(config: EncoderConfig, device: str | None = None) -> Encoder:
     """Loads the encoder with the recipe's templates, on `device` as `Encoder.load` takes it."""
-    from actors.encoder import Encoder, PromptTemplates
+    from actors.encoder import Encoder
 
     encoder = Encoder.load(
         config.model,

@@ -1,25 +1,24 @@
 """Running a recipe in a folder, and finding in a folder what a run left."""
 
 from pathlib import Path
-from typing import Any
 
-import yaml
 from rich.console import Console
+from rich.text import Text
 
 from cluster.artifacts import Artifact, Json
 from cluster.errors import UserError
 from cluster.session import connect
-from cluster.steps import Run
 from cluster.storage import LocalStorage, Storage, join, open_storage
+from pipelines.checks import check_recipe
 from pipelines.console import JsonLines, RunConsole
-from pipelines.encoders import EncoderConfig
+from pipelines.evaluation.location import Location, SavedEncoder
 from pipelines.fit import refuse_unfit
 from pipelines.graph import ENCODER, TITLES, build_run
-from pipelines.recipe import Recipe
+from pipelines.recipe import Recipe, read_models, refuse_foreign_code
+from pipelines.report.run_folder import RECIPE, open_run_folder
 from pipelines.report.write import print_evaluation, write_report
 from pipelines.student import MODEL
-
-RECIPE = "recipe.yaml"
+from pipelines.yaml_files import write_yaml
 
 
 def execute(
@@ -44,32 +43,35 @@ def execute(
             return True
         return not fresh and Artifact.open(open_storage(join(uri, step))) is not None
 
-    refuse_unfit(recipe, needless=needless)  # before anything starts, or is paid for
+    check_recipe(recipe)
     run = build_run(recipe, uri)
-    if fresh:
-        for step in run.steps:
-            run.step_storage(step).delete("")
-    if not rebuild:
-        run.check_configuration(run.steps)
-    storage = run.storage
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    storage.write_bytes(RECIPE, text.encode())
-    if not as_json:
-        console.print(f"[bold]{recipe.name}[/] in {storage.uri}", soft_wrap=True)
-    if any(run.state(step) != "done" for step in run.steps):
+    run.check_folder()
+    run.steps_until(until)
+    refuse_unfit(recipe, needless=needless)  # before anything starts, is paid for or is deleted
+    with run.alone():
+        if not (fresh or rebuild):
+            run.check_configuration(run.steps)
+        storage = run.storage
         if not as_json:
-            console.print("[dim]starting Ray ...[/]")
-        connect(log_folder(storage))
-    if as_json:
-        artifacts = run.execute(JsonLines(), until=until, rebuild=rebuild)
-    else:
-        with RunConsole(console) as listener:
-            artifacts = run.execute(listener, until=until, rebuild=rebuild)
+            title = Text.assemble((recipe.name, "bold"), f" in {storage.uri}")
+            console.print(title, soft_wrap=True)
+        if fresh or any(run.state(step) != "done" for step in run.steps):
+            if not as_json:
+                console.print("starting Ray ...", style="dim")
+            connect(log_folder(storage))
+        if fresh:
+            run.delete_steps()
+        storage.write_bytes(RECIPE, write_yaml(recipe.model_dump(mode="json")).encode())
+        if as_json:
+            artifacts = run.execute(JsonLines(), until=until, rebuild=rebuild)
+        else:
+            with RunConsole(console) as listener:
+                artifacts = run.execute(listener, until=until, rebuild=rebuild)
     if until is None:
         document = write_report(uri)
         if not as_json:
             print_evaluation(document, console)
-            console.print(f"report: {document['html']}", soft_wrap=True)
+            console.print(Text(f"report: {document['html']}"), soft_wrap=True)
     return artifacts
 
 
@@ -79,14 +81,17 @@ def log_folder(storage: Storage) -> Path | None:
 
 
 def run_status(uri: str) -> dict[str, dict[str, Json]] | None:
-    """Returns what is known of each step of a run folder, or None if it is no run folder."""
-    run = open_run(uri)
-    if run is None:
+    """Returns what is known of each step of a run folder, or None if it is no run folder.
+
+    Only the folder's own files are read: what the recipe names may have moved, or be anybody's.
+    """
+    if not open_storage(uri).exists(RECIPE):
         return None
+    run = open_run_folder(uri)
     rows: dict[str, dict[str, Json]] = {}
     for step in run.steps:
-        artifact = run.artifact(step)
-        rows[step.name] = {
+        artifact = run.artifacts.get(step)
+        rows[step] = {
             "state": run.state(step),
             "num_rows": artifact.num_rows if artifact and artifact.shards else None,
             "num_rejects": artifact.num_rejects if artifact else None,
@@ -95,35 +100,27 @@ def run_status(uri: str) -> dict[str, dict[str, Json]] | None:
     return rows
 
 
-def open_run(uri: str) -> Run | None:
-    """Opens a run by its folder, with the recipe that it was last run with; None if it is none."""
-    recipe = read_recipe(open_storage(uri))
-    return None if recipe is None else build_run(recipe, uri)
-
-
-def read_recipe(storage: Storage) -> Recipe | None:
-    """Returns the recipe that a run folder was last run with."""
-    try:
-        tree: Any = yaml.safe_load(storage.read_bytes(RECIPE))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return Recipe.model_validate(tree)
-
-
-def find_models(model: str) -> dict[str, str | EncoderConfig]:
+def find_models(model: str, *, trust_remote_code: bool = False) -> dict[str, Location]:
     """Returns names and places of the models that `tokay eval MODEL` means.
 
     Args:
         model: A run folder (retriever, student_before, student_prefinetuned if there is that stage,
             student_after), or anything an encoder is loaded from.
+        trust_remote_code: Whether the command line says that models may bring code; those of a run
+            may if its recipe says so too.
+
+    Raises:
+        UserError: The run is not finished, of another version, or asks for code to be run alone.
     """
     if not (model.startswith("s3://") or Path(model).is_dir()):
         return {model: model}
     storage = open_storage(model)
-    recipe = read_recipe(storage)
-    if recipe is None:
+    if not storage.exists(RECIPE):
         return {model: model}
-    found: dict[str, str | EncoderConfig] = {"retriever": recipe.retriever}
+    place = join(storage.uri, RECIPE)
+    recipe = read_models(storage.read_bytes(RECIPE), place)
+    refuse_foreign_code(recipe, place, trust_remote_code, ("retriever", "student"))
+    found: dict[str, Location] = {"retriever": recipe.retriever}
     steps = {"student_before": ("student", MODEL), "student_after": ("export", MODEL)}
     if recipe.prefinetuning:
         steps["student_prefinetuned"] = ("prefinetuning", ENCODER)
@@ -133,5 +130,7 @@ def find_models(model: str) -> dict[str, str | EncoderConfig]:
             raise UserError(
                 f"run {model} has no finished step {step!r} yet: run `tokay run` on it first"
             )
-        found[name] = join(artifact.uri, folder)
+        found[name] = SavedEncoder(
+            folder=join(artifact.uri, folder), trust_remote_code=recipe.student.trust_remote_code
+        )
     return found

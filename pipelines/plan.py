@@ -8,16 +8,13 @@ credentials too: what they would have told is then unknown.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import random
-import re
-import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +24,7 @@ from actors.language_model import truncate
 from cluster.artifacts import Artifact
 from cluster.errors import TokayError, UserError
 from cluster.storage import open_storage
+from pipelines.checks import PATIENCE_S, within
 from pipelines.corpus.passages import Document, Passage, passages_of, reject_reason
 from pipelines.corpus.sources import Corpus
 from pipelines.fit import Need, gpu_needs
@@ -35,13 +33,11 @@ from pipelines.fret.queries import query_id, query_prompts
 from pipelines.graph import TITLES, build_run
 from pipelines.recipe import Recipe
 from pipelines.sizes import GIB
+from pipelines.variables import unset_variables
 
 NUM_SAMPLED = 50
 NUM_READ = 2000  # passages that are read of a corpus to draw the sample from
 BLOCK_SIZE = 16  # vLLM's own, on a GPU: prefixes are cached in whole blocks
-PATIENCE_S = 15.0  # for a first word from S3 or the hub, whose clients try for minutes
-
-T = TypeVar("T")
 
 
 def make_plan(recipe: Recipe, uri: str) -> dict[str, Any]:
@@ -156,11 +152,10 @@ def _states(
 ) -> tuple[dict[str, str], dict[str, Artifact]]:
     """Returns the state of each step, and the artifacts of those that are done."""
     try:
-        text = json.dumps(recipe.model_dump(mode="json"))
-        _check_reach(uri, *re.findall(r"\$\{\w+\}|s3://[^\"]+", text))
+        _check_reach(uri, *_texts(recipe.model_dump(mode="json")))
         if any(test_set.kind == "mteb" for test_set in recipe.evaluation):
             late = "the data of mteb's tasks in evaluation did not come"
-            run = _within(4 * PATIENCE_S, late, lambda: build_run(recipe, uri))
+            run = within(4 * PATIENCE_S, late, lambda: build_run(recipe, uri))
         else:
             run = build_run(recipe, uri)
         states = {step.name: str(run.state(step)) for step in run.steps}
@@ -190,10 +185,18 @@ def _line(error: Exception) -> str:
 def _check_reach(*places: str) -> None:
     """Raises UserError where a place is not named, or its bucket does not answer."""
     for place in places:
-        if unset := re.search(r"\$\{(\w+)\}", place):
+        if unset := unset_variables([place]):
             raise UserError(f"the recipe reads {unset[0]}, which is not set in the environment")
         if place.startswith("s3://") and (error := _ask(place)):
             raise error
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    if isinstance(tree, dict | list):
+        for each in tree.values() if isinstance(tree, dict) else tree:
+            yield from _texts(each)
+    elif isinstance(tree, str):
+        yield tree
 
 
 @cache
@@ -201,31 +204,10 @@ def _ask(place: str) -> TokayError | None:
     """Returns why a place on S3 gives no answer."""
     path = "" if place.rstrip("/").count("/") > 2 else "any"
     try:
-        _within(PATIENCE_S, f"{place} did not answer", lambda: open_storage(place).exists(path))
+        within(PATIENCE_S, f"{place} did not answer", lambda: open_storage(place).exists(path))
     except TokayError as error:
         return error
     return None
-
-
-def _within(seconds: float, late: str, work: Callable[[], T]) -> T:
-    """Returns what `work` returns, or raises what it raises; UserError if it takes longer."""
-    answer: list[tuple[T | None, Exception | None]] = []
-
-    def ask() -> None:
-        try:
-            answer.append((work(), None))
-        except Exception as error:  # raised again below, where somebody waits for it
-            answer.append((None, error))
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not answer:
-        raise UserError(f"{late} within {seconds:.0f} s")
-    found, error = answer[0]
-    if error is not None:
-        raise error
-    return cast(T, found)
 
 
 def _llm_tokens(recipe: Recipe, done: dict[str, Artifact]) -> dict[str, dict[str, int]]:
@@ -317,7 +299,7 @@ class _Tokens:
                 self._tokenizer = self._load(recipe)
             else:
                 late = f"the model hub did not give the tokenizer of llm.model {model}"
-                self._tokenizer = _within(PATIENCE_S, late, lambda: self._load(recipe))
+                self._tokenizer = within(PATIENCE_S, late, lambda: self._load(recipe))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"llm.model {recipe.llm.model!r} has no tokenizer that can be loaded, and a plan"
@@ -328,7 +310,7 @@ class _Tokens:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(
-            resolve_model(recipe.llm.model), trust_remote_code=recipe.llm.trust_remote_code
+            resolve_model(recipe.llm.model), trust_remote_code=False
         )
 
     def ids(self, text: str) -> list[int]:

@@ -4,13 +4,12 @@ A recipe may name another one as its `base`, by name or file, and then holds onl
 """
 
 import difflib
-import os
-import re
+import math
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -20,10 +19,11 @@ from pydantic import (
     model_validator,
 )
 
-from cluster.errors import UserError
+from cluster.errors import UserError, excerpt
 from cluster.stages import StageResources
 from pipelines.corpus.sources import CorpusConfig
 from pipelines.corpus.steps import SeedsConfig
+from pipelines.credentials import key_with_credentials
 from pipelines.encoders import EncoderConfig
 from pipelines.evaluation.steps import TestSet
 from pipelines.fret.fusion import FretConfig
@@ -34,9 +34,12 @@ from pipelines.fret.prompts import WRITTEN, load_prompts
 from pipelines.fret.queries import QueriesConfig
 from pipelines.fret.scores import ScoresConfig
 from pipelines.mixture.config import MixtureConfig, PrefinetuningMixtureConfig
+from pipelines.names import RunName
 from pipelines.sizes import ModelSize
 from pipelines.student import StudentConfig
 from pipelines.training.config import TrainingConfig
+from pipelines.variables import OWN, fill_in, is_name, unset_variables
+from pipelines.yaml_files import MAX_BYTES, read_value, read_yaml
 
 GpuUser = Literal["llm", "encoder", "index", "training"]
 
@@ -121,7 +124,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: RunName = Field(description="of the run; its folder too, where no other is given")
     corpus: CorpusConfig
     seeds: SeedsConfig = SeedsConfig()
     llm: LlmConfig
@@ -147,22 +150,27 @@ class Recipe(BaseModel):
     sizes: dict[str, ModelSize] = Field(
         default={}, description="of models by name, for `tokay plan` where they are not on its disk"
     )
+    variables: tuple[str, ...] = Field(
+        default=(), description=f"of the environment, that ${{NAME}} may read beside {OWN}*"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_credentials(cls, tree: object) -> object:
+        if key := key_with_credentials(tree):
+            raise ValueError(
+                f"{key}: the address holds credentials, and a recipe is kept in the run and shown"
+                " in its report: leave them out, and give them to the machine by its environment"
+            )
+        return tree
 
     @model_validator(mode="after")
-    def _known_prompts(self) -> "Recipe":
-        prompts = load_prompts(self.prompts)
-        unknown = [task for task in self.queries.tasks if task not in prompts.tasks]
-        if unknown and self.queries.tasks != (WRITTEN,):
+    def _passages_can_be_cut(self) -> "Recipe":
+        shortest, longest = self.corpus.min_words, self.corpus.max_words
+        if 2 * shortest > longest:
             raise ValueError(
-                f"queries.tasks: {unknown} have no prompt; accepted are"
-                f" {', '.join(prompts.tasks)}, or {WRITTEN} alone"
-            )
-        if self.queries.language:
-            language_code(self.queries.language)
-        if self.scores.relevance not in prompts.scores:
-            raise ValueError(
-                f"scores.relevance: {self.scores.relevance!r} has no prompt; accepted are"
-                f" {', '.join(prompts.scores)}"
+                f"corpus.min_words: {shortest} given, and corpus.max_words is {longest}; accepted"
+                f" is at most half of it, {longest // 2}"
             )
         return self
 
@@ -195,8 +203,22 @@ class Recipe(BaseModel):
         return test_sets
 
 
+class RunModels(BaseModel):
+    """What an evaluation needs of a run's recipe; the other keys may be of another version."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    retriever: EncoderConfig
+    student: StudentConfig
+    prefinetuning: Any = None
+
+
 def load_recipe(
-    source: str | Path, settings: list[str] | None = None, *, keep_unset: bool = False
+    source: str | Path,
+    settings: Sequence[str] | None = None,
+    *,
+    keep_unset: bool = False,
+    trust_remote_code: bool = False,
 ) -> Recipe:
     """Reads a recipe by its file, or by the name of one that comes with Tokay.
 
@@ -205,17 +227,65 @@ def load_recipe(
         settings: Overrides, each `path.to.key=value`; the value is YAML.
         keep_unset: Leave a ${NAME} that the environment lacks as it stands: a plan can be made
             without the place.
+        trust_remote_code: Whether the command line, too, says that models may bring code.
 
     Raises:
-        UserError: No such recipe, not YAML, an unknown key or a value that is not accepted.
+        UserError: No such recipe, not YAML, an unknown key or a value that is not accepted; or
+            models of it may bring code, and the command line does not say so.
     """
-    tree = read_keys(source, keep_unset=keep_unset)
-    for setting in settings or []:
-        _set(tree, setting)
+    tree = read_keys(source, settings, keep_unset=keep_unset)
     try:
-        return Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"recipe {source}: {_explain(error)}") from error
+    _refuse_infinite(recipe, f"recipe {source}")
+    refuse_foreign_code(recipe, f"recipe {source}", trust_remote_code)
+    _check_prompts(recipe)
+    return recipe
+
+
+def refuse_foreign_code(
+    recipe: Recipe | RunModels,
+    place: str,
+    allowed: bool,
+    parts: Sequence[str] = ("llm", "retriever", "student"),
+) -> None:
+    """Raises UserError where models may bring code by the recipe alone; both must say it.
+
+    Args:
+        recipe: The recipe.
+        place: What it is called in an error.
+        allowed: Whether the command line says it.
+        parts: Those whose models are to be loaded.
+    """
+    keys = [
+        f"{part}.trust_remote_code" for part in parts if getattr(recipe, part).trust_remote_code
+    ]
+    if keys and not allowed:
+        raise UserError(
+            f"{place} sets {' and '.join(keys)}, which runs Python code that comes with a model:"
+            " give --trust-remote-code too if you trust it"
+        )
+
+
+def _check_prompts(recipe: Recipe) -> None:
+    """Raises UserError for prompts that do not exist, and for tasks or labels that have none."""
+    if recipe.queries.language:
+        language_code(recipe.queries.language)
+    if recipe.prompts and unset_variables([recipe.prompts]):
+        return
+    prompts, tasks = load_prompts(recipe.prompts), recipe.queries.tasks
+    unknown = [excerpt(task) for task in tasks if task not in prompts.tasks]
+    if unknown and tasks != (WRITTEN,):
+        raise UserError(
+            f"queries.tasks: {unknown[:3]} have no prompt; accepted are"
+            f" {', '.join(prompts.tasks)}, or {WRITTEN} alone"
+        )
+    if recipe.scores.relevance not in prompts.scores:
+        raise UserError(
+            f"scores.relevance: {excerpt(recipe.scores.relevance)!r} has no prompt; accepted are"
+            f" {', '.join(prompts.scores)}"
+        )
 
 
 def recipe_names() -> list[str]:
@@ -224,54 +294,106 @@ def recipe_names() -> list[str]:
     return sorted(file.stem for file in folder.glob("*.yaml"))
 
 
+def read_saved_keys(content: bytes, place: str) -> dict[str, Any]:
+    """Reads the recipe that a run folder keeps, unchecked; empty where there is nothing.
+
+    Raises:
+        UserError: It is not YAML, or no mapping of keys.
+    """
+    tree = read_yaml(content, place)
+    if not isinstance(tree, dict | None):
+        raise UserError(f"{place} is no recipe: accepted is a mapping of keys")
+    return tree or {}
+
+
+def read_models(content: bytes, place: str) -> RunModels:
+    """Reads which models the recipe that a run folder keeps is about; looks at none of them.
+
+    Raises:
+        UserError: It is not YAML, or the recipe of another version.
+    """
+    tree = read_saved_keys(content, place)
+    refuse_other_version(tree, place)
+    try:
+        return RunModels.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{place}, perhaps of another version: {_explain(error)}") from error
+
+
+def refuse_other_version(tree: dict[str, Any], place: str) -> None:
+    """Raises UserError where a run's recipe has keys that this version does not know."""
+    unknown = [repr(excerpt(str(key))) for key in tree if key not in Recipe.model_fields]
+    if unknown:
+        raise UserError(
+            f"{place} has the unknown key {' and '.join(unknown[:3])}, made by another version of"
+            " Tokay: use that version, or run it anew with this one"
+        )
+
+
 def read_keys(
-    source: str | Path, above: tuple[Path, ...] = (), *, keep_unset: bool = False
+    source: str | Path,
+    settings: Sequence[str] | None = None,
+    *,
+    keep_unset: bool = False,
 ) -> dict[str, Any]:
-    """Reads a recipe's keys over those of its `base`, unchecked."""
+    """Reads a recipe's keys over those of its `base`, and the settings over both, unchecked."""
+    tree = _read_file(source, (), keep_unset)
+    for setting in settings or []:
+        _set(tree, setting, keep_unset)
+    return tree
+
+
+def _read_file(source: str | Path, above: tuple[Path, ...], keep_unset: bool) -> dict[str, Any]:
     path = Path(source)
-    if not path.is_file() and "/" not in str(source) and not path.suffix:
+    if not _is_file(path) and "/" not in str(source) and not path.suffix:
         path = Path(str(files("pipelines") / "recipes" / f"{source}.yaml"))
-    if path in above:
+    if path.resolve() in above:
         raise UserError(f"recipe {path} is its own base, by {' and '.join(map(str, above))}")
     try:
-        text = path.read_text(encoding="utf-8")
-        tree = yaml.safe_load(_VARIABLE.sub(lambda found: _variable(found, path, keep_unset), text))
-    except FileNotFoundError as error:
-        known = ", ".join(recipe_names())
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        if _is_file(path) or path.is_dir():
+            raise UserError(f"recipe {path} cannot be read: {error}") from error
         raise UserError(
-            f"recipe {str(source)!r} does not exist: give a YAML file or one of {known}"
+            f"recipe {excerpt(str(source))!r} does not exist: give a YAML file or one of"
+            f" {', '.join(recipe_names())}"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
+    tree = read_yaml(content, f"recipe {path}")
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path} is not a mapping of keys: see {', '.join(recipe_names())}")
+    names = _variables(tree, f"recipe {path}")
+    tree = fill_in(tree, f"recipe {path}", names=names, keep_unset=keep_unset)
     if tree.get("prompts"):
         tree["prompts"] = _beside(path, tree["prompts"])
     base = tree.pop("base", None)
     if base is None:
-        return tree
-    below = read_keys(_beside(path, base), (*above, path), keep_unset=keep_unset)
+        return dict(tree)
+    below = _read_file(_beside(path, base), (*above, path.resolve()), keep_unset)
+    if names and "variables" in below:  # what was read is told, of whichever file
+        tree["variables"] = [*dict.fromkeys([*below["variables"], *names])]
     return _over(tree, below)
 
 
-# A place that differs from one machine to the next: ${NAME}, from the environment.
-_VARIABLE = re.compile(r"\$\{(\w+)\}")
+def _is_file(path: Path) -> bool:
+    """Says whether there is such a file; a name that no file can have names none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
-def _variable(found: re.Match[str], path: Path, keep_unset: bool) -> str:
-    name = found[1]
-    value = os.environ.get(name) or (found[0] if keep_unset else None)
-    if not value:
-        raise UserError(
-            f"recipe {path.stem} reads ${{{name}}}: set it in the environment, {name}=..."
-        )
-    return value
+def _variables(tree: dict[str, Any], place: str) -> list[str]:
+    names = tree.get("variables") or []
+    if not isinstance(names, list) or not all(is_name(name) for name in names):
+        raise UserError(f"{place}: variables: accepted is a list of names, such as [DATA, HOME]")
+    return names
 
 
 def _beside(path: Path, name: str) -> str:
     """Returns a file that a recipe names: beside the recipe, or as it stands."""
     beside = path.parent / str(name)
-    return str(beside) if beside.is_file() else str(name)
+    return str(beside) if _is_file(beside) else str(name)
 
 
 def _over(tree: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
@@ -284,40 +406,55 @@ def _over(tree: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _set(tree: dict[str, Any], setting: str) -> None:
-    key, equals, value = setting.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"--set {setting!r}: write path.to.key=value")
+def _set(tree: dict[str, Any], setting: str, keep_unset: bool) -> None:
+    key, equals, text = setting.partition("=")
+    place = f"--set {excerpt(setting)!r}"
+    if not equals or not all(key.strip().split(".")):
+        raise UserError(f"{place}: write path.to.key=value")
     *parents, last = key.strip().split(".")
     node: Any = tree
     for parent in parents:
         if isinstance(node, list):
-            node = node[_index(parent, node, setting)]
+            node = node[_index(parent, node, place)]
         else:
             node = node.setdefault(parent, {})
         if not isinstance(node, dict | list):
-            raise UserError(f"--set {setting!r}: {parent} is a value and holds no keys")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {setting!r}: the value is not YAML") from error
+            raise UserError(f"{place}: {parent} is a value and holds no keys")
+    names = _variables(tree, place)
+    value = fill_in(read_value(text, place), place, names=names, keep_unset=keep_unset)
     if isinstance(node, list):
-        node[_index(last, node, setting)] = parsed
+        node[_index(last, node, place)] = value
     else:
-        node[last] = parsed
+        node[last] = value
 
 
-def _index(text: str, node: list[Any], setting: str) -> int:
-    if not text.isdecimal() or int(text) >= len(node):
-        raise UserError(f"--set {setting!r}: {text!r} is no place in a list of {len(node)}")
+def _index(text: str, node: list[Any], place: str) -> int:
+    if not text.isdecimal() or len(text) > 6 or int(text) >= len(node):
+        raise UserError(f"{place}: {text!r} is no place in a list of {len(node)}")
     return int(text)
+
+
+def _refuse_infinite(recipe: Recipe, place: str) -> None:
+    """Raises UserError for a number without an end, which no key means."""
+    for key, value in _leaves(recipe.model_dump(mode="python"), ""):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{place}: {key}: {value} given; accepted are finite numbers")
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict | list | tuple):
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+        for part, each in inner:
+            yield from _leaves(each, f"{key}.{part}" if key else str(part))
+    else:
+        yield key, value
 
 
 def _explain(error: ValidationError) -> str:
     """Says of the first mistakes: the key, what was given, what is accepted."""
     lines = []
     for mistake in error.errors()[:3]:
-        key = ".".join(str(part) for part in mistake["loc"])
+        key = excerpt(".".join(str(part) for part in mistake["loc"]))
         if mistake["type"] == "extra_forbidden":
             accepted = _accepted_keys(mistake["loc"][:-1])
             near = difflib.get_close_matches(str(mistake["loc"][-1]), accepted, n=1)
@@ -327,16 +464,22 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"key {key} is missing")
         elif mistake["type"] == "value_error" and isinstance(mistake["input"], dict):
             # A mistake of several keys, which names them.
-            lines.append(mistake["msg"].removeprefix("Value error, "))
+            said = excerpt(mistake["msg"].removeprefix("Value error, "), 400)
+            lines.append(f"{key}: {said}" if key else said)
         else:
-            lines.append(f"{key}: {mistake['input']!r} given; {mistake['msg']}")
+            said = excerpt(mistake["msg"].removeprefix("Value error, "), 400)
+            if mistake["type"] == "string_type" and isinstance(mistake["input"], int | float):
+                said = "put it in quotes"
+            elif mistake["input"] is None:
+                said += "; leave the key out for its default"
+            lines.append(f"{key}: {excerpt(repr(mistake['input']))} given; {said}")
     return "; ".join(lines)
 
 
 def _accepted_keys(path: tuple[int | str, ...]) -> list[str]:
     model: Any = Recipe
     for part in path:
-        if isinstance(part, int):
+        if part not in model.model_fields:  # a place in a list, or a name in a map
             continue
         annotation = model.model_fields[part].annotation
         arguments = [a for a in getattr(annotation, "__args__", ()) if hasattr(a, "model_fields")]

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from cluster.artifacts import Json
 from cluster.errors import TokayError, UserError
@@ -26,7 +26,7 @@ MIN_PARITY = 0.9999
 class StudentConfig(EncoderConfig):
     """The encoder that training starts from."""
 
-    dtype: str = Field(
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         default="auto", description="in evaluation and index; training keeps float32 weights"
     )
     layers: tuple[int, ...] | None = Field(
@@ -41,6 +41,15 @@ class StudentConfig(EncoderConfig):
     projection: int | None = Field(
         default=None, ge=1, description="dimensions of a linear layer behind the pooling"
     )
+
+    @field_validator("layers")
+    @classmethod
+    def _rise(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if layers is not None and (
+            not layers or list(layers) != sorted({*layers}) or layers[0] < 0
+        ):
+            raise ValueError("give rising indices from 0, such as [0, 2, 5]")
+        return layers
 
 
 def make_student(config: StudentConfig, context: StepContext) -> dict[str, Json]:
@@ -157,7 +166,7 @@ cut the vectors and normalise them again, or give `truncate_dim={smaller[0]}`.
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
-base_model: {base_model}
+base_model: {json.dumps(base_model)}
 datasets: {json.dumps(list(sets))}
 tags: [sentence-transformers, feature-extraction, tokay]
 ---

@@ -1,24 +1,28 @@
 """The HTTP application: OpenAI's embeddings API, search, health, metrics and the console."""
 
 import base64
+import gc
+import hashlib
 import json
-import logging
-import time
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.metrics import Metrics
+from cluster.errors import excerpt
+from cluster.json_lines import parse_json
+from serving.guard import Access, Guard, refusal
 from serving.protocol import (
+    INPUT_FORMS,
     ApiError,
     Embedding,
     EmbeddingRequest,
@@ -32,34 +36,68 @@ from serving.protocol import (
 )
 from serving.served_model import ServedModel
 
-_INPUT_FORMS = (
-    "input must be a string, a list of strings, a list of token ids, or a list of lists of token"
-    " ids"
-)
 _CONSOLE = Path(__file__).with_name("console.html")
+_TOP_K = 10
 _ERRORS: dict[int | str, dict[str, str]] = {
     400: {"description": "The request cannot be answered; the message says why"},
+    401: {"description": "The API key is missing or wrong"},
+    403: {"description": "Another host, or a page of another origin"},
     404: {"description": "Another model's name, or no corpus for a search"},
+    413: {"description": "The body or its texts are too long"},
     429: {"description": "Too much is waiting; Retry-After says how many seconds to wait"},
 }
 
-logger = logging.getLogger(__name__)
+
+class _StrictRequest(Request):
+    """A request whose JSON is read by our own rules."""
+
+    async def json(self) -> Any:
+        body = await self.body()
+        # Millions of empty lists would set off collection after collection, though JSON has no
+        # cycles: seconds, in which nobody else is answered.
+        gc.disable()
+        try:
+            return parse_json(body)
+        except ValueError as error:
+            raise json.JSONDecodeError(str(error), "", 0) from error
+        finally:
+            gc.enable()
 
 
-def create_app(model: ServedModel) -> FastAPI:
-    """Makes the application around one model."""
+class _StrictRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def strictly(request: Request) -> Response:
+            return await handle(_StrictRequest(request.scope, request.receive))
+
+        return strictly
+
+
+def create_app(model: ServedModel, access: Access | None = None) -> FastAPI:
+    """Makes the application around one model.
+
+    Args:
+        model: What answers.
+        access: Who may ask; anybody if None.
+    """
     # Without /docs, whose page would load scripts from another host.
     app = FastAPI(
         title="Tokay",
         description="Embeddings in OpenAI's API, and search",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # to the host that the request names
     )
-    app.add_middleware(_Measured, metrics=model.metrics)
-    app.add_exception_handler(ApiError, _refuse)
+    app.router.route_class = _StrictRoute
+    app.add_middleware(
+        Guard,
+        access=access or Access(),
+        max_bytes=model.limits.max_bytes,
+        metrics=model.metrics,
+    )
     app.add_exception_handler(RequestValidationError, _refuse_invalid)
     app.add_exception_handler(HTTPException, _refuse_route)
-    app.add_exception_handler(Exception, _fail)
     listed = Model(
         id=model.name,
         created=model.created,
@@ -68,6 +106,7 @@ def create_app(model: ServedModel) -> FastAPI:
         num_passages=len(model.corpus) if model.corpus else 0,
     )
     console = _CONSOLE.read_text(encoding="utf-8")
+    console_headers = {"content-security-policy": content_security_policy(console)}
 
     @app.post("/v1/embeddings", response_model=EmbeddingResponse, responses=_ERRORS)
     async def embeddings(request: EmbeddingRequest) -> Response:
@@ -78,7 +117,7 @@ def create_app(model: ServedModel) -> FastAPI:
             _input_list(request.input),
             role=request.input_type,
             task=request.task,
-            truncate=request.truncate,
+            truncate=bool(request.truncate),
         )
         vectors = shorten(embedded.vectors, size)
         written = _base64(vectors) if request.encoding_format == "base64" else vectors.tolist()
@@ -96,7 +135,7 @@ def create_app(model: ServedModel) -> FastAPI:
     @app.post("/v1/search", response_model=SearchResponse, responses=_ERRORS)
     async def search(request: SearchRequest) -> Response:
         """Finds the passages nearest to a query."""
-        found = await model.search(request.query, top_k=request.top_k, task=request.task)
+        found = await model.search(request.query, top_k=request.top_k or _TOP_K, task=request.task)
         return _json(
             SearchResponse(
                 results=[
@@ -132,7 +171,7 @@ def create_app(model: ServedModel) -> FastAPI:
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
-        return HTMLResponse(console)
+        return HTMLResponse(console, headers=console_headers)
 
     return app
 
@@ -155,6 +194,21 @@ def shorten(vectors: np.ndarray, dimensions: int) -> np.ndarray:
     return renormalised
 
 
+def content_security_policy(page: str) -> str:
+    """Allows a page its own inline style and script, by their hashes, and requests to its host."""
+
+    def hashes(tag: str) -> str:
+        found = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digests = [hashlib.sha256(content.encode()).digest() for content in found]
+        return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+
+    return (
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')};"
+        " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none';"
+        " frame-ancestors 'none'"
+    )
+
+
 def _input_list(
     given: str | list[str] | list[int] | list[list[int]],
 ) -> Sequence[str] | Sequence[Sequence[int]]:
@@ -170,7 +224,7 @@ def _check_name(asked: str, served: str) -> None:
     if asked != served:
         raise ApiError(
             404,
-            f"model {asked!r} does not exist here: this server serves {served!r}",
+            f"model {excerpt(asked, 80)!r} does not exist here: this server serves {served!r}",
             param="model",
             code="model_not_found",
         )
@@ -202,65 +256,27 @@ def _json(body: BaseModel) -> Response:
     return Response(body.model_dump_json(), media_type="application/json")
 
 
-async def _refuse(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s else None
-    # ASCII, because the body may quote a key that is no valid Unicode.
-    body = json.dumps(error.body())
-    return Response(body, error.status, headers, media_type="application/json")
-
-
-async def _refuse_invalid(request: Request, error: Exception) -> Response:
+async def _refuse_invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     param = str(first["loc"][1]) if len(first["loc"]) > 1 else None
     if first["type"] == "json_invalid":
-        message, param = "the body is not valid JSON", None
+        message, param = f"the body is not valid JSON: {first['ctx']['error']}", None
     elif first["type"] == "extra_forbidden":
-        message = f"unknown field {param!r}: see /openapi.json for those that are accepted"
+        message = (
+            f"unknown field {excerpt(param or '', 80)!r}: see /openapi.json for those accepted"
+        )
     elif param == "input" and first["type"] != "missing":
-        message = _INPUT_FORMS
+        message = INPUT_FORMS
     elif param is None:
         message = "the body must be a JSON object, sent with content-type application/json"
     else:
         message = f"{param}: {first['msg']}"
-    return await _refuse(request, ApiError(400, message, param=param))
+    return refusal(ApiError(400, message, param=param and param[:80]))
 
 
 async def _refuse_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}; see /openapi.json"
-    return await _refuse(request, ApiError(error.status_code, message))
-
-
-async def _fail(request: Request, error: Exception) -> Response:
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return await _refuse(request, ApiError(500, "the server failed; its log says why"))
-
-
-class _Measured:
-    """Counts answers and their seconds; plain ASGI, so that a client's leaving still cancels."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self.app = app
-        self.metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        began = time.perf_counter()
-        status = 499  # nginx' number for a client that left before the answer
-
-        async def watched(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self.app(scope, receive, watched)
-        finally:
-            # The route's pattern, so that random paths cannot make endless series.
-            path = getattr(scope.get("route"), "path", "other")
-            self.metrics.count_request(path, status, time.perf_counter() - began)
+    path = request.scope["path"]  # `request.url` also reads Host, which may be malformed
+    message = f"{request.method} {excerpt(path, 80)!r}: {error.detail}; see /openapi.json"
+    return refusal(ApiError(error.status_code, message))

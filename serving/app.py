@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from serving.protocol import RequestLimits
+
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from ray.serve import Application
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 # Above what the token budget admits, so that overload is answered by our 429 and never by a queue
 # in Serve's router, which knows nothing of tokens.
 _MAX_ONGOING_REQUESTS = 4096
+# Behind them, small requests may wait in each proxy; beyond it, Serve answers 503.
+_MAX_QUEUED_REQUESTS = 1024
+_LIMITS = RequestLimits()
 # Without a limit of its own, a model's length counts, up to this.
 _MAX_TOKENS = 8192
 
@@ -43,6 +48,26 @@ class ServeOptions(BaseModel):
     max_queued_tokens: int = Field(
         262_144, ge=1, description="Tokens that may wait in a replica; beyond it, 429"
     )
+    max_request_bytes: int = Field(
+        _LIMITS.max_bytes, ge=1024, description="Of a request's body; beyond it, 413"
+    )
+    max_texts: int = Field(_LIMITS.max_texts, ge=1, description="In one request")
+    max_characters: int = Field(
+        _LIMITS.max_characters,
+        ge=1,
+        description="Of a request's texts together, in the model's template; beyond it, 413",
+    )
+    allow_token_ids: bool = Field(
+        False, description="Take ids of the model's own tokenizer; those of others pass as wrong"
+    )
+    allowed_hosts: frozenset[str] | None = Field(
+        None, description="Names that a request may call the server by; null: any"
+    )
+    api_key_sha256: str | None = Field(
+        None,
+        pattern="^[0-9a-f]{64}$",
+        description="SHA-256 of the key that requests must bring: printf %s KEY | sha256sum",
+    )
 
 
 class TokayServer:
@@ -53,9 +78,11 @@ class TokayServer:
 
         from actors.encoder import Encoder
         from serving.corpus import load_corpus
+        from serving.guard import Access
         from serving.metrics import Metrics
         from serving.served_model import ServedModel
 
+        self.access = Access(hosts=options.allowed_hosts, key_sha256=options.api_key_sha256)
         encoder = Encoder.load(
             options.model,
             max_tokens=options.max_tokens,
@@ -71,13 +98,19 @@ class TokayServer:
             max_queued_tokens=options.max_queued_tokens,
             metrics=Metrics(serve.get_replica_context().replica_id.unique_id),
             corpus=load_corpus(options.corpus, encoder) if options.corpus else None,
+            limits=RequestLimits(
+                max_bytes=options.max_request_bytes,
+                max_texts=options.max_texts,
+                max_characters=options.max_characters,
+                token_ids=options.allow_token_ids,
+            ),
         )
 
     def __serve_build_asgi_app__(self) -> "FastAPI":
         """Called by Serve after the constructor."""
         from serving.api import create_app
 
-        return create_app(self.model)
+        return create_app(self.model, self.access)
 
 
 def build(options: ServeOptions) -> "Application":
@@ -88,6 +121,7 @@ def build(options: ServeOptions) -> "Application":
         name="server",
         num_replicas=options.replicas,
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,
+        max_queued_requests=_MAX_QUEUED_REQUESTS,
         ray_actor_options={
             "num_cpus": options.cpus_per_replica,
             "num_gpus": options.gpus_per_replica,

@@ -2,10 +2,14 @@
 
 import contextlib
 import errno
+import hashlib
+import ipaddress
 import os
+import re
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -15,17 +19,21 @@ import typer
 
 from actors.embedded import PREFIX, resolve_model
 from cluster.artifacts import Artifact
-from cluster.errors import TokayError, UserError
+from cluster.errors import TokayError, UserError, excerpt
 from cluster.storage import join, open_storage
 from serving.app import ServeOptions
+from serving.protocol import RequestLimits
 
 _READY = """\
 {name} ({what}) answers at {url}   (Ctrl-C stops it)
   console  {url}/
-  curl     curl {url}/v1/embeddings -H 'content-type: application/json' \\
+  curl     curl {url}/v1/embeddings -H 'content-type: application/json'{header} \\
              -d '{{"model": "{name}", "input": "a text"}}'
-  python   openai.OpenAI(base_url="{url}/v1", api_key="-") \\
+  python   openai.OpenAI(base_url="{url}/v1", api_key={key}) \\
              .embeddings.create(model="{name}", input="a text")"""
+_KEY = "TOKAY_API_KEY"
+_KEY_CHARACTERS = 16
+_LIMITS = RequestLimits()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,19 +65,43 @@ def serve(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model")
     ] = False,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A name by which requests may call this server; may be given again"),
+    ] = None,
+    allow_token_ids: Annotated[
+        bool,
+        typer.Option("--allow-token-ids", help="Take token ids of this model's own tokenizer"),
+    ] = False,
+    max_request_bytes: Annotated[
+        int, typer.Option(min=1024, help="Of a request's body")
+    ] = _LIMITS.max_bytes,
+    max_texts: Annotated[int, typer.Option(min=1, help="In a request")] = _LIMITS.max_texts,
+    max_characters: Annotated[
+        int, typer.Option(min=1, help="Of a request's texts together, in the model's template")
+    ] = _LIMITS.max_characters,
 ) -> None:
-    """Serves a model through OpenAI's embeddings API, with search over a corpus and a console."""
+    """Serves a model through OpenAI's embeddings API, with search over a corpus and a console.
+
+    With TOKAY_API_KEY in the environment, requests must bring that key.
+    """
+    key_sha256 = hash_key(os.environ.get(_KEY))
+    hosts = find_hosts(host, allowed_host or [])
     served = find_model(model)
     corpus = corpus or served.index
     if corpus:
         from serving.corpus import check_corpus
 
-        check_corpus(corpus)
+        if warning := check_corpus(corpus):
+            typer.echo(f"warning: {warning}", err=True)
     check_port(host, port)
     from cluster.session import connect
 
     # Ray lowers its workers' priority by 15, which suits jobs; a server answers people.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    if not os.environ.get("RAY_ADDRESS"):
+        # A Ray of our own then listens on loopback, as on macOS; elsewhere on every interface.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     resources = connect()
     options = ServeOptions(
         model=served.model,
@@ -79,6 +111,12 @@ def serve(
         cpus_per_replica=cpus or max(1, resources.num_cpus // replicas),
         gpus_per_replica=gpus,
         trust_remote_code=trust_remote_code,
+        max_request_bytes=max_request_bytes,
+        max_texts=max_texts,
+        max_characters=max_characters,
+        allow_token_ids=allow_token_ids,
+        allowed_hosts=hosts,
+        api_key_sha256=key_sha256,
     )
     check_cluster(options)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -87,7 +125,17 @@ def serve(
         start(options, host=host, port=port)
         what = "embeddings and search" if corpus else "embeddings"
         shown = f"[{host}]" if ":" in host else host
-        typer.echo(_READY.format(name=options.name, what=what, url=f"http://{shown}:{port}"))
+        typer.echo(
+            _READY.format(
+                name=options.name,
+                what=what,
+                url=f"http://{shown}:{port}",
+                header=f' -H "authorization: Bearer ${_KEY}"' if key_sha256 else "",
+                key=f'os.environ["{_KEY}"]' if key_sha256 else '"-"',
+            )
+        )
+        if warning := network_warning(host, key_sha256):
+            typer.echo(warning, err=True)
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
@@ -120,6 +168,63 @@ def find_model(model: str) -> Served:
     if folder.parts[-2:] == ("export", "model"):
         return Served(model=str(folder), name=folder.parts[-3], index=None)
     return Served(model=str(folder), name=folder.name, index=None)
+
+
+def is_loopback(host: str) -> bool:
+    """Says whether only this machine can reach a server that listens there."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name of the network's
+        return False
+
+
+def network_warning(host: str, key_sha256: str | None) -> str | None:
+    """Says what an operator who opens a server to the network should know."""
+    if is_loopback(host):
+        return None
+    keyless = f", and anybody may ask: set {_KEY} to a key that requests must bring"
+    return (
+        "warning: the network reaches this server, without encryption (no TLS)"
+        f"{'' if key_sha256 else keyless}"
+    )
+
+
+def find_hosts(host: str, allowed: Sequence[str]) -> frozenset[str] | None:
+    """Returns the names that requests may call the server by; None where it is not known.
+
+    A page that someone opens here may make its own name lead to a server on loopback, and would
+    then read what it answers; so there only names of loopback pass, and those that are allowed.
+
+    Raises:
+        UserError: A name is none.
+    """
+    for name in allowed:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:]+", name):
+            raise UserError(
+                f"--allowed-host {excerpt(name, 80)!r}: give a name or an address alone, such as"
+                " search.example.org, without scheme and port"
+            )
+    if not allowed and not is_loopback(host):
+        return None
+    return frozenset({host.lower(), *(name.lower() for name in allowed)})
+
+
+def hash_key(key: str | None) -> str | None:
+    """Returns the SHA-256 of an API key, in hex.
+
+    Raises:
+        UserError: It is too short, or cannot be sent in a header.
+    """
+    if key is None:
+        return None
+    if len(key) < _KEY_CHARACTERS or not key.isascii() or not key.isprintable() or " " in key:
+        raise UserError(
+            f"{_KEY} must be {_KEY_CHARACTERS} or more ASCII letters, digits and signs: make one"
+            " with `openssl rand -hex 32`, or unset it to serve without a key"
+        )
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
 def check_port(host: str, port: int) -> None:

@@ -1,30 +1,45 @@
 """The passages that `/v1/search` answers from, read from what people have.
 
 A finished run brings its passages with their vectors; anyone else brings JSONL or Parquet, and the
-passages are embedded when the server starts.
+passages are embedded when the server starts. A row that is no passage is left out and told; a
+corpus of which most rows are none is refused.
 """
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import io
+import logging
+import reprlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from actors.passage_index import PassageIndex
 from cluster.artifacts import MANIFEST, Artifact
-from cluster.errors import UserError
-from cluster.storage import Storage, join, open_storage, read_table
+from cluster.errors import Reject, UserError, excerpt
+from cluster.json_lines import json_lines, unpacked
+from cluster.parquet import open_parquet, parquet_batches
+from cluster.storage import Storage, join, open_storage
 
 if TYPE_CHECKING:  # its torch takes seconds, which a check before the start need not
     from actors.encoder import Encoder
 
 ACCEPTED = (
-    "accepted are a run's index, a .jsonl file (BEIR's _id, title, text), a .parquet file"
-    " (id, title, text, perhaps embedding), or a folder of such files"
+    "accepted are a run's index, a .jsonl or .ndjson file (_id or id, title, text; perhaps .gz), a"
+    " .parquet file (the same, perhaps embedding), or a folder of such files"
 )
+_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".parquet")
+_COLUMNS = ("_id", "id", "title", "text", "embedding")
+_SCHEMA = pa.schema([(name, pa.large_string()) for name in ("id", "title", "text")])
 _PASSAGES_AT_ONCE = 1024
+_MAX_REJECT_SHARE = 0.5
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,38 +68,82 @@ class Corpus:
         return [(Passage(**row), float(score)) for row, score in zip(found, scores[0], strict=True)]
 
 
-def check_corpus(uri: str) -> None:
-    """Refuses a corpus before a server is started for it; vectors are checked when it is loaded.
+@dataclass(kw_only=True)
+class _Tally:
+    """How many rows were read, and why some were not."""
+
+    num_rows: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    first: Reject | None = None
+
+    def refuse(self, reject: Reject) -> None:
+        self.num_rows += 1
+        self.reasons[reject[1]] += 1
+        self.first = self.first or reject
+
+    def told(self, uri: str) -> str | None:
+        """Returns a line about the rows that are left out; raises UserError if too many are."""
+        if not self.num_rows:
+            raise UserError(f"corpus {uri!r} is empty: give at least one passage")
+        if self.first is None:
+            return None
+        where, reason, text = self.first
+        num_rejects = self.reasons.total()
+        line = (
+            f"{num_rejects} of {self.num_rows} rows of corpus {uri!r} are no passages, such as"
+            f" {excerpt(where)} ({reason}: {excerpt(text)})"
+        )
+        if num_rejects > _MAX_REJECT_SHARE * self.num_rows:
+            raise UserError(f"{line}: {ACCEPTED}")
+        return f"{line}; they are left out"
+
+
+def check_corpus(uri: str) -> str | None:
+    """Reads a corpus before a server is started for it; its vectors' length is checked later.
+
+    Returns:
+        A line about the rows that will be left out, if there are any.
 
     Raises:
-        UserError: Nothing readable there, or a malformed line.
+        UserError: Nothing readable there, vectors that are none, or most rows are no passages.
     """
-    storage, files = _files(uri)
-    for path in files:
-        if path.endswith(".jsonl"):
-            _read_jsonl(storage.read_bytes(path), join(storage.uri, path))
+    storage, files, artifact = _find(uri)
+    if artifact is not None:  # of our own making, and perhaps large
+        if not artifact.num_rows:
+            raise UserError(f"corpus {uri!r} is empty: give at least one passage")
+        files = files[:1]
+    tally = _Tally()
+    for table in _tables(storage, files, tally):
+        if "embedding" in table.column_names:
+            _vectors(table, None, uri)
+    return tally.told(uri)
 
 
 def load_corpus(uri: str, encoder: "Encoder") -> Corpus:
     """Reads a corpus and its vectors; embeds the passages that come without.
 
     Raises:
-        UserError: Nothing readable there, a malformed row, or vectors of another model.
+        UserError: As `check_corpus`, or vectors of another model.
     """
     index = PassageIndex(encoder.dimensions)
-    parts = []
-    for table in _tables(uri):
-        passages = table.select(["id", "title", "text"])
+    storage, files, artifact = _find(uri)
+    tally = _Tally()
+    parts = [_SCHEMA.empty_table()]
+    for table in _tables(storage, files, tally):
+        passages = table.select(_SCHEMA.names)
         parts.append(passages)
         if "embedding" in table.column_names:
             index.add(_vectors(table, encoder.dimensions, uri))
-            continue
-        for batch in passages.to_batches(max_chunksize=_PASSAGES_AT_ONCE):
-            index.add(_embed(batch.to_pydict(), encoder))
-    passages = pa.concat_tables(parts)
-    if not passages.num_rows:
-        raise UserError(f"corpus {uri!r} is empty: give at least one passage")
-    return Corpus(passages=passages, index=index)
+        elif len(passages):
+            index.add(_embed(passages.to_pydict(), encoder))
+    if line := tally.told(uri):
+        logger.warning(line)
+    if artifact is not None and tally.num_rows != artifact.num_rows:
+        raise UserError(
+            f"corpus {uri!r} has {tally.num_rows} rows and its manifest says {artifact.num_rows}:"
+            " copy it anew, or let `tokay run` make it anew"
+        )
+    return Corpus(passages=pa.concat_tables(parts).combine_chunks(), index=index)
 
 
 def _embed(columns: dict[str, list[str]], encoder: "Encoder") -> np.ndarray:
@@ -96,85 +155,150 @@ def _embed(columns: dict[str, list[str]], encoder: "Encoder") -> np.ndarray:
     return encoder.encode_passages(joined)
 
 
-def _vectors(table: pa.Table, dimensions: int, uri: str) -> np.ndarray:
+def _vectors(table: pa.Table, dimensions: int | None, uri: str) -> np.ndarray:
+    """Returns unit vectors float32 `[rows, dimensions]`; of any one length if that is None."""
     column = table.column("embedding").combine_chunks()
-    flat = column.flatten().to_numpy(zero_copy_only=False)
-    if column.null_count or len(flat) != len(column) * dimensions:
-        found = len(flat) / max(len(column), 1)
+    if not _is_vector(column.type):
         raise UserError(
-            f"corpus {uri!r} has vectors of {found:g} numbers and the model makes {dimensions}:"
-            " serve the model that made the index, or drop the column `embedding`"
+            f"corpus {uri!r} has a column embedding of {excerpt(column.type)}: write lists of"
+            " floats, or drop the column"
         )
-    return np.asarray(flat, np.float32).reshape(len(column), dimensions)
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    wanted = dimensions or (lengths[0] if len(lengths) else 0)
+    wrong = np.flatnonzero(lengths != wanted)
+    if len(wrong):
+        id_ = table.column("id")[int(wrong[0])].as_py()
+        raise UserError(
+            f"corpus {uri!r} has a vector of {lengths[wrong[0]]} numbers (of {excerpt(id_)}) where"
+            f" {wanted} are wanted: serve the model that made the vectors, or drop the column"
+            " embedding"
+        )
+    flat = column.flatten().to_numpy(zero_copy_only=False)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is found below
+        vectors = np.asarray(flat, np.float32).reshape(len(column), wanted)
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    none = np.flatnonzero(~np.isfinite(norms[:, 0]) | (norms[:, 0] == 0))
+    if len(none):
+        id_ = table.column("id")[int(none[0])].as_py()
+        raise UserError(
+            f"corpus {uri!r} has a vector of zeros or of no numbers (of {excerpt(id_)}): make it"
+            " anew, or drop the column embedding"
+        )
+    # Those of unit length stay as they are, to the last bit.
+    return np.where(np.abs(norms - 1) < 1e-3, vectors, vectors / norms)
 
 
-def _files(uri: str) -> tuple[Storage, list[str]]:
-    """Opens the folder and lists the data files: none for an artifact, whose manifest has them."""
-    if uri.endswith((".jsonl", ".parquet")):
-        folder, _, name = uri.rpartition("/")
-        storage = open_storage(folder or ("/" if uri.startswith("/") else "."))
-        files = [name] if storage.exists(name) else []
-    else:
-        storage = open_storage(uri)
-        if storage.exists(MANIFEST):
-            return storage, []
-        files = [path for path in storage.list() if path.endswith((".jsonl", ".parquet"))]
-        if "corpus.jsonl" in files:  # a BEIR folder, whose queries are JSONL too
-            files = ["corpus.jsonl"]
-    if not files:
-        raise UserError(f"corpus {uri!r} holds no passages: {ACCEPTED}")
-    return storage, files
-
-
-def _tables(uri: str) -> Iterator[pa.Table]:
-    storage, files = _files(uri)
-    artifact = None if files else Artifact.open(storage)
-    if artifact is not None:
-        yield from map(_passage_table, artifact.tables())
+def _tables(storage: Storage, files: Sequence[str], tally: _Tally) -> Iterator[pa.Table]:
+    """Yields the passages of files (`id`, `title`, `text`, perhaps `embedding`), some at a time."""
     for path in files:
-        where = join(storage.uri, path)
-        if path.endswith(".parquet"):
-            table = read_table(storage, path)
-            missing = {"id", "text"} - set(table.column_names)
-            if missing:
-                raise UserError(
-                    f"{where} has no column {' and '.join(sorted(missing))}: {ACCEPTED}"
-                )
-            yield _passage_table(table)
-        else:
-            yield _read_jsonl(storage.read_bytes(path), where)
-
-
-def _passage_table(table: pa.Table) -> pa.Table:
-    """Brings any passages to strings without nulls, with a title, with their vectors if any."""
-    columns = {}
-    for name in ("id", "title", "text"):
-        if name in table.column_names:
-            column = table.column(name).cast(pa.large_string()).fill_null("")
-        else:
-            column = pa.nulls(table.num_rows, pa.large_string()).fill_null("")
-        columns[name] = column
-    if "embedding" in table.column_names:
-        columns["embedding"] = table.column("embedding")
-    return pa.table(columns)
-
-
-def _read_jsonl(content: bytes, where: str) -> pa.Table:
-    rows: dict[str, list[str]] = {"id": [], "title": [], "text": []}
-    for number, line in enumerate(content.splitlines(), start=1):
-        if not line.strip():
-            continue
         try:
-            row = json.loads(line)
-            text = row["text"]
-            if not isinstance(text, str):
-                raise TypeError("text is no string")
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{where} line {number} is no passage ({type(error).__name__}: {error}): write"
-                ' {"_id": "...", "title": "...", "text": "..."} in UTF-8, one a line'
-            ) from error
-        rows["id"].append(str(row.get("_id", row.get("id", number))))
-        rows["title"].append(str(row.get("title") or ""))
-        rows["text"].append(text)
-    return pa.table(rows, schema=pa.schema([(name, pa.large_string()) for name in rows]))
+            content = storage.read_bytes(path)
+        except FileNotFoundError as error:
+            raise UserError(f"{join(storage.uri, path)} is missing: copy it anew") from error
+        name = path.encode("utf-8", "replace").decode()  # Linux lets a name be any bytes
+        if path.lower().endswith(".parquet"):
+            yield from _parquet_tables(content, name, join(storage.uri, path), tally)
+            continue
+        lines = json_lines(unpacked(io.BytesIO(content), join(storage.uri, name)), name)
+        while rows := list(islice(lines, _PASSAGES_AT_ONCE)):
+            found = [row if len(row) == 3 else _passage(row[0], row[1]) for row in rows]
+            yield _table(found, tally)[0]
+
+
+def _parquet_tables(content: bytes, name: str, place: str, tally: _Tally) -> Iterator[pa.Table]:
+    schema = open_parquet(content, place).schema_arrow
+    kinds = {column: schema.field(column).type for column in _COLUMNS if column in schema.names}
+    if "text" not in kinds:
+        raise UserError(
+            f"{place} has no column text, only {excerpt(', '.join(schema.names))}: {ACCEPTED}"
+        )
+    for column in ("_id", "id", "text"):
+        kind = kinds.get(column)
+        if kind and not _is_text(kind) and not (column != "text" and pa.types.is_integer(kind)):
+            raise UserError(f"{place} has a column {column} of {excerpt(kind)}: write it as text")
+    if "title" in kinds and not _is_text(kinds["title"]):
+        del kinds["title"]
+    number = 0
+    for batch in parquet_batches(content, list(kinds), place, batch_rows=_PASSAGES_AT_ONCE):
+        vectors = batch.column("embedding") if "embedding" in kinds else None
+        texts = batch.select([column for column in kinds if column != "embedding"]).to_pylist()
+        found = [_passage(f"{name}:{at}", row) for at, row in enumerate(texts, start=number + 1)]
+        number += len(found)
+        table, kept = _table(found, tally)
+        yield table if vectors is None else table.append_column("embedding", vectors.take(kept))
+
+
+def _passage(where: str, row: Any) -> Passage | Reject:
+    """Reads one row as `tokay run` does: `_id` or `id`, else its place; without a title if none."""
+    if not isinstance(row, dict):
+        return where, "not a JSON object", excerpt(reprlib.repr(row))
+    try:
+        values = {
+            name: value.decode() if isinstance(value, bytes) else value
+            for name, value in row.items()
+            if name in _COLUMNS
+        }
+    except UnicodeDecodeError:
+        return where, "not UTF-8", excerpt(reprlib.repr(row))
+    ids = (values.get("_id"), values.get("id"))
+    id_ = next((str(value) for value in ids if isinstance(value, str | int | float)), where)
+    text, title = values.get("text"), values.get("title")
+    if not isinstance(text, str):
+        return id_, "no text in field 'text'", excerpt(reprlib.repr(row))
+    title = title if isinstance(title, str) else ""
+    if not text.strip() and not title.strip():
+        return id_, "blank", excerpt(text)
+    return Passage(id=id_, title=title, text=text)
+
+
+def _table(found: Sequence[Passage | Reject], tally: _Tally) -> tuple[pa.Table, pa.Array]:
+    """Returns the passages, and their numbers among what was found; tallies the others."""
+    kept = [at for at, row in enumerate(found) if isinstance(row, Passage)]
+    passages = [row for row in found if isinstance(row, Passage)]
+    for row in found:
+        if not isinstance(row, Passage):
+            tally.refuse(row)
+    tally.num_rows += len(passages)
+    columns = [[getattr(row, name) for row in passages] for name in _SCHEMA.names]
+    return pa.table(columns, schema=_SCHEMA), pa.array(kept, pa.int64())
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    types = pa.types
+    is_string = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    is_bytes = types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+    return bool(is_string or is_bytes or types.is_null(kind))
+
+
+def _is_vector(kind: pa.DataType) -> bool:
+    types = pa.types
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return bool(is_list and types.is_floating(kind.value_type))
+
+
+def _find(uri: str) -> tuple[Storage, list[str], Artifact | None]:
+    """Opens the folder and lists the data files; those of an artifact are its shards."""
+    storage = open_storage(uri)
+    artifact = Artifact.open(storage) if storage.exists(MANIFEST) else None
+    if artifact is not None:
+        return storage, [shard.path for shard in artifact.shards], artifact
+    files = [path for path in storage.list() if _is_data(path)]
+    plain = set(files)  # of a file and its packed copy one is enough
+    files = [path for path in files if not path.endswith(".gz") or path[:-3] not in plain]
+    passages = [path for path in files if path.removesuffix(".gz") == "corpus.jsonl"]
+    if passages:  # a BEIR folder, whose queries are JSONL too
+        return storage, passages, None
+    if files:
+        return storage, files, None
+    folder, _, name = storage.uri.rpartition("/")  # perhaps one file
+    if name.lower().endswith(_SUFFIXES) and open_storage(folder or "/").exists(name):
+        return open_storage(folder or "/"), [name], None
+    raise UserError(f"corpus {uri!r} is not there, or holds no passages: {ACCEPTED}")
+
+
+def _is_data(path: str) -> bool:
+    """Says whether to read a file: none that is hidden, as macOS leaves them beside others."""
+    hidden = any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(path).parts)
+    return path.lower().endswith(_SUFFIXES) and not hidden

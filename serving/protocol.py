@@ -4,12 +4,44 @@ Clients written for OpenAI's API must work unchanged, so names, defaults and err
 OpenAI's. What Tokay adds is optional: `input_type`, `task` and `truncate`.
 """
 
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+)
+
+from cluster.errors import excerpt
 
 Role = Literal["query", "passage"]
-Tokens = list[StrictInt]
+INPUT_FORMS = (
+    "input must be a string, a list of strings, a list of token ids, or a list of lists of token"
+    " ids"
+)
+_MESSAGE_CHARACTERS = 600
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestLimits:
+    """What one request may hold.
+
+    Attributes:
+        max_bytes: Of its body, before it is parsed.
+        max_texts: In it; 2048 is OpenAI's limit.
+        max_characters: Of its texts together, in the model's template.
+        token_ids: Whether texts may come as ids of the model's own tokenizer.
+    """
+
+    max_bytes: int = 8 * 2**20
+    max_texts: int = 2048
+    max_characters: int = 2 * 2**20
+    token_ids: bool = False
 
 
 class ApiError(Exception):
@@ -24,7 +56,8 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after_s: int | None = None,
     ) -> None:
-        super().__init__(message)
+        # A refusal may quote what was given, which may be as long as a request.
+        super().__init__(excerpt(message, _MESSAGE_CHARACTERS))
         self.status = status
         self.param = param
         self.code = code
@@ -49,6 +82,21 @@ class ApiError(Exception):
         }
 
 
+def _check_input(given: Any) -> Any:
+    """Accepts OpenAI's four forms; pydantic would note every wrong item of a million."""
+    if type(given) is str:
+        return given
+    if type(given) is list:
+        kinds = {type(item) for item in given}
+        if kinds == {list}:
+            kinds = {type(item) for row in given for item in row}
+            if kinds <= {int}:
+                return given
+        elif kinds in (set(), {str}, {int}):
+            return given
+    raise ValueError(INPUT_FORMS)
+
+
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -56,19 +104,26 @@ class _Request(BaseModel):
 class EmbeddingRequest(_Request):
     """`POST /v1/embeddings`."""
 
-    input: StrictStr | list[StrictStr] | Tokens | list[Tokens] = Field(
-        description="A text, texts, the token ids of a text (of this model's tokenizer, without"
-        " special tokens), or lists of token ids"
+    input: Annotated[
+        Any,
+        PlainValidator(
+            _check_input, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
+        ),
+    ] = Field(
+        description="A text or texts; where the operator allows it, the token ids of a text (of"
+        " this model's tokenizer, without special tokens), or lists of token ids"
     )
-    model: str
-    dimensions: int | None = Field(None, description="Keep the first so many, renormalised")
-    encoding_format: Literal["float", "base64"] = "float"
+    model: StrictStr
+    dimensions: StrictInt | None = Field(None, description="Keep the first so many, renormalised")
+    encoding_format: Literal["float", "base64"] | None = None
     user: str | None = None
     input_type: Role | None = Field(
         None, description="Apply the model's template for this role; null embeds the text as it is"
     )
     task: str | None = Field(None, description="The task in the query template")
-    truncate: bool = Field(False, description="Cut texts over the token limit, instead of refusing")
+    truncate: StrictBool | None = Field(
+        None, description="Cut texts over the token limit, instead of refusing"
+    )
 
 
 class Embedding(BaseModel):
@@ -118,7 +173,7 @@ class SearchRequest(_Request):
     """`POST /v1/search`."""
 
     query: StrictStr
-    top_k: Annotated[int, Field(ge=1, le=1000)] = 10
+    top_k: Annotated[StrictInt, Field(ge=1, le=1000)] | None = None
     task: str | None = Field(None, description="The task in the query template")
 
 

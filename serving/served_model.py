@@ -15,12 +15,17 @@ from actors.encoder import Encoder
 from serving.batching import QueueFull, TokenBatcher
 from serving.corpus import Corpus, Passage
 from serving.metrics import Metrics
-from serving.protocol import ApiError, Role
+from serving.protocol import ApiError, RequestLimits, Role
 
-MAX_TEXTS = 2048  # OpenAI's limit for one request
 # A core has no use for a wide pass, and padding costs: of passes of 256 to 4096 tokens over texts
 # of mixed length, 512 took the least processor time for each text and 4096 a quarter more.
 _CPU_PASS_TOKENS = 512
+
+_NO_TOKEN_IDS = (
+    "input holds token ids, and this server takes texts: ids of another tokenizer would give wrong"
+    " vectors. In LangChain, set OpenAIEmbeddings(check_embedding_ctx_length=False). For clients"
+    " with this model's own tokenizer, the operator may start the server with --allow-token-ids"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,7 @@ class ServedModel:
         max_queued_tokens: int,
         metrics: Metrics,
         corpus: Corpus | None = None,
+        limits: RequestLimits | None = None,
     ) -> None:
         """Wraps a loaded encoder.
 
@@ -63,8 +69,10 @@ class ServedModel:
             max_queued_tokens: Tokens that may wait before requests are refused.
             metrics: Where batches are counted.
             corpus: What searches answer from.
+            limits: What one request may hold.
         """
         self.name = name
+        self.limits = limits or RequestLimits()
         self.created = int(time.time())
         self.corpus = corpus
         self.metrics = metrics
@@ -94,7 +102,7 @@ class ServedModel:
         """Embeds texts, or token ids without special tokens.
 
         Args:
-            inputs: 1 to 2048 of them, none empty.
+            inputs: One or more, none empty.
             role: The template to apply; None for texts as they are.
             task: The task of the query template; None for the served one.
             truncate: Cut what is too long.
@@ -103,10 +111,7 @@ class ServedModel:
         Raises:
             ApiError: 400 for inputs that cannot be embedded, 429 when too much is waiting.
         """
-        if not 0 < len(inputs) <= MAX_TEXTS:
-            raise ApiError(
-                400, f"{param} holds {len(inputs)} texts: give 1 to {MAX_TEXTS}", param=param
-            )
+        self._check_size(inputs, role, task, param)
         rows = await asyncio.get_running_loop().run_in_executor(
             self._tokenizing, lambda: self._read(inputs, role, task, truncate, param)
         )
@@ -119,6 +124,8 @@ class ServedModel:
                 code="rate_limit_exceeded",
                 retry_after_s=error.retry_after_s,
             ) from error
+        if not np.isfinite(vectors).all():
+            raise ApiError(500, "the model gives no finite vector for this: tell its operator")
         return Embedded(vectors=vectors, num_tokens=sum(map(len, rows)))
 
     async def search(self, query: str, *, top_k: int, task: str | None = None) -> Found:
@@ -138,6 +145,42 @@ class ServedModel:
         embedded = await self.embed([query], role="query", task=task, param="query")
         hits = await asyncio.to_thread(self.corpus.search, embedded.vectors[0], top_k)
         return Found(hits=hits, num_tokens=embedded.num_tokens)
+
+    def _check_size(
+        self,
+        inputs: Sequence[str] | Sequence[Sequence[int]],
+        role: Role | None,
+        task: str | None,
+        param: str,
+    ) -> None:
+        """Refuses what would be too much, before any of it is written out or tokenised."""
+        limits = self.limits
+        if not 0 < len(inputs) <= limits.max_texts:
+            raise ApiError(
+                400,
+                f"{param} holds {len(inputs)} texts: give 1 to {limits.max_texts}",
+                param=param,
+            )
+        texts = [item for item in inputs if isinstance(item, str)]
+        if not texts:
+            if limits.token_ids:
+                return
+            raise ApiError(400, _NO_TOKEN_IDS, param=param)
+        templates, task = self.encoder.templates, task or self._task
+        around = {
+            None: 0,
+            "query": templates.query_chars("", task=task),
+            "passage": templates.passage_chars(""),
+        }[role]
+        characters = sum(map(len, texts)) + len(texts) * around
+        if characters > limits.max_characters:
+            raise ApiError(
+                413,
+                f"{param} has {characters} characters"
+                f"{' in the template of a ' + role if role else ''}; accepted are"
+                f" {limits.max_characters} in one request: send fewer texts at once",
+                param=param,
+            )
 
     def _read(
         self,

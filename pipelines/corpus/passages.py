@@ -5,27 +5,28 @@ same text and the same id on every machine and in every run. All of them are pur
 """
 
 import re
-import unicodedata
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import pairwise
+from typing import TypeVar
+
+from pipelines.words import letter_share, normalized, num_words, sentence_starts, word_spans
+
+T = TypeVar("T")
 
 MIN_WORDS = 8
 """A passage of fewer words says too little to write a question about."""
 
-# A character of a script that is written without spaces counts as a word; an unbroken string
-# (base64, a URL) counts as one word for every 50 characters.
-_UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]{{1,50}}")
-_SENTENCE_BORDER = re.compile(r"(?<=[.!?])[\"')\]]*\s+|(?<=[。！？])")
-_DOCTEST = re.compile(r"^[ \t]*>>>.*(?:\n[ \t]*\S.*)*", re.MULTILINE)
-_RULE = re.compile(r"^[ \t]*([=\-*~^#_+])\1{2,}[ \t]*$", re.MULTILINE)
-_ROLE = re.compile(r":[a-z][a-z:+.-]*:`~?([^`<]+?)(?:\s*<[^`>]*>)?`")
-_LITERAL = re.compile(r"(?<![`\w])(`{1,2})([^`\n]+)\1_{0,2}(?![`\w])")
-_CITATION = re.compile(r"[ \t]*\[(?:\d+|#\w*|\*)\]_(?!\w)")
-_EMPHASIS = re.compile(r"(?<![\w*])(\*{1,2})(\w[^*\n]{0,60}?)\1(?![\w*])")
-_JOINERS = "\u200c\u200d"  # format characters that carry meaning in several scripts
-_CODE_SYMBOLS = frozenset("{}[]()<>=|\\/$#@;`~^&+")
+# Controls, invisible format characters but the joiners (which carry meaning in several scripts),
+# halves of surrogate pairs, private use and what is no character.
+_UNWRITTEN = re.compile(
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200e\u200f\u202a-\u202e\u2060-\u206f\ud800-\uf8ff"
+    "\ufdd0-\ufdef\ufeff\ufff9-\ufffb\ufffe\uffff\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    "\U000e0000-\U000e00ff\U000f0000-\U0010ffff]"
+)
+_CODE_SYMBOLS = "{}[]()<>=|\\/$#@;`~^&+"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,35 +51,22 @@ class Passage:
 def clean(text: str) -> str:
     r"""Return `text` as paragraphs of one line each, separated by blank lines.
 
-    Normalises to NFC, takes out control and invisible characters, doctest sessions, heading rules
-    and reST mark-up around words, and joins the lines of a paragraph.
+    Normalises to NFC, takes out control and invisible characters, and joins the lines of a
+    paragraph. Whatever Unicode calls a space or a line's end parts words, and so does the
+    zero-width space.
     """
-    text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
-    text = "".join(
-        character
-        for character in text
-        if character in "\n\t"
-        or character in _JOINERS
-        or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn")
-    )
-    text = _RULE.sub("", _DOCTEST.sub("", text))
-    text = _EMPHASIS.sub(r"\2", _LITERAL.sub(r"\2", _ROLE.sub(r"\1", text)))
-    text = _CITATION.sub("", text)
-    paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
+    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u2029", "\n\n")
+    text = _UNWRITTEN.sub("", text.replace("\u200b", " "))
+    paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", normalized(text)))
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
-
-
-def num_words(text: str) -> int:
-    """Count words; a character of an unspaced script (Chinese, Japanese) is a word."""
-    return sum(1 for _ in _WORD.finditer(text))
 
 
 def cut(text: str, *, max_words: int = 160, min_words: int = 20) -> list[str]:
     """Cut cleaned text into pieces of at most `max_words` words.
 
     Cuts at paragraph borders; inside an over-long paragraph at sentence borders; inside an
-    over-long sentence at words. A last piece below `min_words` takes paragraphs from the piece
-    before it where that leaves both of a fair size.
+    over-long sentence at words, where spaces are if it has some. A last piece below `min_words`
+    takes paragraphs from the piece before it where that leaves both of a fair size.
 
     Args:
         text: Output of `clean`: paragraphs separated by blank lines.
@@ -96,18 +84,14 @@ def cut(text: str, *, max_words: int = 160, min_words: int = 20) -> list[str]:
             f"min_words={min_words}, max_words={max_words}: give a min_words of at least 1 and at "
             "most half of max_words"
         )
-    units: list[str] = []
+    units: list[tuple[str, int]] = []
     for paragraph in text.split("\n\n"):
-        if num_words(paragraph) <= max_words:
-            units.append(paragraph)
-            continue
-        sentences = [
-            part
-            for sentence in _SENTENCE_BORDER.split(paragraph)
-            for part in _word_slices(sentence, max_words)
-        ]
-        units.extend(" ".join(group) for group in _pack(sentences, max_words))
-    groups = _pack([unit for unit in units if unit.strip()], max_words)
+        words = word_spans(paragraph)
+        if len(words) > max_words:
+            units += _parts(paragraph, words, max_words)
+        elif words:
+            units.append((paragraph, len(words)))
+    groups = _pack(units, max_words)
     if len(groups) > 1:
         _even_out(groups[-2], groups[-1], max_words, min_words)
     return ["\n".join(group) for group in groups]
@@ -115,7 +99,7 @@ def cut(text: str, *, max_words: int = 160, min_words: int = 20) -> list[str]:
 
 def passage_id(title: str, text: str) -> str:
     """Return 16 hexadecimal characters that depend on nothing but title and text."""
-    content = unicodedata.normalize("NFC", f"{title}\x1f{text}")
+    content = normalized(f"{title}\x1f{text}")
     return blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
@@ -134,14 +118,14 @@ def passages_of(document: Document, *, max_words: int = 160, min_words: int = 20
 
 def reject_reason(text: str) -> str | None:
     """Say why a text is unfit to be a passage, or None when it is fit."""
-    characters = [character for character in text if not character.isspace()]
-    if not characters:
+    num_characters = len("".join(text.split()))
+    if not num_characters:
         return "empty"
     if num_words(text) < MIN_WORDS:
         return "too short"
-    if sum(character.isalpha() for character in characters) < 0.6 * len(characters):
+    if letter_share(text) < 0.6:
         return "too few letters"
-    if sum(character in _CODE_SYMBOLS for character in characters) > 0.12 * len(characters):
+    if sum(map(text.count, _CODE_SYMBOLS)) > 0.12 * num_characters:
         return "mostly code"
     return None
 
@@ -189,17 +173,58 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> set[int]:
     return drop
 
 
-def _word_slices(sentence: str, max_words: int) -> Iterator[str]:
-    starts = [match.start() for match in _WORD.finditer(sentence)][::max_words]
-    for start, end in zip(starts, [*starts[1:], len(sentence)], strict=True):
-        yield sentence[start:end].strip()
+def _parts(
+    paragraph: str, words: list[tuple[int, int]], max_words: int
+) -> Iterator[tuple[str, int]]:
+    """Yields the pieces of an over-long paragraph, cut at sentences and, if need be, at words.
+
+    Each comes with the number of its words.
+    """
+    starts = [start for start, _ in words]
+    borders = sorted({bisect_left(starts, start) for start in sentence_starts(paragraph)} | {0})
+    sizes = [
+        (piece, piece[1] - piece[0])
+        for first, end in pairwise([*borders, len(words)])
+        for piece in _slices(paragraph, starts, first, end, max_words)
+    ]
+    for group in _pack(sizes, max_words):
+        yield from _within(paragraph, words[group[0][0] : group[-1][1]], max_words)
 
 
-def _pack(units: Iterable[str], max_words: int) -> list[list[str]]:
-    groups: list[list[str]] = []
+def _slices(
+    paragraph: str, starts: list[int], first: int, end: int, max_words: int
+) -> Iterator[tuple[int, int]]:
+    """Yields the first word, and the one behind the last, of each slice of a sentence."""
+    while end - first > max_words:
+        cut = first + max_words
+        spaced = (
+            n for n in range(cut, cut - max_words // 2, -1) if paragraph[starts[n] - 1] == " "
+        )
+        cut = next(spaced, cut)
+        yield first, cut
+        first = cut
+    if first < end:
+        yield first, end
+
+
+def _within(
+    paragraph: str, words: list[tuple[int, int]], max_words: int
+) -> Iterator[tuple[str, int]]:
+    """Yields the words' text; in halves where ICU finds more of them than in the whole text."""
+    text = paragraph[words[0][0] : words[-1][1]]
+    size = num_words(text)
+    if size <= max_words or len(words) == 1:
+        yield text, size
+    else:
+        yield from _within(paragraph, words[: len(words) // 2], max_words)
+        yield from _within(paragraph, words[len(words) // 2 :], max_words)
+
+
+def _pack(units: Iterable[tuple[T, int]], max_words: int) -> list[list[T]]:
+    """Fills groups of at most so many words with the units in their order."""
+    groups: list[list[T]] = []
     room = 0
-    for unit in units:
-        size = num_words(unit)
+    for unit, size in units:
         if size > room or not groups:
             groups.append([])
             room = max_words
@@ -217,7 +242,8 @@ def _even_out(previous: list[str], last: list[str], max_words: int, min_words: i
 
 
 def _trigrams(text: str) -> set[str]:
-    words = _WORD.findall(text.casefold())
+    text = text.casefold()
+    words = [text[start:end] for start, end in word_spans(text)]
     return {" ".join(words[start : start + 3]) for start in range(max(1, len(words) - 2))}
 
 

@@ -14,13 +14,14 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageMetadata, distributions
 from operator import attrgetter
 from types import ModuleType
 
-from pipelines.corpus.passages import Document, clean, num_words
+from pipelines.corpus.passages import Document, clean
+from pipelines.words import num_words
 
 log = logging.getLogger(__name__)
 
@@ -92,13 +93,20 @@ _DROPPED_DIRECTIVE = re.compile(
     r"toctree|index|_|\||list-table|table|csv-table|contents|autosummary|jupyterlite|versionadded|"
     r"deprecated|versionchanged|versionremoved|seealso|sectionauthor|moduleauthor|badge|start|end)"
 )
-_DIRECTIVE = re.compile(r"^\s*\.\. [\w-]+::[ \t]*", re.MULTILINE)
+_DIRECTIVE = re.compile(r"^[ \t]*\.\. [\w-]+::[ \t]*", re.MULTILINE)
 _VERSION_REMARK = re.compile(
-    r"\s*(?:(?:New|Changed|Added) in version|Deprecated since|See also:?\s*$)"
+    r"\A\s*(?:(?:New|Changed|Added) in version|Deprecated since|See also:?\s*$)"
 )
 _HEADING = re.compile(r"^(\S.*)\n([=\-*~^#+])\2{2,}[ \t]*$", re.MULTILINE)
 
-_DEFINED = re.compile(r"^((?:(?:class )?[\w.]+(?:\(.*\))?\n)+)\n(?=   \S)", re.MULTILINE)
+_DOCTEST = re.compile(r"^[ \t]*>>>.*(?:\n[ \t]*\S.*)*", re.MULTILINE)
+_RULE = re.compile(r"^[ \t]*([=\-*~^#_+])\1{2,}[ \t]*$", re.MULTILINE)
+_ROLE = re.compile(r":[a-z][a-z:+.-]{0,40}:`~?([^`<]++)(<[^`>]*+>)?`")
+_LITERAL = re.compile(r"(?<![`\w])(`{1,2})([^`\n]+)\1_{0,2}(?![`\w])")
+_CITATION = re.compile(r"(?<![ \t])[ \t]*\[(?:\d+|#\w*|\*)\]_(?!\w)")
+_EMPHASIS = re.compile(r"(?<![\w*])(\*{1,2})(\w[^*\n]{0,60}?)\1(?![\w*])")
+
+_DEFINED = re.compile(r"^((?:(?:class )?[\w.]+(?:\(.*\))?\n){1,30})\n(?=   \S)", re.MULTILINE)
 """Terms on lines of their own, before the indented text that defines them."""
 
 
@@ -126,6 +134,12 @@ def python_documentation() -> Iterator[Document]:
 
 
 def _documents() -> Iterator[Document]:
+    for document in _entries_in_order():
+        # Once more over the whole text, for mark-up that a line's end parted.
+        yield replace(document, title=_plain(document.title), text=_plain(document.text))
+
+
+def _entries_in_order() -> Iterator[Document]:
     yield from _language_reference()
     seen: set[int] = set()
     for shelf in _SHELVES:
@@ -266,12 +280,19 @@ def _prose(text: str) -> list[str]:
         dropped = _DROPPED_DIRECTIVE.match(lines[0])
         hidden_below = indent if dropped or lines[-1].rstrip().endswith("::") else None
         if not dropped and not _VERSION_REMARK.match(lines[0]) and not _is_code(lines):
-            kept += clean(_DIRECTIVE.sub("", "\n".join(lines))).split("\n\n")
+            kept += _plain(_DIRECTIVE.sub("", "\n".join(lines))).split("\n\n")
     return [
         re.sub("::$", ":", paragraph)
         for paragraph in kept
         if paragraph and not paragraph.startswith("Read more in the")
     ]
+
+
+def _plain(text: str) -> str:
+    """Cleaned text without doctest sessions, heading rules and the mark-up around words."""
+    text = _RULE.sub("", _DOCTEST.sub("", text))
+    text = _EMPHASIS.sub(r"\2", _LITERAL.sub(r"\2", _ROLE.sub(_linked, text)))
+    return clean(_CITATION.sub("", text))
 
 
 def _is_code(lines: list[str]) -> bool:
@@ -316,31 +337,66 @@ def _distributions() -> Iterator[Document]:
         )
 
 
-_MARKUP = (
-    (r"(?ms)^[ \t]*(```|~~~).*?^[ \t]*\1[ \t]*$", ""),  # fenced code
-    (r"(?s)<!--.*?-->", ""),
-    (r"(?s)<(?:details|table|pre|picture|svg|style|script)\b.*?</\w+>", ""),
-    (r"<https?://[^>\s]+>", ""),
-    (r"</?[a-zA-Z][^<>]*>", ""),
-    (r"\[!\[[^\]]*\]\([^)]*\)\]\([^)]*\)", ""),  # a badge with a link
-    (r"!\[[^\]]*\](?:\([^)]*\)|\[[^\]]*\])", ""),
-    (r"\[([^\]\[]+)\]\([^)]*\)", r"\1"),
-    (r"\[([^\]\[]+)\]\[[^\]]*\]", r"\1"),
-    (r"(?m)^[ \t]*\[[^\]]+\]:.*$", ""),  # a link's definition
-    (r"`([^`<]+?)\s*<[^`>]*>`__?", r"\1"),
-    (r"(?m)^[ \t]*\.\. .*(?:\n[ \t]+\S.*)*$", ""),  # directives with their options
-    (r"(?m)^[ \t]*\|.*$", ""),  # tables and substitutions
-    (r"(?m)^#{1,6}[ \t]*(.*?)[ \t#]*$", r"\n\1\n"),
-    (r"https?://\S+", ""),
-    (r"`([^`\n]+)`_?", r"\1"),
-    (r"(?m)^>[ \t]?", ""),
+_SPANS = tuple(
+    (re.compile(opening), re.compile(closing))
+    for opening, closing in (
+        (r"(?m)^[ \t]*```", r"(?m)^[ \t]*```[ \t]*$"),  # fenced code
+        (r"(?m)^[ \t]*~~~", r"(?m)^[ \t]*~~~[ \t]*$"),
+        (r"<!--", r"-->"),
+        (r"<(?:details|table|pre|picture|svg|style|script)\b", r"</\w+>"),
+    )
+)
+
+
+def _linked(match: re.Match[str]) -> str:
+    """The text of a link, without the space before its target."""
+    return match[1].rstrip() if match[2] else match[1]
+
+
+def _heading(match: re.Match[str]) -> str:
+    title = match[1].lstrip(" \t").rstrip(" \t#")
+    return f"\n{title}\n"
+
+
+# What may hold anything is bounded, for the sake of texts that open it again and again.
+_MARKUP: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"<https?://[^<>\s]+>", ""),
+        (r"</?[a-zA-Z][^<>]*>", ""),
+        # A badge with a link.
+        (r"\[!\[[^\]]{0,300}\]\([^)]{0,300}\)\]\([^)]{0,300}\)", ""),
+        (r"!\[[^\]]{0,300}\](?:\([^)]{0,300}\)|\[[^\]]{0,300}\])", ""),
+        (r"\[([^\]\[]+)\]\([^)]{0,300}\)", r"\1"),
+        (r"\[([^\]\[]+)\]\[[^\]]{0,300}\]", r"\1"),
+        (r"(?m)^[ \t]*\[[^\]]{1,300}\]:.*$", ""),  # a link's definition
+        (r"`([^`<]++)(<[^`>]*+>)`__?", _linked),
+        (r"(?m)^[ \t]*\.\. .*(?:\n[ \t]+\S.*)*$", ""),  # directives with their options
+        (r"(?m)^[ \t]*\|.*$", ""),  # tables and substitutions
+        (r"(?m)^#{1,6}(.*)$", _heading),
+        (r"https?://\S+", ""),
+        (r"`([^`\n]+)`_?", r"\1"),
+        (r"(?m)^>[ \t]?", ""),
+    )
 )
 
 
 def _without_markup(text: str) -> str:
+    for opening, closing in _SPANS:
+        text = _without(text, opening, closing)
     for pattern, replacement in _MARKUP:
-        text = re.sub(pattern, replacement, text)
+        text = pattern.sub(replacement, text)
     return text
+
+
+def _without(text: str, opening: re.Pattern[str], closing: re.Pattern[str]) -> str:
+    """The text without the spans that are opened and closed again."""
+    kept: list[str] = []
+    position = 0
+    while (start := opening.search(text, position)) and (end := closing.search(text, start.end())):
+        kept.append(text[position : start.start()])
+        position = end.end()
+    return "".join([*kept, text[position:]])
 
 
 if __name__ == "__main__":

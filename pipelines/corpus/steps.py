@@ -1,16 +1,19 @@
 """The steps `passages` and `seeds`: what there is to search, and what the LLM writes about."""
 
 import hashlib
+import logging
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.artifacts import Json, write_rejects, write_shards
-from cluster.errors import Reject, UserError
+from cluster.errors import DUPLICATE, DUPLICATES, NEAR_DUPLICATE, Reject, UserError
 from cluster.steps import StepContext
 from pipelines.corpus.passages import Passage, near_duplicates, passages_of, reject_reason
 from pipelines.corpus.sources import Corpus
 from pipelines.records import PASSAGE
+
+log = logging.getLogger(__name__)
 
 PASSAGES_PER_SHARD = 1024
 
@@ -28,8 +31,13 @@ class SeedsConfig(BaseModel):
 
 
 def make_passages(corpus: Corpus, context: StepContext) -> dict[str, Json]:
-    """Cleans, cuts and deduplicates the corpus."""
+    """Cleans, cuts and deduplicates the corpus; duplicates are rejects that are no bad rows."""
+    import icu4py
+
     config = corpus.config
+    if corpus.passed_over and corpus.format == "auto":
+        left = ", ".join(f"{count} {suffix}" for suffix, count in corpus.passed_over.most_common(5))
+        log.warning("of corpus %s these files are not read: %s", config.path, left)
     passages: list[Passage] = []
     rejects: list[Reject] = []
     ids: set[str] = set()
@@ -45,7 +53,7 @@ def make_passages(corpus: Corpus, context: StepContext) -> dict[str, Json]:
         for passage in cut:
             reason = reject_reason(passage.text)
             if reason is None and passage.id in ids:
-                reason = "duplicate"
+                reason = DUPLICATE
             if reason is None:
                 ids.add(passage.id)
                 passages.append(passage)
@@ -57,7 +65,7 @@ def make_passages(corpus: Corpus, context: StepContext) -> dict[str, Json]:
         context.progress.update(num_documents, None, "near-duplicates")
         drop = near_duplicates([p.text for p in passages], config.near_duplicate_threshold)
         rejects += [
-            (passages[r].source, "near-duplicate", passages[r].text[:200]) for r in sorted(drop)
+            (passages[r].source, NEAR_DUPLICATE, passages[r].text[:200]) for r in sorted(drop)
         ]
         passages = [passage for row, passage in enumerate(passages) if row not in drop]
     if not passages:
@@ -70,7 +78,13 @@ def make_passages(corpus: Corpus, context: StepContext) -> dict[str, Json]:
     rows = {name: [getattr(passage, name) for passage in passages] for name in PASSAGE.names}
     write_shards(context.storage, pa.table(rows, schema=PASSAGE), PASSAGES_PER_SHARD)
     write_rejects(context.storage, rejects)
-    return {"num_documents": num_documents, "num_passages": len(passages)}
+    return {
+        "num_documents": num_documents,
+        "num_passages": len(passages),
+        "num_duplicates": sum(reason in DUPLICATES for _, reason, _ in rejects),
+        "files_passed_over": dict(corpus.passed_over),
+        "icu_version": icu4py.icu_version,  # its dictionaries decide where words end
+    }
 
 
 def choose_seeds(config: SeedsConfig, context: StepContext) -> dict[str, Json]:

@@ -1,5 +1,6 @@
 """`tokay demo`: the small recipe from end to end, and one query sent to the finished endpoint."""
 
+import os
 import subprocess
 import sys
 import time
@@ -7,6 +8,7 @@ from importlib.resources import files
 
 import httpx
 from rich.console import Console
+from rich.text import Text
 
 from cluster.errors import TokayError
 from cluster.session import disconnect, free_port
@@ -27,7 +29,7 @@ def run_demo(
     execute(recipe, storage, console, rebuild=rebuild, fresh=fresh)
     disconnect()  # the endpoint gets both cores
     _ask_endpoint(storage, console)
-    console.print(f"[dim]{time.monotonic() - begin:.0f} s in all[/]")
+    console.print(f"{time.monotonic() - begin:.0f} s in all", style="dim")
 
 
 def _ask_endpoint(storage: str, console: Console) -> None:
@@ -38,9 +40,11 @@ def _ask_endpoint(storage: str, console: Console) -> None:
     port = free_port()
     command = [sys.executable, "-m", "serving", storage, "--port", str(port)]
     log = folder / "serve.log"
-    console.print("[dim]starting the endpoint ...[/]")
-    with log.open("w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output)
+    console.print("starting the endpoint ...", style="dim")
+    with log.open("w", encoding="utf-8") as output:
+        # It is asked without a key.
+        environment = {name: text for name, text in os.environ.items() if name != "TOKAY_API_KEY"}
+        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
         try:
             url = f"http://127.0.0.1:{port}"
             _wait(server, url, str(log))
@@ -53,13 +57,14 @@ def _ask_endpoint(storage: str, console: Console) -> None:
                 server.wait(30)
             except subprocess.TimeoutExpired:
                 server.kill()
-    console.print(f"[green]✓[/] the endpoint answers [bold]{QUERY}[/]", soft_wrap=True)
+    console.print(
+        Text.assemble(("✓", "green"), " the endpoint answers ", (QUERY, "bold")), soft_wrap=True
+    )
     for passage in answer.json()["results"]:
         text = " ".join(passage["text"].split())[:90]
-        console.print(
-            f"    {passage['score']:.3f}  [bold]{passage['title']}[/]  {text}", soft_wrap=True
-        )
-    console.print(f"serve it yourself: tokay serve {storage}", soft_wrap=True)
+        line = (f"    {passage['score']:.3f}  ", (passage["title"], "bold"), f"  {text}")
+        console.print(Text.assemble(*line), soft_wrap=True)
+    console.print(Text(f"serve it yourself: tokay serve {storage}"), soft_wrap=True)
 
 
 def _wait(server: "subprocess.Popen[bytes]", url: str, log: str) -> None:

@@ -37,9 +37,16 @@ def bootstrap(
             that of the difference, both on the same draws.
         num_resamples: Draws of as many items, with replacement, from each sample.
         seed: Of the draws; the same seed draws the same items for every metric.
+
+    Returns:
+        The score; all nan where it is no number.
     """
     if not samples or not all(sample.rows.size for sample in samples):
         raise ValueError("no items to draw from: give at least one score")
+    score = np.mean([sample.score() for sample in samples])
+    minus = np.mean([sample.score() for sample in before]) if before else 0.0
+    if np.isnan(score - minus):
+        return Estimate(float("nan"), float("nan"), float("nan"))
     drawn = []
     for place, new in enumerate(samples):
         rng = np.random.default_rng(seed)
@@ -52,6 +59,4 @@ def bootstrap(
         drawn.append(scores)
     # A draw of equal items has no correlation.
     low, high = np.nanpercentile(np.mean(drawn, axis=0), [2.5, 97.5])
-    score = np.mean([sample.score() for sample in samples])
-    minus = np.mean([sample.score() for sample in before]) if before else 0.0
     return Estimate(float(score - minus), float(low), float(high))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,23 +9,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from cluster.errors import UserError
+from cluster.plain_json import dump_json
 from pipelines.encoders import EncoderConfig, load_encoder
 from pipelines.evaluation.bootstrap import Estimate
 from pipelines.evaluation.compare import averages, compare
 from pipelines.evaluation.evaluate import Result, evaluate_at
 from pipelines.evaluation.fingerprint import encoder_fingerprint
+from pipelines.evaluation.location import Location, SavedEncoder
 from pipelines.evaluation.model_card import training_sets
 from pipelines.evaluation.mteb_model import ModelIdentity, TextEncoder, quiet_mteb
 from pipelines.evaluation.tasks import find_mteb_task
 from pipelines.evaluation.test_set import MTEB, TestSet, load_test_set
+from pipelines.screen import Screen
 
-Location = str | EncoderConfig
 # mteb's types as the papers' tables head them.
 _SHORT = {
     "Classification": "Cls",
@@ -47,7 +48,8 @@ class EvalOptions:
         results: Folder of mteb's results, read and written; None: neither.
         num_actors: Ray actors that share the encoding; 1: in this process, without Ray.
         max_tokens: Longer texts are cut; None: where the model says, or 256.
-        trust_remote_code: Run Python code that comes with a model.
+        trust_remote_code: Run Python code that comes with a model, of a run's if its recipe says
+            so too.
         as_json: Print JSON instead of tables.
     """
 
@@ -62,9 +64,12 @@ class EvalOptions:
 def folder_test_set(kind: str, path: str, split: str = "test", task: str | None = None) -> TestSet:
     """Returns the test set that a folder, or mteb's name, on the command line means."""
     name = path if kind == MTEB else Path(path).resolve().name
-    return TestSet.model_validate(
-        {"name": name, "path": path, "kind": kind, "split": split, "task": task}
-    )
+    given = {"name": name, "path": path, "kind": kind, "split": split, "task": task}
+    try:
+        return TestSet.model_validate(given)
+    except ValidationError as error:
+        said = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"test set {path!r} is called {name!r}: {said}") from error
 
 
 def read_dimensions(given: str | None) -> tuple[int, ...]:
@@ -125,6 +130,8 @@ def run_eval(
             "nothing to measure on: give a folder (--beir, --sts, --pairs, --classification, "
             "--clustering, --rerank) or --mteb NAME"
         )
+    if options.results is not None:
+        _check_folder(options.results)
     known = [(each.name, each.kind, each.split) for each in test_sets]
     for name, *_ in (each for each in known if known.count(each) > 1):
         raise UserError(f"two test sets are called {name!r}: give each once, by its own name")
@@ -154,15 +161,31 @@ def run_eval(
                     )
     rows = [result.to_json(items=False) for result in results]
     compared, means = compare(results), averages(results)
+    notes = {each.name: list(each.notes) for each in data if getattr(each, "notes", ())}
     if options.as_json:
-        print(json.dumps({"results": rows, "differences": compared, "averages": means}, indent=2))
+        found = {"results": rows, "differences": compared, "averages": means, "notes": notes}
+        print(dump_json(found, indent=2))
     else:
         _print_tables(results, compared, means)
+        for dataset, told in notes.items():
+            Screen().print(Text(f"{dataset}: {'; '.join(told)}", style="dim"), soft_wrap=True)
     return rows
 
 
+def _check_folder(results: Path) -> None:
+    """Makes the folder of results; raises UserError where there can be none."""
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it is a file" if results.is_file() else error.strerror
+        raise UserError(
+            f"--results {results} can be no folder ({reason}); give a new one, or mteb's"
+        ) from error
+
+
 def _identify(name: str, location: Location, encoder: TextEncoder) -> ModelIdentity:
-    card = Path(location.model if isinstance(location, EncoderConfig) else location) / "README.md"
+    folder = location.folder if isinstance(location, SavedEncoder) else location
+    card = Path(folder.model if isinstance(folder, EncoderConfig) else folder) / "README.md"
     return ModelIdentity(
         name=name,
         revision=encoder_fingerprint(encoder),
@@ -190,15 +213,17 @@ def _loaded(location: Location, options: EvalOptions) -> Iterator[TextEncoder]:
 def _load(location: Location, options: EvalOptions) -> TextEncoder:
     if isinstance(location, EncoderConfig):
         return load_encoder(location)
+    trusted = options.trust_remote_code
+    if isinstance(location, SavedEncoder):
+        trusted = trusted and location.trust_remote_code
+        location = location.folder
     if location.startswith(("http://", "https://")):
         from pipelines.evaluation.endpoint import EndpointEncoder
 
         return EndpointEncoder(location)
     from actors.encoder import Encoder
 
-    return Encoder.load(
-        location, max_tokens=options.max_tokens, trust_remote_code=options.trust_remote_code
-    )
+    return Encoder.load(location, max_tokens=options.max_tokens, trust_remote_code=trusted)
 
 
 def _short_name(model: str) -> str:
@@ -209,8 +234,8 @@ def _short_name(model: str) -> str:
 @contextmanager
 def _progress(*, shown: bool) -> Iterator[Callable[[str, int | None], Callable[[int], None]]]:
     """Yields a function that begins a bar, ``(what, texts) -> advance``."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    console = Screen(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(
         *columns,
         TimeElapsedColumn(),
@@ -231,7 +256,7 @@ def _print_tables(
     compared: Sequence[Mapping[str, Any]],
     means: Sequence[Mapping[str, Any]],
 ) -> None:
-    console = Console()
+    console = Screen()
     for dataset, task_type in dict.fromkeys((each.dataset, each.task_type) for each in results):
         measured = [e for e in results if (e.dataset, e.task_type) == (dataset, task_type)]
         size = ", ".join(
@@ -240,8 +265,13 @@ def _print_tables(
         console.print(Text.assemble("\n", (dataset, "bold"), f"  {task_type}  ", (size, "dim")))
         console.print(_scores(measured))
         for row in compared:
-            if row["dataset"] == dataset and row["metric"] == measured[0].metric:
+            same = row["dataset"] == dataset and row["metric"] == measured[0].metric
+            if same and row["difference"] is not None:
                 console.print(_difference(row))
+        for result in measured:
+            if result.reason:
+                told = f"{result.model} ({result.dimensions}) has no score: {result.reason}"
+                console.print(Text(told), soft_wrap=True)
     if any(not _unknown(result.score) for result in results):
         console.print("In brackets: 95 % bootstrap intervals.", style="dim")
     if any(result.seen for result in results):
@@ -261,7 +291,7 @@ def _scores(results: Sequence[Result]) -> Table:
         speed = f"{result.texts_per_s:,.0f}" if result.texts_per_s else ""
         name = result.model + ("*" if result.seen else "")
         estimates = [_show(result.estimates[metric]) for metric in shown]
-        table.add_row(name, str(result.dimensions), *estimates, speed)
+        table.add_row(Text(name), str(result.dimensions), *estimates, speed)
     return table
 
 
@@ -283,7 +313,7 @@ def _means(means: Sequence[Mapping[str, Any]]) -> Table:
         figures = [row["types"].get(name) for name in types]
         figures += [row["mean_task"], row["mean_task_type"]]
         shown = ["" if figure is None else f"{figure:.3f}" for figure in figures]
-        table.add_row(row["model"], str(row["dimensions"]), *shown)
+        table.add_row(Text(row["model"]), str(row["dimensions"]), *shown)
     return table
 
 
@@ -296,6 +326,8 @@ def _unknown(estimate: Estimate) -> bool:
 
 
 def _show(estimate: Estimate) -> Text:
+    if estimate.mean != estimate.mean:
+        return Text("none")
     if _unknown(estimate):
         return Text(f"{estimate.mean:.3f}")
     interval = f"[{estimate.low:.3f}, {estimate.high:.3f}]"

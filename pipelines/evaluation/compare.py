@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pipelines.evaluation.bootstrap import Estimate
-from pipelines.evaluation.evaluate import Result, difference
+from pipelines.evaluation.evaluate import Result, difference, known
 
 # The model of a run that the others are compared with.
 STUDENT_AFTER = "student_after"
@@ -39,7 +39,7 @@ def compare(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "dataset": after.dataset,
                 "split": after.split,
                 "metric": after.metric,
-                "difference": gain.mean,
+                "difference": known(gain.mean),
                 "interval": interval(gain),
             }
         )
@@ -65,7 +65,7 @@ def averages(results: Sequence[Result]) -> list[dict[str, Any]]:
 
     ``types`` is the mean over the test sets of each type, ``mean_task`` the mean over all test
     sets, ``mean_task_type`` the mean over the types' means (MTEB's "Mean (Task)" and "Mean
-    (TaskType)").
+    (TaskType)"). A mean over a score that is none is None.
     """
     grouped: dict[tuple[str, int], dict[str, list[float]]] = {}
     for result in results:
@@ -75,14 +75,15 @@ def averages(results: Sequence[Result]) -> list[dict[str, Any]]:
     for (model, dimensions), types in grouped.items():
         means = {name: sum(scores) / len(scores) for name, scores in types.items()}
         scores = [score for each in types.values() for score in each]
+        mean_type = sum(means.values()) / len(means)
         rows.append(
             {
                 "model": model,
                 "dimensions": dimensions,
                 "num_test_sets": len(scores),
-                "types": means,
-                "mean_task": sum(scores) / len(scores),
-                "mean_task_type": sum(means.values()) / len(means),
+                "types": {name: known(mean) for name, mean in means.items()},
+                "mean_task": known(sum(scores) / len(scores)),
+                "mean_task_type": known(mean_type),
             }
         )
     return rows

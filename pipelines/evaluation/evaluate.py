@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from cluster.plain_json import dump_json
 from pipelines.evaluation.bootstrap import NUM_RESAMPLES, Estimate, bootstrap
 from pipelines.evaluation.dataset import RetrievalDataset
 from pipelines.evaluation.folders import LabelledDataset, TestData
@@ -26,6 +27,7 @@ from pipelines.evaluation.mteb_model import (
     MtebEncoder,
     TextEncoder,
     TextVectors,
+    check_dimensions,
     quiet_mteb,
 )
 from pipelines.evaluation.prompts import EvaluationPrompt, evaluation_prompt
@@ -47,7 +49,7 @@ class Result:
         task: What ``{task}`` of the query template said.
         dimensions: Of the vectors.
         metric: The task's main score, such as ``ndcg_at_10``.
-        mteb_score: mteb's main score: the mean over splits and languages.
+        mteb_score: mteb's main score: the mean over splits and languages; nan where there is none.
         counts: Size of the test set: ``num_queries``, ``num_passages``, ``num_pairs``,
             ``num_texts``.
         texts_per_s: Distinct texts encoded in a second, tokenisation included, search and loading
@@ -86,6 +88,16 @@ class Result:
         return self.estimates[self.metric]
 
     @property
+    def reason(self) -> str | None:
+        """Why there is no score; None where there is one."""
+        if math.isfinite(self.mteb_score):
+            return None
+        for sample in self.samples.get(self.metric, ()):
+            if sample.statistic == "spearman" and np.ptp(sample.rows[1]) == 0:
+                return "the model finds all pairs equally alike, which has no correlation"
+        return "mteb gives no number"
+
+    @property
     def ndcg_at_10(self) -> Estimate:
         """Of a retrieval test set."""
         return self.estimates["ndcg_at_10"]
@@ -102,14 +114,16 @@ class Result:
     def to_json(self, *, items: bool = True) -> dict[str, Any]:
         """Returns plain lists, dicts and numbers; without those of single items if not ``items``.
 
-        Each metric stands under its own name, with ``METRIC_interval`` beside it.
+        Each metric stands under its own name, with ``METRIC_interval`` beside it. A score that is
+        none is None, and ``reason`` says why.
         """
         names = ("model", "dataset", "task_type", "split", "task", "dimensions", "metric")
         row: dict[str, Any] = {name: getattr(self, name) for name in names}
-        row |= {"score": self.score.mean, "mteb_score": self.mteb_score, **self.counts}
+        row |= {"score": known(self.score.mean), "mteb_score": known(self.mteb_score)}
+        row |= {"reason": self.reason, **self.counts}
         for metric, (score, low, high) in self.estimates.items():
-            known = not math.isnan(low)
-            row |= {metric: score, f"{metric}_interval": [low, high] if known else None}
+            interval = None if math.isnan(low) else [low, high]
+            row |= {metric: known(score), f"{metric}_interval": interval}
         row |= {"texts_per_s": self.texts_per_s, "seen": self.seen}
         if items:
             row["counts"], row["per_query"] = dict(self.counts), self.per_query
@@ -133,7 +147,13 @@ class Result:
         }
         hits = {query: [(i, s) for i, s in found] for query, found in row["top_results"].items()}
         plain = {name: row[name] for name in cls.__dataclass_fields__ if name in row}
+        plain["mteb_score"] = math.nan if row["mteb_score"] is None else row["mteb_score"]
         return cls(**(plain | {"samples": samples, "top_results": hits}))
+
+
+def known(score: float) -> float | None:
+    """Returns a score as JSON has it: None where it is no number."""
+    return score if math.isfinite(score) else None
 
 
 def evaluate(
@@ -167,8 +187,8 @@ def evaluate_at(
     Args:
         encoder: The model.
         data: A test set, or an mteb task with its data loaded.
-        dimensions: Cut the vectors to each of these, and make them of unit length again; None, or
-            more than the model has, is all of them. Texts are encoded once for all.
+        dimensions: Cut the vectors to each of these, and make them of unit length again; None is
+            all of them. Texts are encoded once for all.
         model: Its name, or what is known of it.
         task: For the query template; Gecko's for a test set of this type and name if None.
         results: A folder in the layout of mteb's ``ResultCache``. What stands there of the same
@@ -177,6 +197,9 @@ def evaluate_at(
 
     Returns:
         One result for each number of dimensions, without repetition.
+
+    Raises:
+        UserError: The model has fewer dimensions, or its vectors are no numbers.
     """
     identity = ModelIdentity(name=model) if isinstance(model, str) else model
     with quiet_mteb():
@@ -189,9 +212,9 @@ def evaluate_at(
         if task is not None:
             prompt = EvaluationPrompt(task=task, symmetric=prompt.symmetric)
         full = getattr(encoder, "dimensions", None)
-        sizes = dict.fromkeys(
-            None if size is None or (full and size >= full) else size for size in dimensions
-        )
+        for size in dimensions:
+            check_dimensions(size, full)
+        sizes = dict.fromkeys(None if size == full else size for size in dimensions)
         vectors = TextVectors(encoder, keep=len(sizes) > 1, on_progress=on_progress)
         found = []
         for size in sizes:
@@ -343,5 +366,5 @@ class _Stored:
         """Keeps a result for the next run."""
         self._items.parent.mkdir(parents=True, exist_ok=True)
         begun = self._items.with_suffix(".part")
-        begun.write_text(json.dumps(result.to_json()))
+        begun.write_text(dump_json(result.to_json()), encoding="utf-8")
         begun.replace(self._items)

@@ -7,10 +7,14 @@
 | ``classification`` | ``SPLIT.jsonl``, ``train.jsonl`` | text, label |
 | ``clustering`` | ``SPLIT.jsonl`` | text, label |
 | ``rerank`` | ``SPLIT.jsonl`` | query, positive [...], negative [...] |
+
+Each file may be packed, such as ``test.jsonl.gz``.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +25,13 @@ from pipelines.evaluation.dataset import (
     Passage,
     RetrievalDataset,
     content_hash,
+    find,
     read_beir,
     read_lines,
     read_objects,
+    split_names,
 )
+from pipelines.evaluation.qrels import is_header, number
 
 TRAIN = "train"
 Columns = Mapping[str, list[Any]]
@@ -46,6 +53,11 @@ class LabelledDataset:
     kind: str
     split: str = "test"
     columns: Mapping[str, Columns]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever reads its scores has to know: nothing so far."""
+        return ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -90,22 +102,23 @@ def read_folder(kind: str, folder: str | Path, split: str = "test") -> TestData:
 def _read_pairs(kind: str) -> Callable[[Path, str], LabelledDataset]:
     def read(folder: Path, split: str) -> LabelledDataset:
         columns: dict[str, list[Any]] = {"score": [], "sentence1": [], "sentence2": []}
-        for number, (at, line) in enumerate(read_lines(_split_file(folder, split, "tsv"))):
-            fields = line.rstrip("\r\n").split("\t")
-            try:
-                value, first, second = fields
-                score = float(value)
-            except ValueError:
-                if number == 0 and len(fields) == 3:
-                    continue  # the header
+        path = _split_file(folder, split, "tsv")
+        for place, (at, line) in enumerate(read_lines(path)):
+            fields = line.split("\t")
+            score = number(fields[0])
+            if len(fields) == 3 and score is None and not place and is_header(fields[0]):
+                continue
+            if len(fields) != 3 or score is None or not math.isfinite(score):
                 raise UserError(
                     f"{at}: {line.strip()[:80]!r} is not score, sentence1 and sentence2 with tabs "
                     "between; mend the line"
-                ) from None
+                )
             if kind == "pairs" and score not in (0, 1):
-                raise UserError(f"{at}: score {value}: a pair's is 0 or 1; or measure it as sts")
-            for column, field in zip(columns.values(), (score, first, second), strict=True):
-                column.append(field)
+                raise UserError(
+                    f"{at}: score {fields[0]}: a pair's is 0 or 1; or measure it as sts"
+                )
+            for column, value in zip(columns.values(), (score, *fields[1:]), strict=True):
+                column.append(value)
         return _labelled(kind, folder, split, {split: columns})
 
     return read
@@ -114,7 +127,8 @@ def _read_pairs(kind: str) -> Callable[[Path, str], LabelledDataset]:
 def _read_labels(kind: str) -> Callable[[Path, str], LabelledDataset]:
     def read(folder: Path, split: str) -> LabelledDataset:
         splits = (TRAIN, split) if kind == "classification" else (split,)
-        read = {name: _texts_and_labels(_split_file(folder, name, "jsonl")) for name in splits}
+        files = {name: _split_file(folder, name, "jsonl") for name in splits}
+        read = {name: _texts_and_labels(file) for name, file in files.items()}
         return _labelled(kind, folder, split, read)
 
     return read
@@ -140,9 +154,25 @@ def _labelled(
     for name, values in columns.items():
         if not next(iter(values.values())):
             raise UserError(f"{folder}: split {name!r} is empty; give at least one line")
-        what = "score" if kind == "sts" else "label" if name == TRAIN else ""
-        if what and len(set(values[what])) == 1:
-            raise UserError(f"{folder}: split {name!r} has one {what} alone; give at least two")
+        what = "score" if "score" in values else "label"
+        # A classifier's test texts may be of one label.
+        if len(set(values[what])) == 1 and (kind != "classification" or name == TRAIN):
+            missing = 0 if values[what][0] else 1
+            mend = f"one pair of score {missing}" if kind == "pairs" else "two"
+            raise UserError(f"{folder}: split {name!r} has one {what} alone; give at least {mend}")
+    if kind == "classification":
+        known = set(columns[TRAIN]["label"])
+        for label in columns[split]["label"]:
+            if label not in known:
+                raise UserError(
+                    f"{folder}: label {label!r} of split {split!r} is not in split {TRAIN!r}; add "
+                    "texts of it there, or take it out here"
+                )
+    if kind == "clustering" and max(Counter(columns[split]["label"]).values()) == 1:
+        raise UserError(
+            f"{folder}: each text of split {split!r} has a label of its own; give at least one "
+            "label two texts"
+        )
     return LabelledDataset(name=folder.resolve().name, kind=kind, split=split, columns=columns)
 
 
@@ -150,7 +180,8 @@ def _read_rerank(folder: Path, split: str) -> RetrievalDataset:
     passages: dict[str, Passage] = {}
     queries: dict[str, str] = {}
     qrels: dict[str, dict[str, int]] = {}
-    for number, (at, row) in enumerate(read_objects(_split_file(folder, split, "jsonl"))):
+    num_left_out = 0
+    for place, (at, row) in enumerate(read_objects(_split_file(folder, split, "jsonl"))):
         found = row if isinstance(row, dict) else {}
         judged = {"positive": found.get("positive"), "negative": found.get("negative")}
         if not isinstance(found.get("query"), str) or not all(
@@ -159,14 +190,15 @@ def _read_rerank(folder: Path, split: str) -> RetrievalDataset:
         ):
             raise UserError(f'{at}: write {{"query": "...", "positive": [...], "negative": [...]}}')
         if not judged["positive"] or not judged["negative"]:
-            continue  # as mteb does: any order of such candidates is as good
-        query = f"{split}_query{number}"
+            num_left_out += 1  # as mteb does: any order of such candidates is as good
+            continue
+        query = f"{split}_query{place}"
         queries[query] = found["query"]
         qrels[query] = {}
         # mteb's ids: positives come first where cosines are equal.
         for what, relevance in (("positive", 1), ("negative", 0)):
-            for place, text in enumerate(found[what]):
-                id_ = f"{'a' * relevance}{what}_{query}_{place:05}"
+            for rank, text in enumerate(found[what]):
+                id_ = f"{'a' * relevance}{what}_{query}_{rank:05}"
                 passages[id_] = Passage("", text)
                 qrels[query][id_] = relevance
     return RetrievalDataset(
@@ -176,13 +208,16 @@ def _read_rerank(folder: Path, split: str) -> RetrievalDataset:
         queries=queries,
         qrels=qrels,
         candidates={query: list(judged) for query, judged in qrels.items()},
+        remarks=(f"{num_left_out} queries without a positive or a negative are left out",)
+        if num_left_out
+        else (),
     )
 
 
 def _split_file(folder: Path, split: str, ending: str) -> Path:
-    path = folder / f"{split}.{ending}"
+    path = find(folder / f"{split}.{ending}")
     if not path.is_file():
-        splits = sorted(each.stem for each in folder.glob(f"*.{ending}"))
+        splits = split_names(folder, f".{ending}")
         raise UserError(
             f"{folder} has no {split}.{ending}"
             + (f": it has the splits {', '.join(splits)}" if splits else "; add it")

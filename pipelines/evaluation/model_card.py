@@ -6,6 +6,7 @@ was trained on, so that a reader can see which figures are not zero-shot.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,12 +61,17 @@ def add_to_card(card: str, told: Mapping[str, Any]) -> str:
 
 
 def training_sets(card: str) -> tuple[str, ...]:
-    """Returns the data sets that a model card's ``datasets`` names."""
-    named = _split(card)[0].get("datasets") or ()
-    return (named,) if isinstance(named, str) else tuple(str(name) for name in named)
+    """Returns the data sets that a model card's ``datasets`` names, none where it is malformed."""
+    try:
+        named = _split(card)[0].get("datasets")
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return ()  # anybody's page, which a model does without
+    names = named if isinstance(named, list) else [named]
+    return tuple(name for name in names if isinstance(name, str))
 
 
 def _split(card: str) -> tuple[dict[str, Any], str]:
-    parts = card.split(_MARK, 2)
-    head = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
-    return (head, parts[2]) if isinstance(head, dict) else ({}, card)
+    # A line of its own: a name may end in ---.
+    found = re.match(r"---\n(.*?^)---\n", card.replace("\r\n", "\n"), re.DOTALL | re.MULTILINE)
+    head = yaml.safe_load(found[1]) if found else None
+    return (head, found.string[found.end() :]) if found and isinstance(head, dict) else ({}, card)

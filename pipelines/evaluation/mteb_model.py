@@ -22,10 +22,23 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from cluster.errors import UserError
 from pipelines.evaluation.prompts import EvaluationPrompt, evaluation_prompt
 
 # Texts between two calls of `on_progress`; many enough to fill a GPU with short ones.
 CHUNK_TEXTS = 1024
+
+
+class BrokenVectors(UserError):
+    """A model gives vectors that are no numbers."""
+
+
+def check_dimensions(asked: int | None, there: int | None) -> None:
+    """Raises UserError where a model has fewer dimensions than its vectors are to be cut to."""
+    if asked and there and asked > there:
+        raise UserError(
+            f"{asked} dimensions are asked for: the model has {there} dimensions; ask for no more"
+        )
 
 
 class TextEncoder(Protocol):
@@ -239,7 +252,11 @@ class MtebEncoder:
         prompt_type: Any = None,
         **encode_kwargs: Any,
     ) -> np.ndarray:
-        """Embeds the texts of a data loader: float32 ``[texts, dimensions]``."""
+        """Embeds the texts of a data loader: float32 ``[texts, dimensions]``.
+
+        Raises:
+            UserError: The vectors are too short to be cut, or no numbers (`BrokenVectors`).
+        """
         prompt = self._prompt or evaluation_prompt(task_metadata.type, task_metadata.name)
         as_passages = prompt_type is not None and prompt_type.value == "document"
         texts: list[Text] = []
@@ -251,6 +268,12 @@ class MtebEncoder:
                 titles = batch.get("title", [""] * len(bodies))
                 texts += map(self._passage, bodies, titles)
         vectors = self._vectors(texts)
+        check_dimensions(self._cut, vectors.shape[1])
+        if not np.isfinite(vectors).all():
+            raise BrokenVectors(
+                f"the model {self.mteb_model_meta.name} gives vectors that are no numbers (NaN or "
+                "infinite): its weights are broken, or overflow in this precision"
+            )
         if self._cut is not None and self._cut < vectors.shape[1]:
             vectors = vectors[:, : self._cut]
             lengths = np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.artifacts import Artifact, Json
+from cluster.plain_json import dump_json
 from cluster.storage import LocalStorage, Storage
 from pipelines.evaluation.compare import STUDENT_AFTER, averages, compare
 from pipelines.evaluation.dataset import RetrievalDataset
@@ -53,6 +53,7 @@ def run_evaluation(
     sizes = [getattr(each, "num_texts", 1) for each in data]
     done, total = 0, sum(sizes) * len(encoders)
     results = []
+    notes = {each.name: list(each.notes) for each in data if getattr(each, "notes", ())}
     with _results_folder(context.storage) as folder:
         for test_set, each, size in zip(test_sets, data, sizes, strict=True):
             for name, encoder in encoders.items():
@@ -65,12 +66,17 @@ def run_evaluation(
                     encoded = min(encoded + num_texts, most)
                     context.progress.update(before + encoded, total, name)
 
+                sizes_there = [size for size in test_set.dimensions if size <= encoder.dimensions]
+                if len(sizes_there) < len(test_set.dimensions):
+                    notes.setdefault(test_set.name, []).append(
+                        f"{name} is measured at its {encoder.dimensions} dimensions and fewer alone"
+                    )
                 results += evaluate_at(
                     encoder,
                     each,
                     model=models[name],
                     task=test_set.task,
-                    dimensions=(None, *test_set.dimensions),
+                    dimensions=(None, *sizes_there),
                     results=folder,
                     on_progress=progress,
                 )
@@ -81,6 +87,7 @@ def run_evaluation(
         "results": [result.to_json() for result in results],
         "differences": differences,
         "averages": means,
+        "notes": notes,
         "queries": {each.name: dict(each.queries) for each in searched},
         "qrels": {
             each.name: {query: dict(rated) for query, rated in each.qrels.items()}
@@ -88,11 +95,12 @@ def run_evaluation(
         },
         "num_parameters": {name: encoder.num_parameters for name, encoder in encoders.items()},
     }
-    context.storage.write_bytes(RESULTS, json.dumps(document).encode())
+    context.storage.write_bytes(RESULTS, dump_json(document).encode())
     short = [result.to_json(items=False) for result in results]
-    told = model_index(STUDENT_AFTER, [row for row in short if row["model"] == STUDENT_AFTER])
+    scored = [row for row in short if row["mteb_score"] is not None]
+    told = model_index(STUDENT_AFTER, [row for row in scored if row["model"] == STUDENT_AFTER])
     context.storage.write_bytes(CARD, add_to_card(card, told).encode())
-    return {"results": short, "differences": differences, "averages": means}
+    return {"results": short, "differences": differences, "averages": means, "notes": notes}
 
 
 def _card(export: Artifact) -> str:

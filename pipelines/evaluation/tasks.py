@@ -45,8 +45,10 @@ def make_task(data: TestData) -> Any:
         "clustering": abstasks.AbsTaskClustering,
     }[data.kind]
     split = "" if data.split == "test" else f"-{data.split}"
+    # It names a file of the results.
+    name = f"{data.name}-{data.kind}{split}".replace("/", "-").replace("\0", "-")
     metadata = TaskMetadata(
-        name=f"{data.name}-{data.kind}".replace("/", "-") + split,
+        name=name,
         description=f"A {data.kind} test set from a local folder.",
         type=mteb_type,
         category="t2c" if data.kind in ("classification", "clustering") else "t2t",
@@ -58,6 +60,7 @@ def make_task(data: TestData) -> Any:
     task = type("LocalTask", (base,), {"metadata": metadata})()
     if isinstance(data, RetrievalDataset):
         task.dataset = {"default": {data.split: _retrieval_split(data)}}
+        task.ignore_identical_ids = data.leaves_out_own
     else:
         _load_labelled(task, data)
     task.data_loaded = True

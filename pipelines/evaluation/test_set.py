@@ -14,6 +14,7 @@ from cluster.storage import open_storage
 from pipelines.corpus.sources import PYTHON_DOCUMENTATION
 from pipelines.evaluation.dataset import Passage, RetrievalDataset
 from pipelines.evaluation.folders import TestData, read_folder
+from pipelines.names import SetName
 
 MTEB = "mteb"
 
@@ -24,7 +25,7 @@ class TestSet(BaseModel):
     __test__ = False  # not pytest's
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: SetName
     path: str = Field(
         description="a folder or URI; 'python-documentation' (retrieval); mteb's name (mteb), whose"
         " data is fetched before a run begins: its texts are kept out of training"

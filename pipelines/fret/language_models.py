@@ -1,5 +1,7 @@
 """Which language model a recipe means, and how its engine is started."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from actors.engine import EngineOptions
@@ -11,10 +13,13 @@ class LlmConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(description="folder, hub id or embedded:NAME")
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "float", "bfloat16", "float16", "half"] = "auto"
     max_model_tokens: int = Field(default=2048, ge=256)
     seed: int = 0
-    trust_remote_code: bool = False
+    trust_remote_code: bool = Field(
+        default=False,
+        description="run code that comes with it; --trust-remote-code must say it too",
+    )
 
 
 class EngineConfig(BaseModel):

@@ -1,22 +1,21 @@
 """Decontamination: no training query may repeat a query that the run is judged by."""
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-_WORD = re.compile(r"\w+")
+from pipelines.words import compared_words
 
 
 def words(text: str) -> frozenset[str]:
-    """Returns the text's lower-case words."""
-    return frozenset(_WORD.findall(text.casefold()))
+    """Returns the text's words without case."""
+    return frozenset(compared_words(text))
 
 
 def runs(text: str, length: int) -> Iterator[str]:
     """Yields every run of `length` words of the text."""
-    found = _WORD.findall(text.casefold())
+    found = compared_words(text)
     for start in range(len(found) - length + 1):
         yield " ".join(found[start : start + length])
 

@@ -10,12 +10,13 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from actors.language_model import LanguageModel
 from actors.pair_scores import ScoringPrompt
-from cluster.errors import UserError
-from pipelines.corpus.passages import num_words
+from cluster.errors import UserError, excerpt
+from pipelines.words import compared_words, num_words
+from pipelines.yaml_files import read_yaml
 
 MIN_QUERY_WORDS = 3
 MAX_QUERY_WORDS = 40
@@ -28,7 +29,6 @@ _NAMES_THE_PASSAGE = re.compile(
     r"(?:passage|text|article|document|paragraph|excerpt|author)\b",
     re.IGNORECASE,
 )
-_WORD = re.compile(r"\w+")
 
 
 class _Part(BaseModel):
@@ -168,7 +168,7 @@ class PairPrompts:
         )
         return ScoringPrompt(
             context=f"{shots}Passage: {passage_line(title, text)}\n{prompt.cue}",
-            query=f" {query}",
+            query=f" {' '.join(query.split())}",
             question=f"\n{prompt.question}",
             labels=tuple(prompt.labels.items()),
         )
@@ -183,23 +183,36 @@ def load_prompts(path: str | None = None) -> Prompts:
     """
     file = files("pipelines.fret") / "prompts.yaml" if path is None else Path(path)
     try:
-        return Prompts.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+        return Prompts.model_validate(read_yaml(file.read_bytes(), f"prompts {path}"))
     except FileNotFoundError as error:
         raise UserError(f"prompts {path} does not exist: correct `prompts`") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(f"prompts {path}: {where}: {first['msg']}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"prompts {path} cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"prompts {path}: {excerpt(where)}: {first['msg']}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"prompts {path} cannot be read: {error}") from error
+
+
+def require_plain(prompts: Prompts, llm: LanguageModel) -> None:
+    """Refuses prompts that spell out control tokens, which would be shown to the LLM as text.
+
+    Raises:
+        UserError: They do.
+    """
+    if spelt := llm.control_tokens(prompts.model_dump_json()):
+        raise UserError(
+            f"prompts: {spelt[0]} is a control token of llm.model, and prompts are plain text: take"
+            " it out; queries.chat puts them into the model's chat template"
+        )
 
 
 def unfit(query: str, passage: str) -> str | None:
     """Says why a query does not suit the passage that it was written from, or None."""
     if _NAMES_THE_PASSAGE.search(query) and not _NAMES_THE_PASSAGE.search(passage):
         return "names the passage"
-    words = _WORD.findall(query.casefold())
-    text = f" {' '.join(_WORD.findall(passage.casefold()))} "
+    words = compared_words(query)
+    text = f" {' '.join(compared_words(passage))} "
     for start in range(len(words) - MAX_COPIED_WORDS + 1):
         if f" {' '.join(words[start : start + MAX_COPIED_WORDS])} " in text:
             return "copies its passage"
@@ -207,8 +220,8 @@ def unfit(query: str, passage: str) -> str | None:
 
 
 def passage_line(title: str, text: str) -> str:
-    """Returns a passage as one line."""
-    line = " ".join(text.split())
+    """Returns a passage as one line, so that none can begin another example."""
+    title, line = " ".join(title.split()), " ".join(text.split())
     return f"{title}. {line}" if title and not line.startswith(title) else line
 
 

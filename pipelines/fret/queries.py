@@ -13,7 +13,7 @@ from cluster.artifacts import Json
 from cluster.stages import Limit, StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import StepContext
 from pipelines.fret.languages import is_other_language, language_code
-from pipelines.fret.prompts import STOP, Prompts, QueryPrompts, unfit
+from pipelines.fret.prompts import STOP, Prompts, QueryPrompts, require_plain, unfit
 from pipelines.records import PASSAGE, QUERY
 
 
@@ -71,6 +71,7 @@ class WriteQueries:
         config, ask = self.config, self.prompts
         code = language_code(config.language) if config.language else None
         llm = LanguageModel.load(self.engine)
+        require_plain(ask.prompts, llm)
         sampling = Sampling(
             temperature=config.temperature,
             top_p=config.top_p,
@@ -86,13 +87,12 @@ class WriteQueries:
                 for number in range(config.queries_per_seed):
                     id_ = query_id(passage["id"], number)
                     task = ask.task(id_)
-                    prompt = ask.render(task, passage["title"], text)
-                    prompts.append(llm.chat(prompt) if config.chat else prompt)
+                    prompts.append(ask.render(task, passage["title"], text))
                     texts.append(f"{passage['title']} {passage['text']}")
                     rows.append({"id": id_, "seed_id": passage["id"], "task": task})
             # A query's randomness is its own, so a killed run writes the same queries again.
             draws = [int(row["id"][:8], 16) ^ config.seed for row in rows]
-            answers = await llm.generate(prompts, sampling=sampling, seeds=draws)
+            answers = await llm.generate(prompts, sampling=sampling, seeds=draws, chat=config.chat)
             for row, text, answer in zip(rows, texts, answers, strict=True):
                 task, query, reason = ask.parse(row["task"], answer.text, cut=answer.cut)
                 reason = answer.error or reason or unfit(query, text)

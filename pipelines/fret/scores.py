@@ -13,7 +13,7 @@ from actors.score_check import check_scores
 from cluster.artifacts import Json
 from cluster.stages import Limit, StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import StepContext
-from pipelines.fret.prompts import PairPrompts
+from pipelines.fret.prompts import PairPrompts, require_plain
 from pipelines.records import PAIRS, SCORES
 
 
@@ -52,6 +52,7 @@ class ScorePairs:
         """Starts the engine; its first pairs are scored both ways before anything is."""
         config = self.config
         llm = LanguageModel.load(self.engine)
+        require_plain(self.prompts.prompts, llm)
         checking, difference = asyncio.Lock(), None
 
         async def check(pairs: list[ScoringPrompt]) -> float | None:

@@ -4,6 +4,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from pipelines.names import SetName
+
 RUN_PASSAGES = "run:passages"
 HUB = "hub:"
 
@@ -50,7 +52,7 @@ class LabelledSet(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: SetName
     kind: Kind = "pairs"
     path: str = Field(
         description=f"a .jsonl, .tsv or .parquet file, path or s3:// URI; for retrieval a BEIR"

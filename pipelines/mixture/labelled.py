@@ -7,6 +7,7 @@ counted with their reasons.
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import Reject, UserError
 from cluster.storage import open_storage
 from pipelines.corpus.passages import passage_id
+from pipelines.evaluation.qrels import number, read_qrels
 from pipelines.mixture.config import LabelledSet
 from pipelines.mixture.decontamination import Decontamination
 from pipelines.mixture.formats import Example, Target
-from pipelines.mixture.rows import beir_files, jsonl_rows, read_rows
+from pipelines.mixture.rows import beir_files, file_lines, jsonl_rows, read_rows
 
 if TYPE_CHECKING:
     from cluster.artifacts import Artifact
@@ -128,8 +130,12 @@ def _pairs(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Exa
 
 
 def _title_body(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Example]:
-    for row, _, (text,) in rows.texts("text"):
-        title = str(row.get("title") or "").strip()
+    for row, where, (text,) in rows.texts("text"):
+        given = row.get("title") or ""
+        if not isinstance(given, str):
+            reading.reject(where, "title is no text", row)
+            continue
+        title = given.strip()
         body = text.removeprefix(title).lstrip(" .:-\n")  # else the words of the title would do
         if title and body:
             yield _example(labelled, title, body, [])
@@ -153,8 +159,8 @@ def _nli(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Examp
     for premise, (entailed, contradicting) in hypotheses.items():
         if not entailed:
             reading.left_out["contradiction of a premise without entailment"] += len(contradicting)
-        for number, hypothesis in enumerate(entailed):
-            yield _example(labelled, premise, hypothesis, _turned(list(contradicting), number))
+        for place, hypothesis in enumerate(entailed):
+            yield _example(labelled, premise, hypothesis, _turned(list(contradicting), place))
 
 
 _NLI_LABELS = ("entailment", "neutral", "contradiction", "not_entailment", "-")
@@ -194,15 +200,23 @@ def _classes(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[E
 
 def _sts(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Example]:
     for row, where, (one, other) in rows.texts("sentence1", "sentence2"):
-        try:
-            score = float(row["score"])
-        except (TypeError, ValueError):
+        score = _score(row["score"])
+        if score is None:
             reading.reject(where, "score is no number", row)
             continue
         if score >= labelled.min_score:
             yield _example(labelled, one, other, [])
         else:
             reading.left_out[f"score below {labelled.min_score:g}"] += 1
+
+
+def _score(value: Any) -> float | None:
+    """Returns a field's number, None where it is none."""
+    try:
+        found = number(value) if isinstance(value, str) else None if value is None else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return found if found is not None and math.isfinite(found) else None
 
 
 def _bitext(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Example]:
@@ -221,33 +235,27 @@ def _rerank(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Ex
             continue
         if not positives:
             reading.left_out["no positive"] += 1
-        for number, positive in enumerate(positives):
-            yield _example(labelled, query, positive, _turned(negatives, number))
+        for place, positive in enumerate(positives):
+            yield _example(labelled, query, positive, _turned(negatives, place))
 
 
 def _retrieval(labelled: LabelledSet, reading: Reading) -> Iterator[Example]:
     """Each relevant passage of a BEIR folder's qrels is an example."""
     storage = open_storage(labelled.path)
     corpus_path, queries_path, qrels_path = beir_files(labelled)
-    qrels = []
-    lines = storage.read_bytes(qrels_path).decode("utf-8-sig", "replace").splitlines()
-    for number, line in enumerate(lines, start=1):
-        values = line.split("\t")
-        try:
-            query, passage, score = values[0], values[1], int(values[2])
-        except (IndexError, ValueError):
-            if number > 1 and line.strip():  # the first is the header
-                reading.num_rows += 1
-                reading.reject(f"{qrels_path}:{number}", "no query, passage and score", line)
-            continue
-        reading.num_rows += 1
-        if score > 0:
-            qrels.append((f"{qrels_path}:{number}", query, passage))
-        else:
-            reading.left_out["judged not relevant"] += 1
-    queries = _texts_by_id(queries_path, labelled, {query for _, query, _ in qrels}, reading)
-    passages = _texts_by_id(corpus_path, labelled, {passage for *_, passage in qrels}, reading)
-    for where, query, passage in qrels:
+    found = read_qrels(file_lines(storage, qrels_path), qrels_path)
+    reading.num_rows += len(found.judgements) + len(found.rejects) + found.num_repeated
+    reading.rejects += found.rejects
+    qrels = {pair: where for pair, (score, where) in found.judgements.items() if score > 0}
+    for reason, num_rows in (
+        ("judged not relevant", len(found.judgements) - len(qrels)),
+        ("repeats another judgement", found.num_repeated),
+    ):
+        if num_rows:
+            reading.left_out[reason] += num_rows
+    queries = _texts_by_id(queries_path, labelled, {query for query, _ in qrels}, reading)
+    passages = _texts_by_id(corpus_path, labelled, {passage for _, passage in qrels}, reading)
+    for (query, passage), where in qrels.items():
         if query in queries and passage in passages:
             yield _example(labelled, queries[query].text, passages[passage], [])
         else:
@@ -265,10 +273,10 @@ def _texts_by_id(
             reading.num_rows += 1
             reading.rejects.append(row)
             continue
-        fields = row[1]
-        id_, text, title = str(fields.get("_id")), fields.get("text"), fields.get("title")
-        if id_ in ids and isinstance(text, str) and text.strip():
-            found[id_] = Target(text.strip(), str(title or ""))
+        given, text, title = (row[1].get(name) for name in ("_id", "text", "title"))
+        id_ = str(given) if isinstance(given, str | int) else None
+        if id_ in ids and isinstance(text, str) and isinstance(title or "", str) and text.strip():
+            found[id_] = Target(text.strip(), title or "")
     return found
 
 

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator
-from pathlib import PurePosixPath
+from itertools import chain
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
+import pyarrow as pa
 
 from cluster.artifacts import Json
 from cluster.errors import Reject, UserError
+from cluster.json_lines import GZIP, json_lines, text_lines, unpacked
+from cluster.parquet import open_parquet, parquet_batches
 from cluster.storage import Storage, open_storage
-from pipelines.corpus.sources import is_text, read_jsonl
 from pipelines.mixture.config import FIELDS, HUB, RUN_PASSAGES, LabelledSet
 
 if TYPE_CHECKING:
     from cluster.artifacts import Artifact
 
 Row = tuple[str, dict[str, Any]]  # where it is, and its fields by our names
-_SUFFIXES = (".jsonl", ".ndjson", ".tsv", ".parquet")
+_LINES = (".jsonl", ".ndjson", ".tsv")
+_SUFFIXES = (*_LINES, *(suffix + GZIP for suffix in _LINES), ".parquet")
+# What `datasets` may read: formats of values alone. Of others, one unpickles and several open
+# files that a row names.
+_HUB_FORMATS = ("parquet", "json", "csv", "text", "cache")
 
 
 def version(labelled: LabelledSet) -> Json:
@@ -71,49 +76,55 @@ def beir_files(labelled: LabelledSet) -> tuple[str, str, str]:
         UserError: One of them is missing.
     """
     storage = open_storage(labelled.path)
-    queries = f"queries_{labelled.split}.jsonl"
-    if not storage.exists(queries):
-        queries = "queries.jsonl"
-    paths = ("corpus.jsonl", queries, f"qrels/{labelled.split}.tsv")
-    missing = [path for path in paths if not storage.exists(path)]
+    queries, own = "queries.jsonl", f"queries_{labelled.split}.jsonl"
+    found = {
+        path: _plain_or_packed(storage, path)
+        for path in ("corpus.jsonl", queries, own, f"qrels/{labelled.split}.tsv")
+    }
+    found[queries] = found.pop(own) or found[queries]
+    missing = [path for path, there in found.items() if not there]
     if missing:
         raise UserError(
             f"labelled set {labelled.name!r}: {labelled.path} has no {', '.join(missing)}; a"
             " retrieval set is a BEIR folder: correct its path or split"
         )
-    return paths
+    corpus_path, queries_path, qrels_path = map(str, found.values())
+    return corpus_path, queries_path, qrels_path
+
+
+def _plain_or_packed(storage: Storage, path: str) -> str | None:
+    return next((name for name in (path, path + GZIP) if storage.exists(name)), None)
+
+
+def file_lines(storage: Storage, path: str) -> Iterator[bytes]:
+    """Yields the lines of a file, plain or packed."""
+    return unpacked(io.BytesIO(storage.read_bytes(path)), path)
 
 
 def jsonl_rows(storage: Storage, path: str) -> Iterator[Row | Reject]:
     """Yields the objects of a file of JSON lines."""
-    for row in read_jsonl(storage, path):
-        if len(row) == 3:
-            yield row
-        elif not isinstance(row[1], dict):
-            yield row[0], "no JSON object", str(row[1])
-        elif is_text(row[1]):
+    for row in json_lines(file_lines(storage, path), path):
+        if len(row) == 3 or isinstance(row[1], dict):
             yield row
         else:
-            yield row[0], "half a character", json.dumps(row[1])[:200]
+            yield row[0], "no JSON object", str(row[1])[:200]
 
 
 def tsv_rows(storage: Storage, path: str) -> Iterator[Row | Reject]:
     """Yields the rows of a file with a line of column names, and tabs between; no quoting."""
     header: list[str] = []
-    for number, line in enumerate(io.BytesIO(storage.read_bytes(path)), start=1):
-        where = f"{path}:{number}"
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError:
-            yield where, "not UTF-8", line[:200].decode("utf-8", "replace")
+    for row in text_lines(file_lines(storage, path), path):
+        if len(row) == 3:
+            yield row
             continue
-        values = text.split("\t")
+        where, line = row
+        values = line.split("\t")
         if not header:
             header = values
         elif len(values) == len(header):
             yield where, dict(zip(header, values, strict=True))
-        elif text.strip():
-            yield where, f"not {len(header)} columns", text[:200]
+        else:
+            yield where, f"not {len(header)} columns", line[:200]
 
 
 def _read(labelled: LabelledSet, passages: Artifact | None) -> Iterator[Row | Reject]:
@@ -128,9 +139,10 @@ def _read(labelled: LabelledSet, passages: Artifact | None) -> Iterator[Row | Re
     else:
         storage, name = _file(labelled)
         if name.endswith(".parquet"):
-            yield from _parquet_rows(storage, name)
+            yield from _parquet_rows(labelled, storage, name)
         else:
-            yield from (tsv_rows if name.endswith(".tsv") else jsonl_rows)(storage, name)
+            is_tsv = name.removesuffix(GZIP).endswith(".tsv")
+            yield from (tsv_rows if is_tsv else jsonl_rows)(storage, name)
 
 
 def _file(labelled: LabelledSet) -> tuple[Storage, str]:
@@ -179,29 +191,73 @@ def _bitext_rows(labelled: LabelledSet) -> Iterator[Row | Reject]:
             yield where, "not UTF-8", b" | ".join(pair)[:200].decode("utf-8", "replace")
 
 
-def _parquet_rows(storage: Storage, path: str) -> Iterator[Row]:
+def _columns(labelled: LabelledSet) -> list[str]:
+    """Returns what the set's columns are called in its file."""
+    return [labelled.fields.get(field, field) for field in FIELDS[labelled.kind]]
+
+
+def _parquet_rows(labelled: LabelledSet, storage: Storage, path: str) -> Iterator[Row | Reject]:
     number = 0
-    for batch in pq.ParquetFile(io.BytesIO(storage.read_bytes(path))).iter_batches():
+    for batch in parquet_batches(storage.read_bytes(path), _columns(labelled), path):
+        for field in batch.schema:
+            if not _is_plain(field.type):
+                raise UserError(
+                    f"labelled set {labelled.name!r}: column {field.name!r} of {path} holds"
+                    f" {field.type}; accepted are texts, numbers and lists of them"
+                )
         for row in batch.to_pylist():
             number += 1
-            yield f"{path}:{number}", row
+            where = f"{path}:{number}"
+            try:
+                yield where, {name: _decoded(value) for name, value in row.items()}
+            except UnicodeDecodeError:
+                yield where, "not UTF-8", repr(row)[:200]
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    """Says whether a column holds texts, numbers or lists of them."""
+    types = pa.types
+    if any(of(kind) for of in (types.is_list, types.is_large_list, types.is_fixed_size_list)):
+        return _is_plain(kind.value_type)
+    if types.is_dictionary(kind):
+        return _is_plain(kind.value_type)
+    texts = (types.is_string, types.is_large_string, types.is_string_view)
+    others = (types.is_binary, types.is_large_binary, types.is_null, types.is_decimal)
+    is_number = types.is_primitive(kind) and not types.is_temporal(kind)
+    return is_number or any(of(kind) for of in (*texts, *others))
+
+
+def _decoded(value: Any) -> Any:
+    """Returns a value whose texts may have been written as bytes."""
+    if isinstance(value, list):
+        return [_decoded(each) for each in value]
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _hub_rows(labelled: LabelledSet) -> Iterator[Row]:
-    """Reads a data set of the hub, or a folder, with `datasets`; labels get their names."""
-    from datasets import ClassLabel, disable_progress_bars, load_dataset
-    from datasets.exceptions import DatasetsError
+    """Reads a data set of the hub, or a folder, with `datasets`; labels get their names.
+
+    Only files of the data set itself, in formats that hold nothing but values, and only the columns
+    of the kind: whoever made it need not be trusted.
+    """
+    from datasets import ClassLabel, disable_progress_bars, load_dataset_builder
 
     disable_progress_bars()  # the run has its own
     name, config, split, *_ = [*labelled.path.removeprefix(HUB).split(":"), "", ""]
     try:
-        dataset = load_dataset(
-            name, config or None, split=split or "train", revision=labelled.revision
-        )
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        builder = load_dataset_builder(name, config or None, revision=labelled.revision)
+        _check_builder(name, builder)
+        builder.download_and_prepare()
+        dataset = builder.as_dataset(split=split or "train")
+        columns = [each for each in _columns(labelled) if each in dataset.column_names]
+        dataset = dataset.select_columns(columns)
+        for column in columns:
+            if not _is_plain_feature(dataset.features[column]):
+                raise ValueError(f"column {column!r} holds {dataset.features[column]}")
+    except Exception as error:  # whatever a stranger's files raise in a library of many readers
         raise UserError(
             f"labelled set {labelled.name!r}: {labelled.path} cannot be loaded:"
-            f" {' '.join(str(error).split())}"
+            f" {' '.join(str(error).split())[:500]}"
         ) from error
     labels = {
         column: feature.names
@@ -214,3 +270,32 @@ def _hub_rows(labelled: LabelledSet) -> Iterator[Row]:
             # -1 is the hub's "no label".
             row[column] = names[value] if value is not None and value >= 0 else None
         yield f"{name}:{number}", row
+
+
+def _check_builder(name: str, builder: Any) -> None:
+    """Raises UserError where a data set's files lie outside it, or may hold more than values."""
+    from datasets import DownloadManager
+
+    kind = type(builder).__module__.rpartition(".")[2]
+    if kind not in _HUB_FORMATS:
+        raise UserError(f"its files are of the format {kind}; accepted are {_HUB_FORMATS[:-1]}")
+    files = builder.config.data_files or {}
+    for file in chain.from_iterable(files.values()):
+        if Path(name).is_dir():
+            inside = Path(file).resolve().is_relative_to(Path(name).resolve())
+        else:
+            inside = str(file).startswith(f"hf://datasets/{name}@")
+        if not inside:
+            raise UserError(f"it names the file {file}, which is not its own")
+    if kind == "parquet":
+        for file in chain.from_iterable(DownloadManager().download(files).values()):
+            open_parquet(Path(file).read_bytes(), str(file))
+
+
+def _is_plain_feature(feature: Any) -> bool:
+    """Says whether a column of a data set holds texts, numbers or lists of them."""
+    from datasets import ClassLabel, LargeList, List, Value
+
+    if isinstance(feature, List | LargeList):
+        return _is_plain_feature(feature.feature)
+    return isinstance(feature, Value | ClassLabel)

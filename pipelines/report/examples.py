@@ -6,9 +6,10 @@ from typing import Any
 from zlib import crc32
 
 from cluster.artifacts import Artifact, Json
+from cluster.errors import excerpt
 from pipelines.fret.fusion import ranks
 from pipelines.report.labels import rank_correlation
-from pipelines.report.run_folder import excerpt, find_passages
+from pipelines.report.run_folder import find_passages
 
 NUM_OF_EACH_KIND = 3
 CANDIDATE_CHARACTERS = 140

@@ -8,9 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.artifacts import Json
-from cluster.errors import UserError
+from cluster.errors import UserError, excerpt
 from pipelines.report.examples import ORDERS, describe_examples
-from pipelines.report.run_folder import excerpt, open_run_folder
+from pipelines.report.run_folder import files_of_a_run, open_run_folder
 
 TEXT_CHARACTERS = 100
 
@@ -50,12 +50,13 @@ def inspect_run(
     def key(row: dict[str, Any]) -> float:
         return ORDERS[order](row) if row["query_likelihoods"] else float("-inf")
 
-    rows = (row for table in fret.tables() for row in table.to_pylist() if fits(row))
-    chosen = heapq.nlargest(num_examples, rows, key=key)
-    if not chosen:
-        reasons = ", ".join(sorted(fret.manifest.metrics.get("dropped_by", {})))
-        raise UserError(f"run {uri} has no such query; its reasons for dropping are: {reasons}")
-    return describe_examples(chosen, run.artifacts.get("passages"))
+    with files_of_a_run(uri):
+        rows = (row for table in fret.tables() for row in table.to_pylist() if fits(row))
+        chosen = heapq.nlargest(num_examples, rows, key=key)
+        if not chosen:
+            reasons = ", ".join(sorted(fret.manifest.metrics.get("dropped_by", {})))
+            raise UserError(f"run {uri} has no such query; its reasons for dropping are: {reasons}")
+        return describe_examples(chosen, run.artifacts.get("passages"))
 
 
 def print_examples(examples: list[dict[str, Json]], console: Console) -> None:

@@ -1,7 +1,6 @@
 """What the factory made, in figures: tasks, queries, how QL and RC agree, and what they changed."""
 
 import math
-import re
 from collections import Counter, defaultdict
 from typing import Any
 
@@ -9,8 +8,8 @@ import numpy as np
 
 from cluster.artifacts import Artifact, Json
 from pipelines.fret.fusion import ranks
+from pipelines.words import compared_words
 
-_WORD = re.compile(r"\w+")
 _COLUMNS = [
     "task",
     "query",
@@ -51,7 +50,7 @@ def collect_labels(fret: Artifact | None) -> dict[str, Json] | None:
             repeats += row["dropped_by"] in REPEATS
             if row["dropped_by"] is None:
                 counts["num_kept"] += 1
-                found = _WORD.findall(row["query"].casefold())
+                found = compared_words(row["query"])
                 lengths.append(len(found))
                 words.update(found)
     if not correlations:

@@ -32,7 +32,7 @@ def render_page(document: dict[str, Json], recipe_text: str) -> str:
     )
     environment.filters |= {
         "count": "{:,}".format,
-        "score": "{:.3f}".format,
+        "score": show_score,
         "gain": "{:+.3f}".format,
         "percent": "{:.1%}".format,
         "interval": partial(show_interval, form=".3f"),
@@ -48,6 +48,11 @@ def render_page(document: dict[str, Json], recipe_text: str) -> str:
         stages={"prefinetuning": "Pre-finetuning", "training": "Fine-tuning"},
         titles=TITLES,
     )
+
+
+def show_score(score: float | None) -> str:
+    """Returns three places; `none` where a test set has no score."""
+    return "none" if score is None else f"{score:.3f}"
 
 
 def show_interval(interval: list[float], form: str) -> str:

@@ -4,18 +4,20 @@ The report trusts manifests alone. It needs no recipe that still validates and n
 run of last year, or one that died half-way, can still be read.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import yaml
 
 from cluster.artifacts import Artifact
-from cluster.errors import UserError
+from cluster.errors import ArtifactError, UserError, excerpt
+from cluster.steps import BEGUN, State
 from cluster.storage import Storage, join, open_storage
 from pipelines.graph import TITLES
+from pipelines.recipe import read_saved_keys, refuse_other_version
 
 RECIPE = "recipe.yaml"
 EXCERPT_CHARACTERS = 700
@@ -43,12 +45,23 @@ class RunFolder:
         return str(self.recipe.get("name") or self.storage.uri.rstrip("/").rpartition("/")[2])
 
     @property
-    def unfinished(self) -> list[str]:
-        """Steps without a manifest; those that the recipe has no use for are not missed."""
+    def steps(self) -> list[str]:
+        """The run's steps in their order, without those that the recipe has no use for."""
         optional = set() if self.recipe.get("evaluation", True) else {"evaluation"}
         if not self.recipe.get("prefinetuning"):
             optional |= {"prefinetuning_mixture", "prefinetuning"}
-        return [name for name in TITLES if name not in self.artifacts.keys() | optional]
+        return [name for name in TITLES if name in self.artifacts or name not in optional]
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Steps without a manifest."""
+        return [name for name in self.steps if name not in self.artifacts]
+
+    def state(self, step: str) -> State:
+        """Says whether a step is done, begun, still to do, or made of what has changed since."""
+        if step in self.artifacts:
+            return "changed" if step in self.outdated else "done"
+        return "unfinished" if self.storage.exists(f"{step}/{BEGUN}") else "waiting"
 
     @property
     def outdated(self) -> list[str]:
@@ -67,32 +80,49 @@ def open_run_folder(uri: str) -> RunFolder:
     """Opens a run by its manifests.
 
     Raises:
-        UserError: The folder is no run, or cannot be read.
+        UserError: The folder is no run, or cannot be read; or its recipe is of another version, and
+            no step is finished.
     """
     storage = open_storage(uri)
-    text = (_read(storage, RECIPE) or b"").decode("utf-8", "replace")
-    try:
-        recipe = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"{join(storage.uri, RECIPE)} is not YAML: run `tokay run` on this folder again"
-        ) from error
+    content, place = _read(storage, RECIPE) or b"", join(storage.uri, RECIPE)
+    recipe = read_saved_keys(content, place)
     artifacts = {}
     for name in TITLES:
         artifact = Artifact.open(open_storage(join(storage.uri, name)))
         if artifact is not None:
             artifacts[name] = artifact
-    if not text and not artifacts:
+    if not artifacts:
+        refuse_other_version(recipe, place)
+    if not content and not artifacts:
         raise UserError(
             f"{uri} is no run of Tokay (it has no {RECIPE} and no finished step): give the folder"
             " that `tokay run` or `tokay demo` wrote to"
         )
     return RunFolder(
         storage=storage,
-        recipe_text=text,
-        recipe=recipe if isinstance(recipe, dict) else {},
+        recipe_text=content.decode(),
+        recipe=recipe,
         artifacts=artifacts,
     )
+
+
+@contextmanager
+def files_of_a_run(uri: str) -> Iterator[None]:
+    """Turns what goes wrong over files of an unexpected form into one line: a run may be anybody's.
+
+    Raises:
+        ArtifactError: They are not those that this version writes.
+    """
+    try:
+        yield
+    except (
+        *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
+        *(FileNotFoundError, RecursionError, pa.ArrowException),
+    ) as error:
+        raise ArtifactError(
+            f"run {excerpt(uri)} holds files of a form that this version of Tokay does not write"
+            f" ({type(error).__name__}: {excerpt(error)}): run `tokay run` on it again"
+        ) from error
 
 
 def _read(storage: Storage, path: str) -> bytes | None:
@@ -127,9 +157,3 @@ def _find(passages: Artifact | None, key: str, wanted: Iterable[str]) -> dict[st
                 "text": excerpt(row["text"], EXCERPT_CHARACTERS),
             }
     return found
-
-
-def excerpt(text: str, max_characters: int) -> str:
-    """Returns the text on one line, cut at `max_characters`."""
-    line = " ".join(text.split())
-    return line if len(line) <= max_characters else line[: max_characters - 1].rstrip() + "…"

@@ -7,8 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.artifacts import Json
+from cluster.errors import excerpt
 from pipelines.report.page import MODEL_NAMES
-from pipelines.report.run_folder import excerpt
 
 RESULT_CHARACTERS = 160
 
@@ -66,13 +66,17 @@ def _all_scores(scores: dict[str, Any]) -> Table:
     for model in models:
         table.add_column(MODEL_NAMES[model].removeprefix("Student "), justify="right")
     for row in scores["rows"]:
-        figures = [f"{row[model]['score']:.3f}" if model in row else "" for model in models]
+        figures = [_figure(row[model]["score"]) if model in row else "" for model in models]
         name = Text(row["dataset"])
         table.add_row(name, row["task_type"], str(row["dimensions"]), *figures)
     for row in scores["means"]:
-        figures = [f"{row[model]:.3f}" if model in row else "" for model in models]
+        figures = [_figure(row.get(model)) for model in models]
         table.add_row(row["name"], "", str(row["dimensions"]), *figures, style="bold")
     return table
+
+
+def _figure(score: float | None) -> str:
+    return "" if score is None else f"{score:.3f}"
 
 
 def _estimate(value: float, interval: list[float]) -> Text:

@@ -174,5 +174,8 @@ def _queries(
 
 def _is_the_corpus(name: str, run: RunFolder) -> bool:
     """Says whether a test set asks of the run's own corpus, so that ids are documents' names."""
-    paths = [s.get("path") for s in run.recipe.get("evaluation") or () if s.get("name") == name]
-    return run.recipe.get("corpus", {}).get("path") in paths
+    corpus, test_sets = run.recipe.get("corpus"), run.recipe.get("evaluation")
+    if not isinstance(corpus, dict) or not isinstance(test_sets, list):
+        return False
+    named = [each for each in test_sets if isinstance(each, dict) and each.get("name") == name]
+    return corpus.get("path") in [each.get("path") for each in named]

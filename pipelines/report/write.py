@@ -1,12 +1,11 @@
 """The report of a run: a page that a person likes to read, and the same figures for a program."""
 
-import json
-
 from cluster.artifacts import Json
+from cluster.plain_json import dump_json
 from cluster.storage import join
 from pipelines.report.collect import collect
 from pipelines.report.page import render_page
-from pipelines.report.run_folder import open_run_folder
+from pipelines.report.run_folder import files_of_a_run, open_run_folder
 from pipelines.report.terminal import print_evaluation
 
 __all__ = ["print_evaluation", "write_report"]
@@ -23,10 +22,13 @@ def write_report(run_uri: str) -> dict[str, Json]:
 
     Raises:
         UserError: The folder is no run.
-        ArtifactError: A finished step's files are not those that its manifest names.
+        ArtifactError: A finished step's files are not those that its manifest names, or that this
+            version writes.
     """
     run = open_run_folder(run_uri)
-    document = {**collect(run), "html": join(run.storage.uri, PAGE)}
-    run.storage.write_bytes(PAGE, render_page(document, run.recipe_text).encode("utf-8", "replace"))
-    run.storage.write_bytes(DOCUMENT, json.dumps(document, indent=1).encode())
+    with files_of_a_run(run_uri):
+        document = {**collect(run), "html": join(run.storage.uri, PAGE)}
+        page = render_page(document, run.recipe_text)
+    run.storage.write_bytes(PAGE, page.encode("utf-8", "replace"))
+    run.storage.write_bytes(DOCUMENT, dump_json(document, indent=1).encode())
     return document

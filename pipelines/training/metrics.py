@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.errors import UserError
+from cluster.plain_json import dump_json
 from cluster.storage import Storage
 
 METRICS = "metrics.jsonl"
@@ -78,7 +80,7 @@ class MetricsLog:
             for row in self._rows:
                 tracker.log(row)
         if runs != begun:
-            storage.write_bytes(RUNS, json.dumps(runs).encode())
+            storage.write_bytes(RUNS, dump_json(runs).encode())
         self._flushed = 0.0
         self._pause_s = _FLUSH_S
 
@@ -89,7 +91,7 @@ class MetricsLog:
             tracker.log(row)
         start = time.monotonic()
         if flush or start - self._flushed > self._pause_s:
-            lines = "".join(json.dumps(row) + "\n" for row in self._rows)
+            lines = "".join(dump_json(row) + "\n" for row in self._rows)
             self._storage.write_bytes(METRICS, lines.encode())
             for tracker in self._trackers:
                 tracker.flush()
@@ -104,7 +106,10 @@ class MetricsLog:
 
 
 def read_metrics(storage: Storage) -> list[MetricsRow]:
-    """Returns what metrics.jsonl holds, nothing if it is not there yet."""
+    """Returns what metrics.jsonl holds, nothing if it is not there yet.
+
+    A number that was none (of a training that diverged) is None.
+    """
     try:
         content = storage.read_bytes(METRICS)
     except FileNotFoundError:
@@ -119,7 +124,7 @@ def scalars(row: MetricsRow) -> dict[str, float]:
         for name, value in row.items()
         if name not in ("batch", "dataset") and value is not None
     }
-    return found | {f"loss/{row['dataset']}": row["loss"]}
+    return found if row["loss"] is None else found | {f"loss/{row['dataset']}": row["loss"]}
 
 
 def flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -268,6 +273,6 @@ def _missing(package: str) -> UserError:
 
 
 def recent_loss(rows: Sequence[MetricsRow], num_batches: int = 20) -> float:
-    """Returns the mean loss of the last batches."""
-    tail = [row["loss"] for row in rows[-num_batches:]]
+    """Returns the mean loss of the last batches; nan where one was no number."""
+    tail = [math.nan if row["loss"] is None else row["loss"] for row in rows[-num_batches:]]
     return float(sum(tail) / len(tail))

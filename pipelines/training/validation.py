@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -132,9 +133,13 @@ class Validation:
             score = torch.zeros((), dtype=torch.float64, device=encoder.device)
             if place.rank == 0 or is_sharded(encoder.model):  # nobody runs a sharded model alone
                 from pipelines.evaluation.evaluate import evaluate
+                from pipelines.evaluation.mteb_model import BrokenVectors
 
                 watched = self._test_set
-                measured = evaluate(encoder, watched.data, task=watched.task).ndcg_at_10.mean
+                try:
+                    measured = evaluate(encoder, watched.data, task=watched.task).ndcg_at_10.mean
+                except BrokenVectors:  # the training diverged, which `take_best` tells
+                    measured = math.nan
                 score += measured if place.rank == 0 else 0
             if place.world > 1:
                 dist.all_reduce(score)
@@ -143,7 +148,10 @@ class Validation:
 
     def _judge(self, found: MetricsRow, done: int) -> bool:
         """Takes a look into account and says whether it was the best so far."""
-        value = found[NDCG] if NDCG in found else -found[LOSS]
+        value = found[NDCG] if NDCG in found else found[LOSS]
+        if value is None or math.isnan(value):  # None: read from metrics.jsonl
+            return False
+        value = value if NDCG in found else -value
         better = value > self._highest
         if better:
             self._highest, self.best = value, done

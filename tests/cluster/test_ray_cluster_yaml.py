@@ -6,6 +6,7 @@ and security groups.
 """
 
 import copy
+import json
 import os
 import re
 import tomllib
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import botocore.session
 import pytest
@@ -35,6 +37,8 @@ PROVIDER_KEYS = {
     "use_external_head_ip",
     "use_internal_ips",
 }
+TOKEN = "/home/ubuntu/.ray/auth_token"
+START_COMMANDS = ("head_start_ray_commands", "worker_start_ray_commands")
 RAY_NODE_KEYS = {"SubnetIds"}  # In node_config, but taken out by Ray before RunInstances.
 HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": 1000,
@@ -72,9 +76,46 @@ def problems(config: Config) -> list[str]:
         found.append("the dashboard answers on more than the head's loopback")
     found += [
         f"file_mounts: {source} is missing"
-        for source in prepared["file_mounts"].values()
-        if not (ROOT / source).exists()
+        for target, source in prepared["file_mounts"].items()
+        if target != TOKEN and not (ROOT / source).exists()
     ]
+    return found + token_problems(prepared) + setup_problems(prepared["setup_commands"])
+
+
+def token_problems(config: Config) -> list[str]:
+    """The secret travels as a file, by SSH, and is spelt out nowhere."""
+    found = [] if TOKEN in config["file_mounts"] else ["no file_mounts bring the token"]
+    commands = [
+        line
+        for key in ("initialization_commands", "setup_commands", *START_COMMANDS)
+        for line in config.get(key, [])
+    ]
+    if any(re.search(r"RAY_AUTH_TOKEN=|get-auth-token", line) for line in commands):
+        found.append("a command line spells out the token, where `ps` and logs show it")
+    if not any("chmod 600" in line and "auth_token" in line for line in commands):
+        found.append("others on the node may read the token")
+    return found
+
+
+def setup_problems(commands: list[str]) -> list[str]:
+    """What is run is what somebody has seen: every download is compared with a hash."""
+    found = []
+    lock = (ROOT / "requirements-cpu.txt").read_text()
+    for line in commands:
+        if re.search(r"(curl|wget)[^|]*\|\s*(ba)?sh\b", line):
+            found.append("a script is piped into a shell")
+        if re.search(r"\b(curl|wget)\b", line):
+            hashes = re.findall(r"\b[0-9a-f]{64}\b(?!\.|/)", line)
+            if "sha256sum --check" not in line or not all(h in lock for h in hashes) or not hashes:
+                found.append("a download is not compared with a hash of the lock")
+        if (
+            "pip install" in line
+            and " -r " in line
+            and not {"--require-hashes", "--no-build"} <= set(line.split())
+        ):
+            found.append("the lock is installed without its hashes")
+        if "pip install" in line and " -e " in line and "--no-build-isolation" not in line:
+            found.append("what builds the package is not in the lock")
     return found
 
 
@@ -96,6 +137,10 @@ def node_problems(node_type: Config, *, is_head: bool) -> list[str]:
         found.append("ImageId is missing")
     if not {"Name", "Arn"} & set(node.get("IamInstanceProfile", {})):
         found.append("no instance profile, so no S3")
+    if node.get("MetadataOptions", {}).get("HttpTokens") != "required":
+        found.append("the profile's keys are given to any request (HttpTokens)")
+    if not all(disk["Ebs"].get("Encrypted") for disk in node.get("BlockDeviceMappings", [])):
+        found.append("the disk is not encrypted")
     market = node.get("InstanceMarketOptions")
     if is_head:
         return found + (["the head is on spot"] if market else [])
@@ -139,8 +184,8 @@ def start_problems(commands: list[str]) -> list[str]:
     ]
     if "unset OMP_NUM_THREADS" not in before:
         found.append("OMP_NUM_THREADS stays 1")
-    if "RAY_AUTH_MODE=disabled" not in before:
-        found.append("a token in the home folder decides on RAY_AUTH_MODE")
+    if f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={TOKEN} " not in before:
+        found.append("RAY_AUTH_MODE: anyone who reaches a node can run commands on it")
     if "&&" in before:
         found.append("`ray start` hangs on the success of another command")
     return found
@@ -174,6 +219,14 @@ def replace_start(role: str, old: str, new: str) -> Callable[[Config], None]:
         key = f"{role}_start_ray_commands"
         assert any(old in line for line in config[key])
         config[key] = [line.replace(old, new) for line in config[key]]
+
+    return mutate
+
+
+def replace_setup(old: str, new: str) -> Callable[[Config], None]:
+    def mutate(config: Config) -> None:
+        assert any(old in line for line in config["setup_commands"])
+        config["setup_commands"] = [line.replace(old, new) for line in config["setup_commands"]]
 
     return mutate
 
@@ -233,7 +286,20 @@ def spot(**options: Any) -> Callable[[Config], None]:
         ("threshold", replace_start("worker", "failure_threshold=3", "failure_threshold=5")),
         ("initial_delay", replace_start("head", "export", "echo")),
         ("OMP_NUM_THREADS", replace_start("worker", "unset OMP_NUM_THREADS;", "")),
-        ("RAY_AUTH_MODE", replace_start("worker", "RAY_AUTH_MODE=disabled", "")),
+        ("RAY_AUTH_MODE", replace_start("worker", "RAY_AUTH_MODE=token", "")),
+        ("RAY_AUTH_MODE", replace_start("head", "RAY_AUTH_MODE=token", "RAY_AUTH_MODE=disabled")),
+        ("RAY_AUTH_MODE", replace_start("worker", TOKEN, "/home/ubuntu/other")),
+        ("spells out", replace_start("head", "RAY_AUTH_MODE=token", "RAY_AUTH_TOKEN=abc")),
+        ("no file_mounts", lambda c: c["file_mounts"].pop(TOKEN)),
+        ("may read", replace_setup("chmod 600", "chmod 644")),
+        ("HttpTokens", node("MetadataOptions", {"HttpTokens": "optional"})),
+        ("HttpTokens", lambda c: worker(c)["node_config"].pop("MetadataOptions")),
+        ("encrypted", node("BlockDeviceMappings", [{"DeviceName": "/dev/sda1", "Ebs": {}}])),
+        ("piped", lambda c: c["setup_commands"].append("curl -L https://x.sh | sh")),
+        ("not compared", replace_setup("sha256sum", "md5sum")),
+        ("not compared", replace_setup("d7f459fe", "00000000")),
+        ("without its hashes", replace_setup("--require-hashes", "")),
+        ("builds", replace_setup("--no-build-isolation", "")),
         ("success", replace_start("head", "ulimit -n 65536;", "ulimit -n 65536 &&")),
         ("not one", lambda c: c.update(worker_start_ray_commands=["ray stop"])),
     ],
@@ -258,17 +324,21 @@ def test_file_mounts_carry_every_package_and_what_its_installation_reads(config:
         "pyproject.toml",
         "requirements.txt",
     }
-    assert set(config["file_mounts"].values()) == needed
-    assert all(Path(target).name == source for target, source in config["file_mounts"].items())
+    mounts = {target: source for target, source in config["file_mounts"].items() if target != TOKEN}
+    assert set(mounts.values()) == needed
+    assert all(Path(target).name == source for target, source in mounts.items())
+    assert config["file_mounts"][TOKEN] == "~/.ray/auth_token"  # where Ray's own commands look
 
 
 def test_gpu_lock_is_for_cuda_and_names_the_same_versions_as_the_project() -> None:
     text = (ROOT / "requirements.txt").read_text()
     lock = dict(re.findall(r"^([a-z0-9._-]+)(?:\[[^]]*\])?==(\S+)", text, flags=re.M))
     cpu_text = (ROOT / "requirements-cpu.txt").read_text()
+    torch_text = (ROOT / "requirements-cpu-torch.txt").read_text()
     cpu = dict(re.findall(r"^([a-z0-9._-]+)(?:\[[^]]*\])?==(\S+)", cpu_text, flags=re.M))
     assert "+cpu" not in text
     assert " @ " not in text
+    cpu |= dict(re.findall(r"^(torch)==([^+]+)\+cpu", torch_text, flags=re.M))
     assert {"triton", "nvidia-nccl-cu13", "vllm", "faiss-gpu"} <= set(lock)
     shared = ("ray", "torch", "transformers", "sentence-transformers", "mteb", "pyarrow", "numpy")
     assert {name: lock[name] for name in shared} == {name: cpu[name] for name in shared}
@@ -324,3 +394,64 @@ def test_only_ssh_is_open_to_the_world(config: Config, ec2: Any) -> None:
         if rule["IpRanges"] or rule["Ipv6Ranges"]
     }
     assert open_ports == {(22, 22)}
+
+
+def statements(page: Path) -> list[Config]:
+    """Of the policies in the docs."""
+    policies = re.findall(r"```json\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    return [statement for policy in policies for statement in json.loads(policy)["Statement"]]
+
+
+def test_rights_of_the_nodes_end_at_their_bucket_and_at_the_clusters_tag(config: Config) -> None:
+    from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME
+
+    tag, name = TAG_RAY_CLUSTER_NAME, config["cluster_name"]
+    wanted = {
+        "ec2:RunInstances": {f"aws:RequestTag/{tag}": name, "ec2:MetadataHttpTokens": "required"},
+        "ec2:TerminateInstances": {f"aws:ResourceTag/{tag}": name},
+        "iam:PassRole": {"iam:PassedToService": "ec2.amazonaws.com"},
+    }
+    seen = set()
+    for statement in statements(ROOT / "docs/operating-a-cluster.md"):
+        actions, resources = (
+            [each] if isinstance(each, str) else each
+            for each in (statement["Action"], statement["Resource"])
+        )
+        condition = statement.get("Condition", {}).get("StringEquals", {})
+        for action in actions:
+            assert "*" not in action or action == "ec2:Describe*"
+            assert "*" not in resources or action == "ec2:Describe*"
+            if action.startswith("s3:"):
+                assert all(each.startswith("arn:aws:s3:::BUCKET") for each in resources)
+            on_instances = any(":instance/" in each for each in resources)
+            if action in wanted and (on_instances or action == "iam:PassRole"):
+                assert condition == wanted[action]
+                seen.add(action)
+            if action == "ec2:CreateTags":
+                assert condition in (
+                    {"ec2:CreateAction": "RunInstances"},
+                    wanted["ec2:TerminateInstances"],
+                )
+    assert seen == set(wanted)
+
+
+def test_nodes_are_asked_for_as_their_rights_demand(config: Config, ec2: Any) -> None:
+    """With the tag, and with keys that are given by IMDSv2 alone."""
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+    from ray.autoscaler._private.util import prepare_config
+    from ray.autoscaler.tags import TAG_RAY_NODE_KIND
+
+    for name in config["available_node_types"]:
+        ready = bootstrap_aws(prepare_config(copy.deepcopy(config)))
+        provider = AWSNodeProvider(ready["provider"], ready["cluster_name"])
+        node_config = ready["available_node_types"][name]["node_config"]
+        provider.ec2_fail_fast.create_instances = Mock(return_value=[])
+        provider.create_node(node_config, {TAG_RAY_NODE_KIND: "worker"}, 1)
+        request = provider.ec2_fail_fast.create_instances.call_args.kwargs
+        (spec,) = (
+            each for each in request["TagSpecifications"] if each["ResourceType"] == "instance"
+        )
+        assert {"Key": "ray-cluster-name", "Value": "tokay"} in spec["Tags"]
+        assert request["MetadataOptions"]["HttpTokens"] == "required"
+        assert request["BlockDeviceMappings"][0]["Ebs"]["Encrypted"] is True

@@ -10,11 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+
+StartHead = Callable[
+    [dict[str, str]], contextlib.AbstractContextManager[tuple[str, Path]]
+]  # its dashboard, and the folder of its logs
 
 
 def free_ports(count: int) -> list[int]:
@@ -32,6 +36,20 @@ def free_ports(count: int) -> list[int]:
 @pytest.fixture(scope="module")
 def job_server() -> Iterator[str]:
     """The dashboard of a Ray head on this machine, with its job server."""
+    # Else the token that an earlier Ray left in the home folder is asked for.
+    with ray_head({"RAY_AUTH_MODE": "disabled"}) as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="module")
+def start_ray_head() -> StartHead:
+    """Starts a Ray head with the given variables."""
+    return ray_head
+
+
+@contextlib.contextmanager
+def ray_head(variables: dict[str, str]) -> Iterator[tuple[str, Path]]:
+    """A Ray head with these variables: its dashboard, and the folder of its logs."""
     gcs, dashboard, agent, client = free_ports(4)
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Short: socket paths end at 107 bytes.
     # No ray stop at the end: it would stop every Ray on this machine.
@@ -44,16 +62,17 @@ def job_server() -> Iterator[str]:
     with Path(folder, "start.log").open("wb") as log:
         head = subprocess.Popen(
             [sys.executable, *command],
-            # Else the token that an earlier Ray left in the home folder is asked for.
-            env={**environment, "PATH": path, "RAY_AUTH_MODE": "disabled"},
+            env={**environment, "PATH": path, **variables},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
     url = f"http://127.0.0.1:{dashboard}"
     try:
-        wait_for_agent(url, head, Path(folder, "start.log"))
-        yield url
+        token = variables.get("RAY_AUTH_TOKEN_PATH")
+        headers = {"Authorization": f"Bearer {Path(token).read_text()}"} if token else {}
+        wait_for_agent(url, headers, head, Path(folder, "start.log"))
+        yield url, Path(folder)
     finally:
         # Killed, for its graceful end takes 10 seconds; workers end, and stop writing, soon after.
         os.killpg(head.pid, signal.SIGKILL)
@@ -65,12 +84,14 @@ def job_server() -> Iterator[str]:
                 break
 
 
-def wait_for_agent(url: str, head: "subprocess.Popen[bytes]", log: Path) -> None:
+def wait_for_agent(
+    url: str, headers: dict[str, str], head: "subprocess.Popen[bytes]", log: Path
+) -> None:
     """The dashboard answers some seconds before it can take a job."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
-            nodes = httpx.get(f"{url}/nodes?view=hostNameList", timeout=2).json()
+            nodes = httpx.get(f"{url}/nodes?view=hostNameList", headers=headers, timeout=2).json()
             if nodes["data"]["hostNameList"]:
                 return
         except (httpx.HTTPError, ValueError, KeyError):

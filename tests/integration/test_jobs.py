@@ -27,9 +27,9 @@ def address(job_server: str) -> str:
     return job_server
 
 
-def submit(address: str, *, storage: str, settings: Sequence[str] = ()) -> str:
+def submit(address: str, *, storage: str, flags: Sequence[str] = ()) -> str:
     return jobs.submit(
-        "no_such_key: 1\n", name="small.yaml", address=address, storage=storage, settings=settings
+        "no_such_key: 1\n", name="small.yaml", address=address, storage=storage, flags=flags
     )
 
 
@@ -120,7 +120,7 @@ def test_recipe_becomes_the_command_line_with_its_settings_and_no_environment(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    job_id = submit(address, storage="my runs", settings=["a.b=c d"])
+    job_id = submit(address, storage="my runs", flags=["--set", "a.b=c d"])
     jobs.stop(address, job_id)
     state = wait(address, job_id)
     assert (state.recipe, state.storage) == ("small.yaml", str(tmp_path / "my runs"))

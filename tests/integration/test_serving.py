@@ -1,5 +1,6 @@
 """The endpoint of a finished run, through real Ray Serve and the `openai` client."""
 
+import contextlib
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import openai
+import psutil
 import pyarrow as pa
 import pytest
 
@@ -157,6 +159,42 @@ def test_concurrent_requests_share_passes_of_the_model(endpoint: Endpoint) -> No
     np.testing.assert_allclose(answers[40], alone, atol=1e-5)
     assert texts_after - texts_before == 65
     assert passes_after - passes_before < 50
+
+
+def test_network_cannot_reach_the_server_or_its_ray(endpoint: Endpoint) -> None:
+    listening: set[tuple[str, str]] = set()
+    own = psutil.Process(endpoint.process.pid)
+    for process in [own, *own.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):  # a worker that ends meanwhile
+            name = process.name()
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    listening.add((connection.laddr.ip.removeprefix("::ffff:"), name))
+    assert len(listening) > 3
+    # Serve gives each replica a port for other deployments, which asks for Ray's token.
+    open_ports = {(ip, name) for ip, name in listening if ip not in ("127.0.0.1", "::1")}
+    assert {name.partition(":tokay")[0] for _, name in open_ports} <= {"ray::ServeReplica"}
+
+
+def test_other_hosts_and_pages_are_refused(endpoint: Endpoint) -> None:
+    body = {"query": "how do I wait a moment"}
+    for headers in ({"host": f"evil.example:{endpoint.port}"}, {"origin": "https://evil.example"}):
+        refused = httpx.post(f"{endpoint.url}/v1/search", json=body, headers=headers)
+        assert refused.status_code == 403
+        assert refused.headers["x-frame-options"] == "DENY"
+    own = {"host": f"localhost:{endpoint.port}", "origin": f"http://localhost:{endpoint.port}"}
+    assert httpx.post(f"{endpoint.url}/v1/search", json=body, headers=own).is_success
+
+
+def test_long_bodies_are_refused_whole_and_in_pieces(endpoint: Endpoint) -> None:
+    def pieces() -> Iterator[bytes]:
+        for _ in range(200):
+            yield b" " * 2**16
+
+    for content in (b" " * (8 * 2**20 + 1), pieces()):
+        refused = httpx.post(f"{endpoint.url}/v1/embeddings", content=content)
+        assert refused.status_code == 413
+        assert "accepted are 8388608" in refused.json()["error"]["message"]
 
 
 def test_taken_port_is_refused_in_one_line(endpoint: Endpoint) -> None:

@@ -132,19 +132,6 @@ def test_templates_surround_queries_and_passages(student: Encoder):
     np.testing.assert_allclose(passages, student.encode(written), atol=1e-6)
 
 
-def test_missing_title_is_left_out_where_the_template_does_not_name_it():
-    templates = PromptTemplates(passage="{title}\n{text}")
-    assert templates.format_passage("lift") == "lift"
-    assert templates.format_passage("lift", "Wings") == "Wings\nlift"
-    assert templates.prefixes(None)["document"] == ""
-
-
-@pytest.mark.parametrize("template", ["no field", "{text} {text}", "{title} {text}", "{text} {x}"])
-def test_template_with_other_fields_is_refused(template: str):
-    with pytest.raises(ValueError, match="query template"):
-        PromptTemplates(query=template)
-
-
 def test_export_equals_sentence_transformers(student: Encoder, export: Path):
     theirs = SentenceTransformer(str(export), device="cpu")
     ours = student.encode(TEXTS)
@@ -169,14 +156,8 @@ def test_modules_without_a_pooling_are_refused(student: Encoder, tmp_path: Path)
     student.save(tmp_path, model_card="")
     modules = json.loads((tmp_path / "modules.json").read_text())
     (tmp_path / "modules.json").write_text(json.dumps([modules[0]]))
-    with pytest.raises(UserError, match="pools by 'nothing'"):
+    with pytest.raises(UserError, match="accepted are a Transformer, a Pooling"):
         Encoder.load(str(tmp_path))
-
-
-def test_prompts_need_a_task_where_the_template_does():
-    assert GECKO.prefixes(None) == {"document": "title: none | text: "}
-    assert GECKO.prefixes("search")["query"] == "task: search | query: "
-    assert PromptTemplates(query="{text} ({task})").prefixes("x") == {"document": ""}
 
 
 def test_prompts_of_sentence_transformers_become_templates(student: Encoder, tmp_path: Path):
@@ -289,22 +270,6 @@ def test_projection_is_trained_exported_and_restored(encoder: Encoder, tmp_path:
     assert parity(tmp_path) > 0.99999
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"activation_function": "os.system"}, {"use_residual": True}, {"module_input_name": "x"}],
-)
-def test_projection_that_does_more_is_refused(
-    encoder: Encoder, tmp_path: Path, change: dict[str, object]
-):
-    projected = cut_layers(encoder, [0])
-    add_projection(projected, 8)
-    projected.save(tmp_path, model_card="")
-    path = tmp_path / "2_Dense/config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(UserError, match="no plain projection"):
-        Encoder.load(str(tmp_path))
-
-
 def test_equal_texts_get_equal_vectors(encoder: Encoder):
     texts = ["wing", "lift", "wing", "drag", "lift"]
     vectors = encoder.encode(texts)
@@ -318,7 +283,7 @@ def test_unknown_module_is_refused(student: Encoder, tmp_path: Path):
     modules = json.loads((tmp_path / "modules.json").read_text())
     modules[2]["type"] = "sentence_transformers.models.LSTM"
     (tmp_path / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(UserError, match="module 'LSTM'"):
+    with pytest.raises(UserError, match=r"LSTM.*accepted are Transformer"):
         Encoder.load(str(tmp_path))
 
 

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 
 from cluster.artifacts import Artifact, write_rejects, write_shards
-from cluster.errors import ArtifactError, StorageError, TooManyRejects, UserError
-from cluster.steps import Run, Step, StepContext
-from cluster.storage import open_storage
+from cluster.errors import DUPLICATES, ArtifactError, StorageError, TooManyRejects, UserError
+from cluster.steps import MARKER, Run, Step, StepContext
+from cluster.storage import LocalStorage, open_storage
 
 
 class Listener:
@@ -151,6 +151,23 @@ def test_too_many_rejects_fail_the_step_with_the_commonest_reason(tmp_path: Path
     assert artifact.rejects()["reason"].to_pylist() == ["empty", "empty", "long"]
 
 
+def test_duplicates_are_rejects_that_stop_no_step(tmp_path: Path) -> None:
+    def refuse(context: StepContext) -> dict[str, object]:
+        write(context)
+        repeats = [("x", reason, "") for reason in DUPLICATES] * 50
+        write_rejects(context.storage, [*repeats, ("y", "empty", "")])
+        return {"num_duplicates": len(repeats)}
+
+    def step(share: float) -> Step:
+        return Step(name="s", config={}, inputs=(), work=refuse, max_reject_share=share)
+
+    with pytest.raises(TooManyRejects, match=r"refused 1 rows, mostly 'empty' \(1\), and"):
+        Run(str(tmp_path), [step(0.1)]).execute(Listener())
+    artifact = Run(str(tmp_path), [step(0.5)]).execute(Listener())["s"]
+    assert (artifact.num_rejects, artifact.num_duplicates) == (1, 100)
+    assert artifact.rejects().num_rows == 101
+
+
 def test_run_works_on_s3(bucket: str) -> None:
     assert events_of(Run(f"{bucket}/r", steps()))[-1] == "done two"
     assert events_of(Run(f"{bucket}/r", steps())) == ["found one", "found two"]
@@ -185,3 +202,147 @@ def test_full_disk_is_one_line_and_with_room_the_run_goes_on(small_disk: Path) -
     artifact = run.execute(Listener())["big"]
     artifact.verify()
     assert artifact.read().equals(table)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def thesis(tmp_path: Path) -> Path:
+    """A folder of somebody who also calls things `one` and `two`."""
+    for name in ("one/chapter.txt", "two/train.py", "recipe.yaml", "two/manifest.json"):
+        (tmp_path / "work" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "work" / name).write_text('{"name": "my app", "fingerprint": "x"}')
+    return tmp_path / "work"
+
+
+def test_folder_that_is_no_run_is_left_alone(thesis: Path) -> None:
+    before = names(thesis)
+    run = Run(str(thesis), steps())
+    for work in (
+        run.delete_steps,
+        lambda: run.execute(Listener()),
+        lambda: run.execute(Listener(), rebuild=True),
+        lambda: run.execute(Listener(), until="three"),
+        run.check_folder,
+    ):
+        with pytest.raises(UserError, match="is no run of Tokay, and holds files, which stay"):
+            work()
+    assert names(thesis) == before
+
+
+def test_prefix_that_is_no_run_is_left_alone(bucket: str) -> None:
+    storage = open_storage(f"{bucket}/mine")
+    storage.write_bytes("one/chapter.txt", b"1")
+    with pytest.raises(UserError, match="is no run of Tokay"):
+        Run(f"{bucket}/mine", steps()).delete_steps()
+    assert storage.list() == ["one/chapter.txt"]
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_steps_folder_that_no_step_made_is_left_alone(
+    place: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    uri = str(tmp_path / "run") if place == "local" else request.getfixturevalue("bucket") + "/run"
+    Run(uri, steps()[:1]).execute(Listener())
+    storage = open_storage(uri)
+    storage.write_bytes("two/chapter.txt", b"1")
+    storage.write_bytes("two/manifest.json", b'{"step": "thesis", "fingerprint": "x"}')
+    before = storage.list()
+    for fresh in (True, False):
+        run = Run(uri, steps({"k": 2}))
+        with pytest.raises(UserError, match="two holds files that no step 'two' made; nothing was"):
+            run.delete_steps() if fresh else run.execute(Listener(), rebuild=True)
+    assert storage.list() == before
+
+
+def test_steps_folder_behind_a_symbolic_link_is_left_alone(tmp_path: Path) -> None:
+    Run(str(tmp_path / "a"), steps()).execute(Listener())
+    Run(str(tmp_path / "b"), steps()[:1]).execute(Listener())
+    (tmp_path / "b" / "two").symlink_to(tmp_path / "a" / "two")
+    before = names(tmp_path)
+    with pytest.raises(UserError, match="b/two is a symbolic link; nothing was touched"):
+        Run(str(tmp_path / "b"), steps()).delete_steps()
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_deleting_steps_leaves_all_else(
+    place: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    uri = str(tmp_path / "run") if place == "local" else request.getfixturevalue("bucket") + "/run"
+    run = Run(uri, steps())
+    run.execute(Listener())
+    for path in ("notes.txt", "three/x", "one-more/x"):
+        run.storage.write_bytes(path, b"1")
+    run.delete_steps()
+    kept = {".tokay", "notes.txt", "one-more/x", "three/x", "run.lock"}
+    assert set(run.storage.list()) == kept - ({"run.lock"} if place == "s3" else set())
+    assert events_of(run)[0] == "begins one"
+
+
+def test_run_of_before_there_were_markers_gets_one(tmp_path: Path) -> None:
+    Run(str(tmp_path), steps()).execute(Listener())
+    (tmp_path / MARKER).unlink()
+    assert events_of(Run(str(tmp_path), steps())) == ["found one", "found two"]
+    assert (tmp_path / MARKER).exists()
+
+
+def test_step_that_is_half_deleted_is_no_result_and_its_rest_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(str(tmp_path), steps())
+    run.execute(Listener())
+    delete = LocalStorage.delete
+    deleted: list[str] = []
+
+    def die(storage: LocalStorage, prefix: str) -> None:
+        deleted.append(prefix)
+        if len(deleted) > 2:
+            raise KeyboardInterrupt
+        delete(storage, prefix)
+
+    monkeypatch.setattr(LocalStorage, "delete", die)
+    with pytest.raises(KeyboardInterrupt):
+        run.delete_steps()
+    monkeypatch.undo()
+    assert deleted[0] == "manifest.json" and run.state(steps()[0]) == "waiting"
+    assert (tmp_path / "one" / "shards" / "00001.parquet").exists()
+    seen: list[str] = []
+
+    def look(context: StepContext) -> dict[str, object]:
+        seen.extend(context.storage.list())
+        return write(context)
+
+    again = Run(str(tmp_path), [Step(name="one", config={"k": 1}, inputs=(), work=look)])
+    assert events_of(again) == ["begins one", "done one"]
+    assert seen == ["work/begun.json"]
+
+
+def test_nothing_is_deleted_while_another_process_is_at_work(tmp_path: Path) -> None:
+    run = Run(str(tmp_path), steps())
+    run.execute(Listener())
+    before = names(tmp_path)
+    with run.alone():
+        other = Run(str(tmp_path), steps())
+        for work in (other.delete_steps, lambda: other.execute(Listener(), rebuild=True)):
+            with pytest.raises(UserError, match="another process is at work"):
+                work()
+        assert names(tmp_path) == before
+        run.delete_steps()  # its own holder may
+    assert names(tmp_path) == [".tokay", "run.lock"]
+
+
+def test_note_of_begun_work_that_is_broken_is_one_line(tmp_path: Path) -> None:
+    run = Run(str(tmp_path), steps())
+    run.storage.write_bytes("one/work/begun.json", b"[" * 10_000)
+    with pytest.raises(ArtifactError, match=r"begun\.json is not what this version of Tokay") as e:
+        run.state(steps()[0])
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a\0"])
+def test_step_with_a_name_that_is_no_folders_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="name of a folder"):
+        Run(str(tmp_path), [Step(name=name, config={}, inputs=(), work=write)])

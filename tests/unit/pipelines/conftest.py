@@ -1,3 +1,4 @@
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -32,3 +33,37 @@ def by_passage() -> Callable[[list[Row]], pa.Table]:
         return pa.Table.from_pylist([rows[id_] for id_ in sorted(rows)], schema=SCORES)
 
     return table
+
+
+@pytest.fixture(scope="session")
+def assert_linear() -> Callable[..., None]:
+    """Asserts that a call takes no more than in proportion to the length of its text.
+
+    The text is a unit, again and again, between a head and a tail; it is doubled twice.
+    """
+
+    def seconds(call: Callable[[str], object], text: str) -> float:
+        begin = time.thread_time()
+        call(text)
+        return time.thread_time() - begin
+
+    def check(
+        call: Callable[[str], object],
+        unit: str,
+        *,
+        head: str = "",
+        tail: str = "",
+        size: int = 8000,
+    ) -> None:
+        for _ in range(4):  # another process may have the caches
+            long = head + unit * (4 * size // len(unit)) + tail
+            taken = seconds(call, long)
+            if taken < 0.002:  # of a megabyte: two seconds at most, were it quadratic
+                return
+            text = head + unit * (size // len(unit)) + tail
+            ratio = taken / max(min(seconds(call, text) for _ in range(3)), 1e-6)
+            if ratio < 9:  # linear: 4, quadratic: 16
+                return
+        raise AssertionError(f"{call} takes {ratio:.0f} times as long for 4 times {unit!r}")
+
+    return check

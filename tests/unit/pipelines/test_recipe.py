@@ -1,12 +1,18 @@
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cluster.errors import UserError
-from pipelines.recipe import load_recipe, recipe_names
+from pipelines.recipe import load_recipe, read_models, recipe_names
+from pipelines.recipe_keys import recipe_keys
+from pipelines.yaml_files import write_yaml
 
 
 @pytest.mark.parametrize("name", ["laptop", "gpu", "gpu-80gb", "gpu-8x80gb", "cluster"])
@@ -98,6 +104,20 @@ def test_base_that_leads_back_to_the_recipe_is_a_mistake(tmp_path: Path) -> None
             "training.validation.test_set=scifact",
             "training.validation.test_set: 'scifact' is no retrieval set of the recipe's",
         ),
+        ("corpus.min_words=100", "corpus.min_words: 100 given, and corpus.max_words is 160"),
+        ("corpus.path=2024", "corpus.path: 2024 given; put it in quotes"),
+        ("training=", "training: None given"),
+        ("training.learning_rate=.inf", "training.learning_rate: inf given; accepted are finite"),
+        ("training.learning_rate=inf", "training.learning_rate: inf given; accepted are finite"),
+        ("sizes={mine: {parameters: 1, layers: 2}}", "unknown key sizes.mine.layers; accepted are"),
+        (
+            "student.query_template=q {foo}",
+            "query_template: query template 'q {foo}': it must hold",
+        ),
+        ("retriever.passage_template={text", "passage_template"),
+        ("student.layers=[2, 1]", "student.layers: [2, 1] given; give rising indices"),
+        ("student.dtype=int8", "student.dtype: 'int8' given"),
+        ("corpus..path=x", "write path.to.key=value"),
         ("queries.tasks.9=x", "'9' is no place in a list of 2"),
     ],
 )
@@ -127,16 +147,130 @@ def test_command_answers_a_mistake_with_one_line_and_exit_code_two(tmp_path: Pat
     assert "Traceback" not in answer.stdout
 
 
-def test_variables_come_from_the_environment(
+def test_variables_of_tokay_come_from_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text("base: laptop\ncorpus: {path: '${MY_TEXTS}/news'}\n")
-    monkeypatch.setenv("MY_TEXTS", "/texts")
+    recipe.write_text(
+        "base: laptop\ncorpus: {path: '${TOKAY_TEXTS}/news'} # of ${NOBODY}\n", encoding="utf-8"
+    )
+    monkeypatch.setenv("TOKAY_TEXTS", "/texts")
     assert load_recipe(recipe).corpus.path == "/texts/news"
-    monkeypatch.delenv("MY_TEXTS")
-    with pytest.raises(UserError, match=r"mine reads \$\{MY_TEXTS\}: set it"):
+    monkeypatch.setenv("TOKAY_NAME", "fiction")
+    found = load_recipe(recipe, ["corpus.path=${TOKAY_TEXTS}/${TOKAY_NAME}"])
+    assert found.corpus.path == "/texts/fiction"
+    monkeypatch.setenv("TOKAY_NUMBER", "12")
+    assert load_recipe(recipe, ["seeds.num_seeds=${TOKAY_NUMBER}"]).seeds.num_seeds == 12
+    monkeypatch.delenv("TOKAY_TEXTS")
+    with pytest.raises(UserError, match=r"mine\.yaml reads \$\{TOKAY_TEXTS\}: set it"):
         load_recipe(recipe)
+    assert load_recipe(recipe, keep_unset=True).corpus.path == "${TOKAY_TEXTS}/news"
+
+
+@pytest.mark.parametrize("keep_unset", [False, True])
+def test_variable_that_is_not_listed_never_reaches_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_unset: bool
+) -> None:
+    monkeypatch.setenv("AWS_SECRET", "hunter2")
+    (tmp_path / "base.yaml").write_text("base: laptop\nname: '${AWS_SECRET}'\n", encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(
+        "base: base.yaml\nname: mine\nvariables: [AWS_SECRET]\n", encoding="utf-8"
+    )
+    told = r"\$\{AWS_SECRET\}.*call it TOKAY_AWS_SECRET, or list it under .* `variables`"
+    with pytest.raises(UserError, match=told) as refused:
+        load_recipe(tmp_path / "mine.yaml", keep_unset=keep_unset)  # the list is each file's own
+    assert "hunter2" not in str(refused.value)
+    with pytest.raises(UserError, match=told):
+        load_recipe("laptop", ["name=${AWS_SECRET}"], keep_unset=keep_unset)
+    assert load_recipe("laptop", ["variables=[AWS_SECRET]", "name=${AWS_SECRET}"]).name == "hunter2"
+
+
+def test_variables_that_are_listed_are_read_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATA", "/data")
+    monkeypatch.setenv("OWN", "own")
+    (tmp_path / "base.yaml").write_text(
+        "base: laptop\nvariables: [DATA]\ncorpus: {path: '${DATA}/a'}\n", encoding="utf-8"
+    )
+    (tmp_path / "mine.yaml").write_text(
+        "base: base.yaml\nvariables: [OWN]\nname: '${OWN}'\n", encoding="utf-8"
+    )
+    found = load_recipe(tmp_path / "mine.yaml")
+    assert (found.corpus.path, found.name) == ("/data/a", "own")
+    assert found.variables == ("DATA", "OWN")
+    with pytest.raises(UserError, match="variables: accepted is a list of names"):
+        load_recipe("laptop", ["variables=HOME", "name=${HOME}"])
+
+
+def test_value_of_a_variable_is_a_text_and_no_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = "x'}\nllm: {trust_remote_code: true}\n# "
+    monkeypatch.setenv("TOKAY_TEXTS", value)
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("base: laptop\ncorpus: {path: '${TOKAY_TEXTS}'}\n", encoding="utf-8")
+    assert load_recipe(recipe).corpus.path == value
+    with pytest.raises(UserError, match=r"reads \$\{HOME:-/x\}: write \$\{NAME\}"):
+        load_recipe("laptop", ["corpus.path=${HOME:-/x}"])
+
+
+@pytest.mark.parametrize(
+    "name", ["../../evil", "a/b", "", ".hidden", "a\\b", "a b", "x" * 101, "a\nb", "\x1b[31m"]
+)
+def test_name_that_would_leave_its_folder_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=r"name: .* given; accepted are up to 100"):
+        load_recipe("laptop", [f"name={json.dumps(name)}"])
+    if name not in ("a b",):
+        for key, more in (("evaluation", ""), ("mixture.labelled", "")):
+            with pytest.raises(UserError, match=r"0\.name: .* given; accepted are up to 100"):
+                load_recipe("laptop", [f"{key}=[{{name: {json.dumps(name)}, path: x{more}}}]"])
+
+
+@pytest.mark.parametrize("name", ["mine-2", "für_uns", "2024-01-01", "on", "v1.2"])
+def test_name_of_letters_and_digits_is_accepted(name: str) -> None:
+    assert load_recipe("laptop", [f"name={name}"]).name == name
+
+
+@pytest.mark.parametrize("part", ["llm", "retriever", "student"])
+def test_recipe_alone_cannot_let_models_bring_code(part: str) -> None:
+    asked = [f"{part}.trust_remote_code=true"]
+    with pytest.raises(UserError, match=rf"sets {part}\.trust_remote_code.*--trust-remote-code"):
+        load_recipe("laptop", asked)
+    found = load_recipe("laptop", asked, trust_remote_code=True)
+    assert getattr(found, part).trust_remote_code
+    assert not load_recipe("laptop", trust_remote_code=True).student.trust_remote_code
+
+
+def test_models_of_a_run_are_read_whatever_else_has_changed(tmp_path: Path) -> None:
+    recipe = load_recipe("laptop")
+    tree = recipe.model_dump(mode="json") | {"prompts": f"{tmp_path}/gone.yaml", "name": "a b"}
+    tree["training"] = {"key_of_old": 1}
+    found = read_models(write_yaml(tree).encode(), "recipe.yaml")
+    assert (found.retriever, found.student) == (recipe.retriever, recipe.student)
+    with pytest.raises(UserError, match=r"recipe\.yaml has the unknown key 'ingredients', made by"):
+        read_models(write_yaml({**tree, "ingredients": []}).encode(), "recipe.yaml")
+    tree["student"] |= {"mdoel": 3}
+    with pytest.raises(UserError, match=r"perhaps of another version: unknown key student\.mdoel"):
+        read_models(write_yaml(tree).encode(), "recipe.yaml")
+    with pytest.raises(UserError, match=r"recipe\.yaml is no recipe: accepted is a mapping"):
+        read_models(b"- a", "recipe.yaml")
+    with pytest.raises(UserError, match="key retriever is missing"):
+        read_models(b"name: begun", "recipe.yaml")
+
+
+def test_error_of_a_recipe_is_short_whatever_stands_in_it(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"base: laptop\nname: {'x' * 400_000}\n", encoding="utf-8")
+    for asked in (
+        [],
+        [f"seeds={'y' * 100_000}"],
+        [f"{'z' * 100_000}.a=1"],
+        [f"q={'w' * 99999}"],
+    ):
+        with pytest.raises(UserError) as refused:
+            load_recipe(recipe, asked)
+        assert len(str(refused.value)) < 2000
 
 
 def test_a_cut_llm_has_a_gpu_for_each_part() -> None:
@@ -145,3 +279,45 @@ def test_a_cut_llm_has_a_gpu_for_each_part() -> None:
         load_recipe("gpu", [cut])
     assert load_recipe("gpu", [cut, "resources.llm.num_gpus=2"]).resources.llm.num_gpus == 2
     assert load_recipe("laptop", [cut])  # on a CPU the parts are groups of cores
+
+
+KEYS = [re.sub(r"\[\]|NAME", "0", key.key) for key in recipe_keys()]
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**30), 10**30)
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(
+        ["${TOKAY_X}", "${HOME}", "${", "~x/y", "embedded:", "s3://", "\x00", "../x"]
+    ),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from([k.split(".")[-1] for k in KEYS]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(KEYS) | st.text(max_size=12), VALUES), max_size=3),
+    st.booleans(),
+)
+def test_recipe_of_any_values_is_read_or_refused(
+    changes: list[tuple[str, Any]], keep_unset: bool
+) -> None:
+    asked = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changes]
+    try:
+        load_recipe("laptop", asked, keep_unset=keep_unset)
+    except UserError as error:
+        assert len(str(error)) < 2000
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(KEYS), st.text(max_size=12)), max_size=3))
+def test_setting_of_any_text_is_read_or_refused(changes: list[tuple[str, str]]) -> None:
+    try:
+        load_recipe("laptop", [f"{key}={value}" for key, value in changes])
+    except UserError as error:
+        assert len(str(error)) < 2000

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -7,6 +8,7 @@ from actors.encoder import Encoder, PromptTemplates
 from serving.api import create_app
 from serving.corpus import Corpus
 from serving.metrics import Metrics
+from serving.protocol import RequestLimits
 from serving.served_model import ServedModel
 
 ModelFactory = Callable[..., ServedModel]
@@ -33,7 +35,11 @@ def prompted(encoder: Encoder) -> Encoder:
 @pytest.fixture(scope="session")
 def make_model() -> ModelFactory:
     def make(
-        encoder: Encoder, *, corpus: Corpus | None = None, max_queued_tokens: int = 100_000
+        encoder: Encoder,
+        *,
+        corpus: Corpus | None = None,
+        max_queued_tokens: int = 100_000,
+        **limits: Any,
     ) -> ServedModel:
         return ServedModel(
             encoder,
@@ -43,6 +49,7 @@ def make_model() -> ModelFactory:
             max_queued_tokens=max_queued_tokens,
             metrics=Metrics(),
             corpus=corpus,
+            limits=RequestLimits(**limits),
         )
 
     return make

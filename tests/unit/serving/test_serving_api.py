@@ -8,13 +8,16 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
 from actors.embedded import embedded_model
-from actors.encoder import Encoder
+from actors.encoder import Encoder, PromptTemplates
+from actors.passage_index import PassageIndex
 from serving.api import create_app, shorten
-from serving.corpus import load_corpus
+from serving.corpus import Corpus, load_corpus
 from serving.served_model import ServedModel
 
 TEXTS = [
@@ -96,21 +99,59 @@ def test_base64_holds_the_same_little_endian_floats(client: TestClient) -> None:
     np.testing.assert_array_equal(decoded, vectors(embed(client, TEXTS, dimensions=100)))
 
 
-def test_token_ids_equal_their_text(client: TestClient, encoder: Encoder) -> None:
+def test_token_ids_equal_their_text_where_they_are_allowed(
+    client: TestClient, encoder: Encoder, make_model: Callable[..., ServedModel]
+) -> None:
+    ours = TestClient(create_app(make_model(encoder, token_ids=True)))
     bare = [row[1:-1] for row in encoder.tokenize(TEXTS)]
+    np.testing.assert_allclose(vectors(embed(ours, bare)), vectors(embed(client, TEXTS)), atol=1e-6)
     np.testing.assert_allclose(
-        vectors(embed(client, bare)), vectors(embed(client, TEXTS)), atol=1e-6
-    )
-    np.testing.assert_allclose(
-        vectors(embed(client, bare[0]))[0], vectors(embed(client, TEXTS[0]))[0], atol=1e-6
+        vectors(embed(ours, bare[0]))[0], vectors(embed(client, TEXTS[0]))[0], atol=1e-6
     )
 
 
-def test_token_ids_of_another_tokenizer_are_refused(client: TestClient) -> None:
-    body = {"input": [[9906, 1917], [100257]], "model": "minilm"}
+@pytest.mark.parametrize("ids", [[9906, 1917], [[9906, 1917]], [[9906], [1917, 0]], [-1]])
+def test_token_ids_are_refused_with_what_langchain_users_must_set(
+    client: TestClient, ids: list[Any]
+) -> None:
+    body = {"input": ids, "model": "minilm"}
     error = refused(client.post("/v1/embeddings", json=body), 400)
-    assert "0 to 30521" in error["message"]
-    assert "100257" in error["message"]
+    assert "OpenAIEmbeddings(check_embedding_ctx_length=False)" in error["message"]
+    assert "--allow-token-ids" in error["message"]
+    assert error["param"] == "input"
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "says"),
+    [
+        ({"input": [[9906, 1917], [100257]]}, "input", "0 to 30521"),
+        ({"input": [-1]}, "input", "0 to 30521"),
+        ({"input": [10**400]}, "input", "0 to 30521"),
+        ({"input": [[]]}, "input", "empty"),
+        ({"input": [[1.0]]}, "input", "lists of token ids"),
+        ({"input": [5, True]}, "input", "lists of token ids"),
+        ({"input": [5], "input_type": "query"}, "input_type", "texts"),
+    ],
+)
+def test_token_ids_that_are_none_are_refused(
+    encoder: Encoder,
+    make_model: Callable[..., ServedModel],
+    body: dict[str, Any],
+    param: str,
+    says: str,
+) -> None:
+    ours = TestClient(create_app(make_model(encoder, token_ids=True)))
+    error = refused(ours.post("/v1/embeddings", json={"model": "minilm", **body}), 400)
+    assert error["param"] == param
+    assert says in error["message"]
+    assert len(error["message"]) < 700
+
+
+def test_null_is_the_default_of_each_optional_field(client: TestClient) -> None:
+    optional = ("encoding_format", "dimensions", "user", "input_type", "task", "truncate")
+    given, expected = embed(client, "a text", **dict.fromkeys(optional)), embed(client, "a text")
+    assert given == expected
+    assert isinstance(given["data"][0]["embedding"], list)
 
 
 def test_input_type_applies_the_templates(
@@ -135,18 +176,21 @@ def test_input_type_applies_the_templates(
         ({"input": []}, "input", "1 to 2048"),
         ({"input": ""}, "input", "empty"),
         ({"input": ["a", ""]}, "input", "empty"),
-        ({"input": [[]]}, "input", "empty"),
         ({"input": ["a"] * 2049}, "input", "1 to 2048"),
         ({"input": ["a", 1]}, "input", "a list of strings"),
         ({"input": {"text": "a"}}, "input", "a list of strings"),
         ({"input": None}, "input", "a list of strings"),
-        ({"input": [-1]}, "input", "token ids"),
+        ({"input": ["a", None]}, "input", "a list of strings"),
+        ({"input": ["a"], "dimensions": True}, "dimensions", "integer"),
+        ({"input": ["a"], "dimensions": 64.5}, "dimensions", "integer"),
+        ({"input": ["a"], "dimensions": 10**400}, "dimensions", "1 to 384"),
+        ({"input": ["a"], "truncate": 1}, "truncate", "boolean"),
+        ({"input": "a", "model": 3}, "model", "string"),
         ({"input": "half \ud800"}, "input", "surrogate"),
         ({}, "input", "required"),
         ({"input": "a", "encoding_format": "hex"}, "encoding_format", "base64"),
         ({"input": "a", "dimension": 3}, "dimension", "unknown field"),
         ({"input": "a", "task": "t"}, "task", "input_type"),
-        ({"input": [5], "input_type": "query"}, "input_type", "texts"),
         ({"input": "word " * 300}, "input", "302 tokens and the model reads 256"),
     ],
 )
@@ -162,11 +206,37 @@ def test_bad_request_is_refused_in_openai_shape(
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b'{"input', b"[1]", b'"text"', b"\xff", b'{"\\ud800": 1}']
+    ("content", "says"),
+    [
+        (b"", "JSON object"),
+        (b'{"input', "not valid JSON"),
+        (b"[1]", "JSON object"),
+        (b'"text"', "JSON object"),
+        (b"\xff", "not UTF-8"),
+        (b'{"\\ud800": 1}', "JSON object"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"input":' * 100_000, "nested too deeply"),
+        (b'{"input": ' + b"[" * 800 + b"]" * 800 + b', "model": "minilm"}', "token ids"),
+        (b'{"input": NaN, "model": "minilm"}', "NaN is no number"),
+        (b'{"input": "a", "model": "minilm", "dimensions": 1e999}', "integer"),
+        (b'{"input": "a", "model": "minilm", "dimensions": ' + b"9" * 5000 + b"}", "digits"),
+        (b'{"input": "a", "model": "minilm", "input": "b"}', "the key 'input' twice"),
+        (b"{" + b",".join(b'"%d":0' % n for n in range(20_000)) + b"}", "20000 keys"),
+    ],
 )
-def test_body_that_is_no_json_object_is_refused(client: TestClient, content: bytes) -> None:
+def test_body_that_is_no_request_is_refused(client: TestClient, content: bytes, says: str) -> None:
     headers = {"content-type": "application/json"}
-    refused(client.post("/v1/embeddings", content=content, headers=headers), 400)
+    error = refused(client.post("/v1/embeddings", content=content, headers=headers), 400)
+    assert says in error["message"]
+
+
+def test_what_a_refusal_quotes_is_cut(client: TestClient) -> None:
+    long = "x" * 100_000
+    for body in ({"input": "a", "model": long}, {"input": "a", "model": "minilm", long: 1}):
+        answer = client.post("/v1/embeddings", json=body)
+        assert answer.status_code in (400, 404)
+        assert len(answer.content) < 1500
+    assert len(client.get(f"/{'y' * 5000}").content) < 1000
 
 
 def test_longest_text_is_accepted_and_one_token_more_is_not(client: TestClient) -> None:
@@ -186,6 +256,45 @@ def test_other_model_and_path_are_not_found(client: TestClient) -> None:
     refused(client.get("/v1/models/other"), 404)
     refused(client.get("/v1/nothing"), 404)
     refused(client.get("/v1/embeddings"), 405)
+
+
+def test_texts_and_characters_have_their_own_limits(
+    encoder: Encoder, prompted: Encoder, make_model: Callable[..., ServedModel]
+) -> None:
+    app = create_app(make_model(encoder, max_texts=3, max_characters=100))
+    client = TestClient(app)
+    assert vectors(embed(client, ["a" * 33] * 3, truncate=True)).shape == (3, 384)
+    body = {"model": "minilm", "input": ["a"] * 4}
+    assert "give 1 to 3" in refused(client.post("/v1/embeddings", json=body), 400)["message"]
+    body = {"model": "minilm", "input": ["a" * 34] * 3}
+    error = refused(client.post("/v1/embeddings", json=body), 413)
+    assert "102 characters; accepted are 100" in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def test_characters_are_counted_in_the_template_before_it_is_filled(
+    prompted: Encoder, make_model: Callable[..., ServedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = TestClient(create_app(make_model(prompted)))
+    written = []
+    fill = PromptTemplates.format_query
+    monkeypatch.setattr(
+        PromptTemplates,
+        "format_query",
+        lambda self, text, **given: written.append(text) or fill(self, text, **given),
+    )
+    # 30 KB of request, 41 MB in `task: {task} | query: {text}`.
+    body = {"model": "minilm", "input": ["a"] * 2048, "input_type": "query", "task": "t" * 20_000}
+    assert len(json.dumps(body)) < 31_000
+    error = refused(client.post("/v1/embeddings", json=body), 413)
+    assert f"{2048 * (20_000 + len('task:  | query: a'))} characters" in error["message"]
+    assert error["param"] == "input"
+    assert "a" not in written  # only the template around it
+    body = {"query": "a", "task": "t" * 2_100_000}
+    corpus = Corpus(passages=pa.table({"id": []}), index=PassageIndex(384))
+    client = TestClient(create_app(make_model(prompted, corpus=corpus)))
+    assert refused(client.post("/v1/search", json=body), 413)["param"] == "query"
+    assert "a" not in written
 
 
 def test_models_describe_the_one_served(client: TestClient) -> None:
@@ -283,6 +392,18 @@ def test_failure_behind_the_routes_answers_500_in_openai_shape(
     error = refused(client.post("/v1/embeddings", json={"input": "a", "model": "minilm"}), 500)
     assert error["type"] == "server_error"
     assert "Embeddings" not in error["message"]
+
+
+def test_vectors_that_are_no_numbers_are_a_failure(
+    encoder: Encoder, make_model: Callable[..., ServedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Encoder, "embed_tokens", lambda *_, **__: torch.full((1, 384), float("nan"))
+    )
+    client = TestClient(create_app(make_model(encoder)))
+    body = {"input": "a", "model": "minilm"}
+    error = refused(client.post("/v1/embeddings", json=body), 500)
+    assert "no finite vector" in error["message"]
 
 
 def test_console_needs_no_other_host(client: TestClient) -> None:

@@ -1,5 +1,7 @@
+import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +10,7 @@ import pytest
 
 from actors.encoder import Encoder
 from cluster.artifacts import Manifest, list_files, write_shards
-from cluster.errors import UserError
+from cluster.errors import TokayError, UserError
 from cluster.storage import open_storage
 from serving.corpus import check_corpus, load_corpus
 
@@ -95,21 +97,160 @@ def encoder_of_another_size(encoder: Encoder) -> Encoder:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (b"{not json", "line 2"),
-        (b'{"_id": "b"}', "line 2"),
-        (b'{"_id": "b", "text": 7}', "line 2"),
-        (b'{"_id": "b", "text": "\xff"}', "line 2"),
-        (b"[1]", "line 2"),
+        (b"{not json", "malformed JSON"),
+        (b'{"_id": "b"}', "no text in field"),
+        (b'{"_id": "b", "text": 7}', "no text in field"),
+        (b'{"_id": "b", "text": " ", "title": null}', "blank"),
+        (b'{"_id": "b", "text": "\xff"}', "not UTF-8"),
+        (b'{"_id": "b", "text": "\\ud83d"}', "half of a surrogate pair"),
+        (b'{"_id": "b", "text": "a", "text": "b"}', "the key 'text' twice"),
+        (b"[1]", "not a JSON object"),
+        (b"[" * 900 + b"]" * 900, "not a JSON object"),
+        (b"[" * 200_000, "nested too deeply"),
     ],
 )
-def test_malformed_line_is_named(encoder: Encoder, tmp_path: Path, line: bytes, says: str) -> None:
-    (tmp_path / "corpus.jsonl").write_bytes(json.dumps(ROWS[0]).encode() + b"\n" + line)
-    for refuse in (
-        lambda: check_corpus(str(tmp_path)),
-        lambda: load_corpus(str(tmp_path), encoder),
-    ):
-        with pytest.raises(UserError, match=says):
+def test_line_that_is_no_passage_is_left_out_and_told(
+    encoder: Encoder, tmp_path: Path, line: bytes, says: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "corpus.jsonl"
+    good = json.dumps(ROWS[0]).encode()
+    path.write_bytes(good + b"\n" + line + b"\n" + json.dumps(ROWS[1]).encode())
+    told = check_corpus(str(tmp_path))
+    assert told is not None
+    assert told.startswith(f"1 of 3 rows of corpus '{tmp_path}' are no passages, such as ")
+    assert says in told
+    assert len(told) < 700
+    corpus = load_corpus(str(tmp_path), encoder)
+    assert corpus.passages["id"].to_pylist() == ["a", "b"]
+    assert told in caplog.messages
+    # Two of three are too many.
+    path.write_bytes(good + b"\n" + line + b"\n" + line)
+    for refuse in (lambda: check_corpus(str(path)), lambda: load_corpus(str(path), encoder)):
+        with pytest.raises(UserError, match="2 of 3 rows") as refusal:
             refuse()
+        assert says in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["corpus.jsonl", "c.NDJSON", "c.jsonl.gz", "corpus.jsonl.gz", "part.parquet"]
+)
+def test_rows_are_named_as_tokay_run_names_them(
+    encoder: Encoder, tmp_path: Path, name: str
+) -> None:
+    rows = [
+        {"_id": "under", "id": "plain", "text": "one\x85two\u2028three"},
+        {"_id": None, "id": "plain", "title": None, "text": "second"},
+        {"_id": None, "id": None, "title": "third", "text": ""},
+    ]
+    path = tmp_path / name
+    if name.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist([{"title": "", **row} for row in rows]), path)
+    else:
+        lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+        path.write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+        if name.startswith("corpus"):
+            (tmp_path / "queries.jsonl").write_text("{}")
+    for uri in (tmp_path, path):
+        assert check_corpus(str(uri)) is None
+        assert load_corpus(str(uri), encoder).passages.to_pylist() == [
+            {"id": "under", "title": "", "text": "one\x85two\u2028three"},
+            {"id": "plain", "title": "", "text": "second"},
+            {"id": f"{name}:3", "title": "third", "text": ""},
+        ]
+
+
+def test_parquet_of_any_kind_of_text_is_read(encoder: Encoder, tmp_path: Path) -> None:
+    columns = {
+        "_id": pa.array([7, 8, 9]),
+        "title": pa.array(["one", "two", "one"]).dictionary_encode(),
+        "text": pa.array([b"first", "zw\u00f6lf".encode(), b"\xff"], pa.binary()),
+        # Columns that nobody asks for are not decoded: no year 300000 in Python's dates.
+        "when": pa.array([2**62] * 3, pa.timestamp("us")),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    told = check_corpus(str(tmp_path))
+    assert told is not None
+    assert "1 of 3 rows" in told
+    assert "x.parquet:3 (not UTF-8" in told
+    assert load_corpus(str(tmp_path), encoder).passages.to_pylist() == [
+        {"id": "7", "title": "one", "text": "first"},
+        {"id": "8", "title": "two", "text": "zwölf"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"id": ["a"]}, "no column text, only id"),
+        ({"text": [1]}, "a column text of int64"),
+        ({"text": ["a"], "_id": [[1]]}, "a column _id of list"),
+        ({"text": ["a"], "embedding": ["b"]}, "a column embedding of string"),
+        ({"text": ["a"], "embedding": [[1]]}, "a column embedding of list<.*int64>"),
+        ({"text": ["a", "b"], "id": ["x", "y"], "embedding": [[1.0, 0], [1.0]]}, "of y"),
+        ({"text": ["a", "b"], "id": ["x", "y"], "embedding": [[1.0, 0], None]}, "of y"),
+        ({"text": ["a"], "id": ["x"], "embedding": [[1.0, None]]}, "no numbers .of x"),
+        ({"text": ["a"], "id": ["x"], "embedding": [[1.0, float("nan")]]}, "no numbers .of x"),
+        ({"text": ["a"], "id": ["x"], "embedding": [[1e300, 0]]}, "no numbers .of x"),
+        ({"text": ["a"], "id": ["x"], "embedding": [[0.0, 0]]}, "zeros .* .of x"),
+    ],
+)
+def test_parquet_that_holds_no_passages_is_refused_before_the_start(
+    tmp_path: Path, columns: dict[str, Any], says: str
+) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "bad.parquet")
+    with pytest.raises(UserError, match=says):
+        check_corpus(str(tmp_path))
+
+
+def test_vectors_are_brought_to_unit_length_beside_their_rows(
+    encoder: Encoder, tmp_path: Path
+) -> None:
+    vectors = 3 * np.eye(3, 384, dtype=np.float64)
+    columns = {"id": ["x", "y", "z"], "text": ["first", None, "third"], "embedding": list(vectors)}
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    assert "1 of 3 rows" in (check_corpus(str(tmp_path)) or "")
+    corpus = load_corpus(str(tmp_path), encoder)
+    ((passage, score),) = corpus.search(vectors[2].astype(np.float32) / 3, 1)
+    assert (passage.id, score) == ("z", pytest.approx(1))
+
+
+def test_hidden_and_broken_files_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "corpus.ndjson").write_text(json.dumps(ROWS[0]))
+    (tmp_path / "._corpus.ndjson").write_bytes(b"\0\5\26\7")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "x.parquet").write_bytes(b"PAR1")
+    assert check_corpus(str(tmp_path)) is None
+    (tmp_path / "corpus.ndjson.gz").write_bytes(gzip.compress(b"{}"))  # a copy, not read
+    assert check_corpus(str(tmp_path)) is None
+    (tmp_path / "y.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match=r"y\.parquet is not a readable Parquet file"):
+        check_corpus(str(tmp_path))
+
+
+def test_folder_that_is_called_like_a_file_is_read(encoder: Encoder, tmp_path: Path) -> None:
+    folder = tmp_path / "table.parquet"  # as Spark writes tables
+    folder.mkdir()
+    pq.write_table(pa.table({"text": ["first"]}), folder / "part-0.parquet")
+    assert check_corpus(str(folder)) is None
+    assert len(load_corpus(str(folder), encoder)) == 1
+
+
+def test_index_without_all_its_rows_is_refused(encoder: Encoder, tmp_path: Path) -> None:
+    storage = open_storage(tmp_path / "index")
+    write_shards(storage, passages(np.eye(2, 384, dtype=np.float32)), rows_per_shard=1)
+    manifest = Manifest(
+        step="index", fingerprint="f", config={}, inputs={}, files=list_files(storage)
+    )
+    storage.write_bytes("manifest.json", manifest.to_json())
+    first = storage.read_bytes("shards/00000.parquet")
+    pq.write_table(
+        pq.read_table(pa.BufferReader(first)).slice(0, 0), tmp_path / "index/shards/00001.parquet"
+    )
+    with pytest.raises(UserError, match="has 1 rows and its manifest says 2"):
+        load_corpus(storage.uri, encoder)
+    storage.delete("shards/00001.parquet")
+    with pytest.raises(UserError, match=r"00001\.parquet is missing"):
+        load_corpus(storage.uri, encoder)
 
 
 def test_nothing_to_serve_is_refused(encoder: Encoder, tmp_path: Path) -> None:
@@ -118,8 +259,18 @@ def test_nothing_to_serve_is_refused(encoder: Encoder, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="accepted are"):
             check_corpus(str(uri))
     (tmp_path / "corpus.jsonl").write_text("")
-    with pytest.raises(UserError, match="empty"):
-        load_corpus(str(tmp_path), encoder)
-    pq.write_table(pa.table({"id": ["a"]}), tmp_path / "bad.parquet")
-    with pytest.raises(UserError, match="column text"):
-        load_corpus(str(tmp_path / "bad.parquet"), encoder)
+    for check in (check_corpus, lambda uri: load_corpus(uri, encoder)):
+        with pytest.raises(UserError, match="empty"):
+            check(str(tmp_path))
+
+
+def test_shards_outside_of_their_folder_are_not_read(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["secret"]}), tmp_path / "private.parquet")
+    (tmp_path / "run/index").mkdir(parents=True)
+    entry = {"path": "../../private.parquet", "num_bytes": 1, "sha256": "0" * 64, "num_rows": 1}
+    for path in ("../../private.parquet", "shards/../../../private.parquet"):
+        manifest = {"step": "index", "fingerprint": "f", "config": {}, "inputs": {}, "files": []}
+        manifest["files"] = [{**entry, "path": path}]
+        (tmp_path / "run/index/manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(TokayError):
+            check_corpus(str(tmp_path / "run/index"))

@@ -8,11 +8,11 @@ from pipelines.corpus.passages import (
     clean,
     cut,
     near_duplicates,
-    num_words,
     passage_id,
     passages_of,
     reject_reason,
 )
+from pipelines.words import num_words
 
 WORDS = [f"word{number}" for number in range(1000)]
 
@@ -26,27 +26,27 @@ def test_clean_joins_lines_and_keeps_paragraphs() -> None:
 
 
 def test_clean_normalises_unicode_and_drops_invisible_characters() -> None:
-    assert clean("cafe\u0301 a\u200bb\x00c\ufeff\xa0d \ud800") == "caf\u00e9 abc d"
-    assert clean("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645") == (
-        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"
+    assert clean("cafe\u0301 a\u2060b\x00c\ufeff\xa0d \ud800 har\u00adbour") == (
+        "caf\u00e9 abc d harbour"
     )
+    kept = "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \u06dd \U00031350"
+    assert clean(kept) == kept  # a joiner, a visible format character, a letter of Unicode 15
 
 
-def test_clean_removes_doctests_rules_and_rest_markup() -> None:
-    text = """Title
-    =====
+@pytest.mark.parametrize("space", "\v\f\x1c\x1f\x85\u00a0\u2028\u200b\u3000\r")
+def test_clean_parts_words_at_every_space(space: str) -> None:
+    assert clean(f"one{space}two") == "one two"
 
-    See :func:`~os.path.join`, :ref:`the guide <guide>` and ``a * b`` or `x` [1]_ with *great* care.
 
-    >>> join("a", "b")
-    'a/b'
-
-    Multiply a * b * c.
-    """
+def test_clean_keeps_quotations_and_marks_of_plain_text() -> None:
+    text = "Dear list,\n\n>>> The *night* ferry was cancelled [1]_.\n>>> They say `so`.\nI agree."
     assert clean(text) == (
-        "Title\n\nSee os.path.join, the guide and a * b or x with great care.\n\n"
-        "Multiply a * b * c."
+        "Dear list,\n\n>>> The *night* ferry was cancelled [1]_. >>> They say `so`. I agree."
     )
+
+
+def test_clean_parts_paragraphs_at_the_paragraph_separator() -> None:
+    assert clean("one\u2029two\r\rthree") == "one\n\ntwo\n\nthree"
 
 
 def test_cut_keeps_short_text_whole() -> None:
@@ -77,8 +77,24 @@ def test_cut_evens_out_a_short_last_piece() -> None:
     ]
 
 
-def test_cut_counts_characters_of_unspaced_scripts_and_breaks_unbroken_strings() -> None:
-    assert [len(piece) for piece in cut("漢字" * 50, max_words=40, min_words=5)] == [40, 40, 20]
+def test_cut_keeps_what_stands_behind_a_sentence() -> None:
+    text = f"({words(0, 40)}.) {words(40, 80)}."
+    assert cut(text, max_words=60, min_words=10) == [f"({words(0, 40)}.)", f"{words(40, 80)}."]
+
+
+def test_cut_parts_unspaced_scripts_at_sentences_then_words() -> None:
+    assert [len(piece) for piece in cut("漢字" * 50, max_words=40, min_words=5)] == [80, 20]
+    sentence = "朝市では魚がよく売れる。"  # of seven words
+    assert cut(sentence * 8, max_words=16, min_words=5) == [sentence * 2] * 4
+
+
+def test_cut_parts_long_thai_sentences_at_spaces() -> None:
+    phrase = "การเรียนรู้ของเครื่องเป็นสาขาหนึ่งของปัญญาประดิษฐ์"
+    pieces = cut(" ".join([phrase] * 6), max_words=2 * num_words(phrase) + 1, min_words=5)
+    assert pieces == [f"{phrase} {phrase}"] * 3
+
+
+def test_cut_parts_unbroken_strings() -> None:
     assert len(cut("x" * 10_000, max_words=40, min_words=5)) == 5
 
 

@@ -4,12 +4,31 @@ from collections import Counter
 
 import pytest
 
-from pipelines.corpus.passages import Passage, num_words, reject_reason
+from pipelines.corpus.passages import Passage, reject_reason
 from pipelines.corpus.python_documentation import (
     _documents,
+    _plain,
     _Shelf,
     python_documentation,
 )
+from pipelines.words import num_words
+
+
+def test_doctests_rules_and_rest_markup_are_removed() -> None:
+    text = """Title
+    =====
+
+    See :func:`~os.path.join`, :ref:`the guide <guide>` and ``a * b`` or `x` [1]_ with *great* care.
+
+    >>> join("a", "b")
+    'a/b'
+
+    Multiply a * b * c.
+    """
+    assert _plain(text) == (
+        "Title\n\nSee os.path.join, the guide and a * b or x with great care.\n\n"
+        "Multiply a * b * c."
+    )
 
 
 def test_python_passages_are_fit_and_cover_every_area(documentation: list[Passage]) -> None:

@@ -1,5 +1,6 @@
 """Differences and MTEB's means, worked by hand."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -95,3 +96,16 @@ def test_averages_are_over_test_sets_and_over_types() -> None:
     assert rows[0]["types"] == pytest.approx({"STS": 0.3, "Retrieval": 0.9})
     assert rows[0]["mean_task"] == pytest.approx(0.5)
     assert rows[0]["mean_task_type"] == pytest.approx(0.6)
+
+
+def test_compare_and_means_of_a_score_that_is_none_are_none() -> None:
+    rows = [result("a", "x", [0.5, math.nan]), result("b", "x", [0.5, 0.5])]
+    (row,) = compare(rows)
+    assert (row["difference"], row["interval"]) == (None, None)
+    without, found = averages(rows)
+    assert (without["types"], without["mean_task"], without["mean_task_type"]) == (
+        {"STS": None},
+        None,
+        None,
+    )
+    assert found["mean_task"] == 0.5

@@ -1,17 +1,21 @@
 """An endpoint gives the encoder's own vectors: Tokay's application, and a plain OpenAI server."""
 
+import asyncio
+import gzip
+import json
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 
 from actors.encoder import Encoder, PromptTemplates
 from cluster.errors import TokayError, UserError
+from pipelines.evaluation import endpoint as endpoint_module
 from pipelines.evaluation.endpoint import BATCH_TEXTS, EndpointEncoder
 from serving.api import create_app
 from serving.metrics import Metrics
@@ -129,3 +133,125 @@ def test_endpoint_that_is_none_is_refused(tokay: str) -> None:
         EndpointEncoder("http://127.0.0.1:9/v1")
     with pytest.raises(UserError, match="up to and with /v1"):
         EndpointEncoder(tokay.removesuffix("/v1"))
+
+
+MODELS = {"data": [{"id": "m", "object": "model", "created": 0, "owned_by": "acme"}]}
+
+
+def vectors(*rows: object) -> dict[str, object]:
+    return {"data": [{"index": at, "embedding": row} for at, row in enumerate(rows)]}
+
+
+@contextmanager
+def hostile(answers: dict[str, Response]) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """A server with one answer for each path; also gives the headers of what was asked."""
+    app = FastAPI()
+    asked: list[dict[str, str]] = []
+
+    @app.api_route("/v1/{path}", methods=["GET", "POST"])
+    async def answer(path: str, request: Request) -> Response:
+        asked.append(dict(request.headers))
+        return answers[path]
+
+    with served(app) as url:
+        yield url, asked
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "none of OpenAI's answers"),
+        (b"<html>", "none of OpenAI's answers"),
+        (b"[" * 100_000, "none of OpenAI's answers"),
+        (b'{"data": null}', "none of OpenAI's answers"),
+        (b'{"data": [{"index": 0, "embedding": null}]}', "none of OpenAI's answers"),
+        (json.dumps(vectors([1.0, 2.0])), "2 texts with 1 vectors"),
+        (json.dumps({"data": [{"index": 1, "embedding": [1.0]}] * 2}), "2 texts with 2 vectors"),
+        (json.dumps(vectors([1.0], [1.0, 2.0])), "vectors of several lengths"),
+        (json.dumps(vectors([], [])), "no vector of finite numbers"),
+        (json.dumps(vectors([float("nan")], [1.0])), "no vector of finite numbers"),
+        (json.dumps(vectors([1e300], [1.0])), "no vector of finite numbers"),
+        (json.dumps(vectors("!!", "!!")), "no vector of finite numbers"),
+        (json.dumps(vectors("AAA=", "AAA=")), "no vector of finite numbers"),
+        (json.dumps(vectors("AADAfw==", "AADAfw==")), "no vector of finite numbers"),  # NaN
+        (json.dumps(vectors("\U0001f98e", "a")), "no vector of finite numbers"),
+    ],
+)
+def test_endpoint_that_answers_no_vectors_is_told_in_one_line(content: bytes, says: str) -> None:
+    answers = {"models": JSONResponse(MODELS), "embeddings": Response(content)}
+    with hostile(answers) as (url, _):
+        endpoint = EndpointEncoder(url)
+        with pytest.raises(TokayError, match=says) as refusal:
+            endpoint.encode_passages(["a", "b"])
+    message = str(refusal.value)
+    assert message.startswith(f"{url}/embeddings answered ")
+    assert message.isprintable()
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>" * 10**5, b"{}", b'{"data": [{"id": 3}]}'])
+def test_endpoint_without_a_list_of_models_is_no_endpoint(content: bytes) -> None:
+    with (
+        hostile({"models": Response(content)}) as (url, _),
+        pytest.raises(UserError, match="up to and with /v1") as refusal,
+    ):
+        EndpointEncoder(url)
+    assert len(str(refusal.value)) < 500
+
+
+def test_endpoint_may_not_change_the_length_of_its_vectors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = {"models": JSONResponse(MODELS), "embeddings": JSONResponse(vectors([1.0, 0.0]))}
+    with hostile(answers) as (url, _):
+        endpoint = EndpointEncoder(url)
+        assert endpoint.encode_passages(["a"]).shape == (1, 2)
+        answers["embeddings"] = JSONResponse(vectors([1.0]))
+        with pytest.raises(TokayError, match="vectors of 1 and of 2 numbers"):
+            endpoint.encode_passages(["a"])
+
+
+def test_endpoint_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint_module, "MAX_ANSWER_BYTES", 10_000)
+    sent = []
+
+    async def endless() -> AsyncIterator[bytes]:
+        while len(sent) < 10_000:
+            sent.append(1)
+            await asyncio.sleep(0.001)
+            yield b" " * 1000
+
+    answers: dict[str, Response] = {"models": JSONResponse(MODELS)}
+    with hostile(answers) as (url, asked):
+        endpoint = EndpointEncoder(url)
+        for status, says in (
+            (200, "answers without end: accepted are 10000"),
+            (400, "without end|code: 400"),
+        ):
+            answers["embeddings"] = StreamingResponse(endless(), status)
+            with pytest.raises(TokayError, match=says):
+                endpoint.encode_passages(["a"])
+        assert len(sent) < 1000
+        assert len(asked) == 3  # such an answer is not asked for again
+        packed = Response(gzip.compress(b" " * 10**7), headers={"content-encoding": "gzip"})
+        answers["embeddings"] = packed
+        with pytest.raises(TokayError, match="packs its answers"):
+            endpoint.encode_passages(["a"])
+
+
+@pytest.mark.parametrize("path", ["models", "embeddings"])
+def test_endpoint_cannot_send_the_key_elsewhere(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with hostile({"models": JSONResponse(MODELS)}) as (other, stolen):
+        answers: dict[str, Response] = {"models": JSONResponse(MODELS)}
+        answers[path] = RedirectResponse(f"{other}/{path}", 307)
+        with hostile(answers) as (url, asked), pytest.raises(TokayError, match=f"go to {other}"):
+            EndpointEncoder(url).encode_passages(["a"])
+    assert asked[0]["authorization"] == "Bearer secret"
+    assert stolen == []
+
+
+@pytest.mark.parametrize("url", ["http://[/v1", "http://host:port/v1", "http:///v1"])
+def test_address_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(UserError):
+        EndpointEncoder(url)

@@ -175,3 +175,55 @@ def test_eval_reads_dimensions() -> None:
     for wrong in ("big", "768,", "0"):
         with pytest.raises(UserError, match="whole numbers with commas"):
             read_dimensions(wrong)
+
+
+def test_eval_of_pairs_that_are_all_alike_prints_null_and_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sts = tmp_path / "alike"
+    sts.mkdir()
+    (sts / "test.tsv").write_text("".join(f"{score}\tsame\tsame\n" for score in (4, 1, 5)))
+    test_set = folder_test_set("sts", str(sts))
+    why = "the model finds all pairs equally alike, which has no correlation"
+    run_eval({MINILM: MINILM}, [test_set], EvalOptions(as_json=True))
+    document = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert (document["results"][0]["score"], document["results"][0]["reason"]) == (None, why)
+    run_eval({MINILM: MINILM}, [test_set])
+    out = capsys.readouterr().out
+    assert f"{MINILM} (384) has no score: {why}\n" in out
+    assert "nan" not in out.lower().replace("finance", "")
+
+
+def test_eval_tells_what_the_scores_do_not_count(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (folder / "qrels" / "test.tsv").open("a") as qrels:
+        qrels.write("q1\tlen\t-1\nq4\tmax\t1\n")
+    told = [
+        "1 judgements below zero count as not relevant",
+        "1 judgements are there more than once and count once",
+    ]
+    run_eval({MINILM: MINILM}, [beir(folder)])
+    assert capsys.readouterr().out.endswith(f"builtins: {'; '.join(told)}\n")
+    run_eval({MINILM: MINILM}, [beir(folder)], EvalOptions(as_json=True))
+    assert json.loads(capsys.readouterr().out)["notes"] == {"builtins": told}
+
+
+def test_eval_into_a_file_is_refused_before_the_model_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.evaluation.command._load", pytest.fail)
+    file = folder / "corpus.jsonl"
+    for results in (file, file / "below"):
+        with pytest.raises(UserError, match=r"--results .* can be no folder") as caught:
+            run_eval({MINILM: MINILM}, [beir(folder)], EvalOptions(results=results))
+        assert "\n" not in str(caught.value)
+
+
+def test_eval_shows_names_as_they_are(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = tmp_path / "[red]a[bold]"
+    Encoder.load(MINILM, device="cpu").save(named, model_card="x")
+    run_eval({str(named): str(named)}, [beir(folder)])
+    assert "[red]a[bold]" in capsys.readouterr().out

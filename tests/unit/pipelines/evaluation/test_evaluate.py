@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,12 @@ import pytrec_eval
 import torch
 
 from actors.encoder import PromptTemplates
+from cluster.errors import UserError
+from cluster.plain_json import dump_json
 from pipelines.evaluation.dataset import Passage, RetrievalDataset
-from pipelines.evaluation.evaluate import Result, difference, evaluate
+from pipelines.evaluation.evaluate import Result, difference, evaluate, evaluate_at
+from pipelines.evaluation.folders import LabelledDataset
+from pipelines.evaluation.mteb_model import BrokenVectors
 
 
 class ChosenVectors:
@@ -58,6 +63,53 @@ TINY = RetrievalDataset(
     # q1 ranks a, b, c; q2 ranks c, b, a.
     qrels={"q1": {"b": 1}, "q2": {"c": 2, "a": 1}},
 )
+
+
+def test_query_that_is_its_own_passage_is_not_found_by_itself() -> None:
+    # As mteb measures ArguAna: the copy at the first rank is not there, and b is first.
+    vectors = {"one": [1.0, 0.0], "two": [0.8, 0.6], "three": [0.0, 1.0]}
+    passages = {name: Passage("", text) for name, text in zip("abc", vectors, strict=True)}
+    copies = RetrievalDataset(
+        name="copies", passages=passages, queries={"a": "one"}, qrels={"a": {"b": 1}}
+    )
+    found = evaluate(ChosenVectors(vectors), copies)
+    assert found.score.mean == 1.0
+    assert [passage for passage, _ in found.top_results["a"]] == ["b", "c"]
+    # Under another id it is a passage like any other.
+    other = replace(copies, queries={"q": "one"}, qrels={"q": {"b": 1}})
+    assert evaluate(ChosenVectors(vectors), other).score.mean == pytest.approx(1 / math.log2(3))
+
+
+def test_evaluate_of_vectors_that_are_no_numbers_is_refused() -> None:
+    broken = {**VECTORS, "b": [math.nan, 0.0]}
+    with pytest.raises(BrokenVectors, match="tokay/chosen gives vectors that are no numbers"):
+        evaluate(ChosenVectors(broken), TINY, model="chosen")
+
+
+def test_evaluate_at_more_dimensions_than_there_are_is_refused() -> None:
+    with pytest.raises(UserError, match="3 dimensions are asked for: the model has 2 dimensions"):
+        evaluate_at(ChosenVectors(VECTORS), TINY, dimensions=(3,))
+    known = ChosenVectors(VECTORS)
+    known.dimensions = 2  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="the model has 2 dimensions"):
+        evaluate_at(known, TINY, dimensions=(1, 3))
+    assert known.asked == []
+    assert [each.dimensions for each in evaluate_at(known, TINY, dimensions=(None, 2, 1))] == [2, 1]
+
+
+def test_result_of_pairs_that_are_all_alike_says_why_it_has_no_score() -> None:
+    pairs = LabelledDataset(
+        name="alike",
+        kind="sts",
+        columns={"test": {"score": [4.0, 1.0], "sentence1": ["a", "b"], "sentence2": ["a", "b"]}},
+    )
+    found = evaluate(ChosenVectors({"a": [1.0, 0.0], "b": [0.0, 1.0]}), pairs, model="chosen")
+    why = "the model finds all pairs equally alike, which has no correlation"
+    for result in (found, Result.from_json(json.loads(dump_json(found.to_json())))):
+        row = result.to_json()
+        assert (row["score"], row["mteb_score"], row["cosine_spearman"]) == (None, None, None)
+        assert (row["cosine_spearman_interval"], row["reason"]) == (None, why)
+        assert math.isnan(result.mteb_score)
 
 
 def test_evaluate_equals_figures_worked_by_hand() -> None:

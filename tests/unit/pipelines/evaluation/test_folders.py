@@ -1,5 +1,6 @@
 """Reading folders of every kind, and what is said when something is wrong."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,28 @@ def test_folder_of_labels_is_read(tmp_path: Path) -> None:
         "dev": {"text": ["c"], "label": ["2"]},
     }
     assert data.judged_texts() == ["c"]
-    assert read_folder("clustering", tmp_path, "dev").columns == {  # type: ignore[union-attr]
-        "dev": {"text": ["c"], "label": ["2"]}
+    write(tmp_path / "all.jsonl", *[{"text": text, "label": text in "cd"} for text in "acd"])
+    assert read_folder("clustering", tmp_path, "all").columns == {  # type: ignore[union-attr]
+        "all": {"text": ["a", "c", "d"], "label": ["False", "True", "True"]}
     }
+
+
+def test_folder_that_is_packed_is_read(tmp_path: Path) -> None:
+    packed = gzip.compress("\n".join(PAIRS).encode())
+    (tmp_path / "test.tsv.gz").write_bytes(packed)
+    assert read_folder("sts", tmp_path).counts == {"num_pairs": 2}
+    (tmp_path / "test.tsv.gz").write_bytes(packed[:-9])
+    with pytest.raises(UserError, match=r"test\.tsv\.gz cannot be unpacked"):
+        read_folder("sts", tmp_path)
+    with pytest.raises(UserError, match="it has the splits test"):
+        read_folder("sts", tmp_path, "dev")
+
+
+def test_classifier_is_not_asked_for_a_label_that_training_lacks(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", {"text": "a", "label": 1}, {"text": "b", "label": 2})
+    write(tmp_path / "test.jsonl", {"text": "c", "label": 2}, {"text": "d", "label": "zzz"})
+    with pytest.raises(UserError, match="label 'zzz' of split 'test' is not in split 'train'"):
+        read_folder("classification", tmp_path)
 
 
 def test_classifier_needs_two_labels(tmp_path: Path) -> None:
@@ -70,6 +90,7 @@ def test_folder_of_candidates_is_read_without_queries_that_rank_nothing(tmp_path
         "bad": 0,
     }
     assert list(data.candidates.values()) == [list(rated)]  # type: ignore[union-attr]
+    assert data.notes == ("1 queries without a positive or a negative are left out",)
 
 
 @pytest.mark.parametrize(
@@ -78,10 +99,32 @@ def test_folder_of_candidates_is_read_without_queries_that_rank_nothing(tmp_path
         ("sts", "test.tsv", [PAIRS[0], "1 a b"], "test.tsv:2: '1 a b' is not score"),
         ("sts", "test.tsv", [PAIRS[0], "high\ta\tb"], "test.tsv:2: 'high"),
         ("sts", "test.tsv", [PAIRS[0]], "split 'test' is empty"),
+        ("sts", "test.tsv", ["4,5\ta\tb", *PAIRS[1:]], "test.tsv:1: '4,5\\ta\\tb' is not score"),
+        ("sts", "test.tsv", ["nan\ta\tb", *PAIRS[1:]], "test.tsv:1: 'nan\\ta\\tb' is not score"),
+        ("sts", "test.tsv", ["1e999\ta\tb", *PAIRS[1:]], "test.tsv:1: '1e999"),
+        ("pairs", "test.tsv", [PAIRS[2]], "give at least one pair of score 1"),
+        ("pairs", "test.tsv", ["1\ta\tb"], "give at least one pair of score 0"),
+        (
+            "clustering",
+            "test.jsonl",
+            [{"text": "a", "label": 1}, {"text": "b", "label": 1}],
+            "split 'test' has one label alone; give at least two",
+        ),
+        (
+            "clustering",
+            "test.jsonl",
+            [{"text": "a", "label": 1}, {"text": "b", "label": 2}],
+            "each text of split 'test' has a label of its own",
+        ),
         ("sts", "test.tsv", [PAIRS[1], PAIRS[1]], "split 'test' has one score alone"),
-        ("clustering", "test.jsonl", ['{"text": "\\ud83d"}'], "test.jsonl:1: half a character"),
+        (
+            "clustering",
+            "test.jsonl",
+            ['{"text": "\\ud83d"}'],
+            "test.jsonl:1: half of a surrogate pair",
+        ),
         ("pairs", "test.tsv", [PAIRS[1]], "test.tsv:1: score 4.5: a pair's is 0 or 1"),
-        ("clustering", "test.jsonl", ["{"], "test.jsonl:1: not JSON"),
+        ("clustering", "test.jsonl", ["{"], "test.jsonl:1: malformed JSON"),
         ("clustering", "test.jsonl", [{"text": "a"}], 'test.jsonl:1: write {"text"'),
         ("classification", "test.jsonl", [{"text": "a", "label": "b"}], "no train.jsonl"),
         ("rerank", "test.jsonl", [{"query": "a", "positive": "b"}], 'test.jsonl:1: write {"query"'),

@@ -1,5 +1,6 @@
 """Front matter that the hub's own reader understands."""
 
+import pytest
 import yaml
 from huggingface_hub import ModelCard
 
@@ -36,7 +37,31 @@ def test_card_without_front_matter_gets_one() -> None:
     assert add_to_card("# Title\n", {"tags": ["mteb"]}) == "---\ntags:\n- mteb\n---\n# Title\n"
 
 
+def test_front_matter_ends_at_a_line_of_its_own() -> None:
+    card = add_to_card("# Title\n", {"datasets": ["a---", "b"]})
+    assert training_sets(card) == training_sets(card.replace("\n", "\r\n")) == ("a---", "b")
+    assert add_to_card(card, {}) == card
+
+
 def test_training_sets_are_those_that_the_card_names() -> None:
     assert training_sets(CARD) == ("snli", "quora")
     assert training_sets("---\n" + yaml.safe_dump({"datasets": "snli"}) + "---\n") == ("snli",)
     assert training_sets("# none") == training_sets("") == ()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "datasets: [unclosed",
+        "datasets: 5",
+        "datasets: {a: b}",
+        "a: &a [*a]\ndatasets: *a",
+        "[" * 9999,
+        "x: !!python/object:os.system {}",
+        "datasets: [1, [2]]",
+        "datasets: 2024-13-99",
+        "- a",
+    ],
+)
+def test_card_that_names_no_sets_is_no_reason_to_stop(head: str) -> None:
+    assert training_sets(f"---\n{head}\n---\ntext") == ()

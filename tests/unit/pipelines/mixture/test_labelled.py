@@ -74,16 +74,24 @@ def test_rows_that_cannot_be_read_are_rejects_with_their_place_and_reason(tmp_pa
         {"query": " ", "positive": "b"},
         {"query": "a", "positive": "b", "negative": 3},
         '{"query": "a", "positive": "\\ud83d"}',
+        '{"query": ' + "[" * 99999,
+        '{"query": ' + "9" * 5000 + "}",
+        '{"query": NaN, "positive": "b"}',
+        '{"query": "a", "positive": "b", "negatives": [NaN]}',
     ]
     found, reading = read(jsonl(tmp_path, rows), "pairs")
-    assert len(found) == 1 and reading.num_rows == 7
+    assert len(found) == 1 and reading.num_rows == 11
     assert [(where, why) for where, why, _ in reading.rejects] == [
         ("set.jsonl:2", "malformed JSON"),
         ("set.jsonl:3", "no JSON object"),
         ("set.jsonl:4", "no text in field 'positive'"),
         ("set.jsonl:5", "no text in field 'query'"),
         ("set.jsonl:6", "negatives are neither a text nor a list of texts"),
-        ("set.jsonl:7", "half a character"),
+        ("set.jsonl:7", "half of a surrogate pair, which is no character"),
+        ("set.jsonl:8", "JSON nested too deeply"),
+        ("set.jsonl:9", "a whole number of thousands of digits"),
+        ("set.jsonl:10", "NaN is no number"),
+        ("set.jsonl:11", "NaN is no number"),
     ]
 
 
@@ -172,13 +180,37 @@ def test_sts_pairs_of_a_high_score_are_positive(tmp_path: Path) -> None:
         "3.9\tc\td",
         "x\te\tf",
         "5\tg",
+        "4,5\te\tf",
+        "nan\te\tf",
+        "1e999\te\tf",
+        '5\t"one\u2028line"\t\x0cand its end',
     ]
-    (tmp_path / "set.tsv").write_text("\r\n".join(lines))
+    (tmp_path / "set.tsv").write_text("\r\n".join(lines), encoding="utf-8", newline="")
     found, reading = read(tmp_path / "set.tsv", "sts")
-    assert triples(found) == [('say "so', "it is so", [])]
+    # Lines end at \\n alone, and quotes are characters like others.
+    assert triples(found) == [
+        ('say "so', "it is so", []),
+        ('"one\u2028line"', "and its end", []),
+    ]
     assert reading.left_out == {"score below 4": 1}
-    assert [why for _, why, _ in reading.rejects] == ["score is no number", "not 3 columns"]
-    assert len(read(tmp_path / "set.tsv", "sts", min_score=3)[0]) == 2
+    none = "score is no number"
+    assert [why for _, why, _ in reading.rejects] == [none, "not 3 columns", none, none, none]
+    assert len(read(tmp_path / "set.tsv", "sts", min_score=3)[0]) == 3
+
+
+@pytest.mark.parametrize("score", [10**400, "1_0", None, [1], float("nan"), float("inf")])
+def test_sts_score_that_is_no_number_is_a_reject(tmp_path: Path, score: object) -> None:
+    rows: Rows = [{"sentence1": "a", "sentence2": "b", "score": score}]
+    found, reading = read(jsonl(tmp_path, rows), "sts")
+    assert found == []
+    assert [why.partition(" is ")[2] for _, why, _ in reading.rejects] == ["no number"]
+
+
+def test_title_that_is_no_text_is_a_reject(tmp_path: Path) -> None:
+    rows: Rows = [{"title": {"a": 1}, "text": "b"}, {"title": None, "text": "b"}]
+    found, reading = read(jsonl(tmp_path, rows), "title-body")
+    assert found == [] and reading.left_out == {"no title": 1}
+    assert [why for _, why, _ in reading.rejects] == ["title is no text"]
 
 
 def test_retrieval_gives_a_row_for_each_relevant_passage(tmp_path: Path) -> None:
@@ -192,14 +224,16 @@ def test_retrieval_gives_a_row_for_each_relevant_passage(tmp_path: Path) -> None
     (tmp_path / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "of test"}))
     (tmp_path / "queries_train.jsonl").write_text(json.dumps({"_id": "q", "text": "ask"}))
     lines = ["query-id\tcorpus-id\tscore", "q\t1\t1", "q\t2\t2", "q\t3\t1", "q\t4\t1", "z\t1\t1"]
-    lines += ["q\t1\t0", "broken"]
+    lines += ["q\t5\t0", "broken", "q\t2\t2.0", "q\t6\t-1", "q\t7\t1", "q\t7\t2"]
     (tmp_path / "qrels" / "train.tsv").write_text("\n".join(lines))
     found, reading = read(tmp_path, "retrieval")
     assert triples(found) == [("ask", "one", []), ("ask", "two", [])]
     assert found[0].positive.title == "T" and found[0].query_id == found[1].query_id
-    assert reading.left_out == {"judged not relevant": 1} and reading.num_rows == 7
+    assert reading.left_out == {"judged not relevant": 2, "repeats another judgement": 1}
+    assert reading.num_rows == 11
     assert Counter(why for _, why, _ in reading.rejects) == {
-        "no query, passage and score": 1,
+        "no query, passage and whole-number score": 1,
+        "judged twice with different scores": 2,
         "the passage is missing or empty": 2,
         "the query is missing or empty": 1,
     }

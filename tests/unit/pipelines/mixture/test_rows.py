@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 
@@ -39,6 +40,93 @@ def test_rows_are_read_from_parquet_and_jsonl(tmp_path: Path, parquet_folder: Pa
     *good, bad = read_rows(pairs(tmp_path / "pairs.jsonl"))
     assert [row[1]["query"] for row in good] == ["a", "c"]
     assert bad[:2] == ("pairs.jsonl:4", "not UTF-8")
+
+
+def test_rows_are_read_from_packed_files(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, PAIRS)).encode()))
+    assert rows(pairs(tmp_path / "a.jsonl.gz")) == PAIRS
+    (tmp_path / "a.tsv.gz").write_bytes(gzip.compress(b"query\tpositive\na\tb\nc\td\n"))
+    assert rows(pairs(tmp_path / "a.tsv.gz")) == PAIRS
+    (tmp_path / "a.tsv.gz").write_bytes(b"query\tpositive\na\tb\nc\td\n")
+    with pytest.raises(UserError, match=r"a\.tsv\.gz cannot be unpacked"):
+        rows(pairs(tmp_path / "a.tsv.gz"))
+
+
+def test_rows_of_parquet_need_their_own_columns_alone(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    beyond = pa.array([300_000_000_000, 1], pa.timestamp("s"))  # after the year 9999
+    texts = pa.array([b"a", b"\xff"], pa.binary())
+    pq.write_table(pa.table({"query": texts, "positive": ["b", "d"], "when": beyond}), file)
+    good, bad = read_rows(pairs(file))
+    assert (good[0], bad[:2]) == ("a.parquet:1", ("a.parquet:2", "not UTF-8"))
+    assert (good[1]["query"], good[1]["positive"]) == ("a", "b")
+    with pytest.raises(UserError, match=r"column 'when' of a\.parquet holds timestamp"):
+        rows(pairs(file, fields={"query": "when"}))
+
+
+def test_parquet_or_hub_data_set_that_could_run_code_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray.data")
+    from ray.data._internal.tensor_extensions.arrow import ArrowPythonObjectArray
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    ran = tmp_path / "ran"
+
+    class Touch:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (ran,)
+
+    folder = tmp_path / "set"
+    folder.mkdir()
+    table = pa.table({"query": ["a"], "positive": ["b"]})
+    bad = table.append_column("other", ArrowPythonObjectArray.from_objects([Touch()]))
+    pq.write_table(bad, folder / "train.parquet")
+    for path in (folder / "train.parquet", f"hub:{folder}"):
+        with pytest.raises(UserError, match="extension type"):
+            rows(pairs(path))
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["train.tar"], "format webdataset; accepted are"),
+        (["train.h5"], "format hdf5; accepted are"),
+        (["train.jsonl", "README.md: ../secret.jsonl"], "which is not its own"),
+        (["train.jsonl", "README.md: ../*.jsonl"], "which is not its own"),
+        (["train.jsonl", "README.md: [[["], "cannot be loaded"),
+    ],
+)
+def test_hub_data_set_of_other_files_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], message: str
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "secret.jsonl").write_text(json.dumps(PAIRS[0]))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for file in files:
+        name, _, where = file.partition(": ")
+        card = f"---\nconfigs:\n- config_name: default\n  data_files: {where}\n---\n"
+        (folder / name).write_text(card if where else json.dumps(PAIRS[0]))
+    with pytest.raises(UserError, match=message) as caught:
+        rows(pairs(f"hub:{folder}"))
+    assert "\n" not in str(caught.value)
+
+
+def test_hub_data_set_gives_the_columns_of_its_kind_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    table = pa.table({"query": ["a"], "positive": ["b"], "picture": [{"path": "/etc/passwd"}]})
+    dataset = datasets.Dataset(table)
+    (tmp_path / "set").mkdir()
+    dataset.to_parquet(str(tmp_path / "set" / "train.parquet"))
+    assert rows(pairs(f"hub:{tmp_path / 'set'}")) == PAIRS[:1]
+    with pytest.raises(UserError, match="column 'picture' holds"):
+        rows(pairs(f"hub:{tmp_path / 'set'}", fields={"query": "picture"}))
 
 
 def test_rows_are_read_from_s3(bucket: str) -> None:
@@ -83,7 +171,7 @@ def test_hub_labels_are_read_by_their_names(
     [
         ("missing.jsonl", "does not exist: correct its path"),
         ("folder", "write hub:"),
-        ("a.csv", "is no .jsonl, .ndjson, .tsv, .parquet file"),
+        ("a.csv", "is no .jsonl, .ndjson, .tsv, .jsonl.gz, .ndjson.gz, .tsv.gz, .parquet"),
     ],
 )
 def test_set_that_cannot_be_found_is_named(tmp_path: Path, path: str, message: str) -> None:

@@ -81,8 +81,8 @@ def build(folder: Path, by_passage: Any, until: str | None = None, decoration: s
         "estimate": {"actor_hour_usd": 36.0},
         "evaluation": [{"name": f"questions{decoration}", "path": str(beir)}],
     }
-    open_storage(uri).write_bytes("recipe.yaml", yaml.safe_dump(recipe).encode())
     Run(uri, _steps(beir, decoration, by_passage)).execute(Silent(), until=until)
+    open_storage(uri).write_bytes("recipe.yaml", yaml.safe_dump(recipe).encode())
     return uri
 
 
@@ -152,7 +152,7 @@ def _steps(beir: Path, decoration: str, by_passage: Any) -> list[Step]:
         return {"final_loss": 2.0}
 
     def evaluation(context: StepContext) -> dict[str, Json]:
-        test_set = TestSet(
+        test_set = TestSet.model_construct(  # a name that an earlier version took
             name=f"questions{decoration}", path=str(beir), task=f"search{decoration}"
         )
         models = ("retriever", "student_before", "student_after")

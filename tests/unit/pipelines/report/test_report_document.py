@@ -160,7 +160,7 @@ def test_report_finds_texts_by_document_where_the_test_set_is_the_corpus(
         return hit
 
     assert (first_hit()["id"], first_hit()["title"]) == ("document 0", "")
-    path = recipe.split("path: ")[2].strip()
+    path = recipe.split("path: ")[2].split()[0]
     (run / "recipe.yaml").write_text(recipe.replace("path: corpus.jsonl", f"path: {path}"))
     assert (first_hit()["id"], first_hit()["title"]) == ("document 0", "title 0")
 

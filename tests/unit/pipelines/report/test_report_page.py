@@ -13,7 +13,10 @@ from cluster.artifacts import Json
 from pipelines.report.page import show_duration
 from pipelines.report.write import print_evaluation, write_report
 
-HOSTILE = """</pre></script><img src=x onerror=alert(1)>"' & {{ 7*7 }} [red]$x^$"""
+HOSTILE = (
+    "</pre></script><script>alert(1)</script><img src=x onerror=alert(1)>"
+    """"' & {{ 7*7 }} [red]$x^$"""
+)
 
 
 class Page(HTMLParser):
@@ -45,6 +48,15 @@ def test_page_asks_for_nothing_outside_itself(report: dict[str, Json]) -> None:
     links = [value for name, value in page.attributes if name in ("href", "src", "xlink:href")]
     assert links and all(link.startswith("#") for link in links)
     assert not re.search(r"https?:|@import|url\((?!#)", text)
+
+
+def test_page_may_run_no_script_even_if_one_got_in(report: dict[str, Json]) -> None:
+    page, _ = page_of(report)
+    policies = [value for name, value in page.attributes if name == "content" and "-src" in value]
+    assert policies == [
+        "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    ]
+    assert page.tags.index("meta") < page.tags.index("style")
 
 
 def test_page_links_only_to_what_is_there(report: dict[str, Json]) -> None:

@@ -1,0 +1,134 @@
+"""Lines and JSON from anywhere, perhaps packed, with a reason for whatever cannot be read.
+
+Python's reader takes more than JSON (`NaN`, a key twice, half of a surrogate pair) and raises
+`RecursionError` for what is nested deeply; the readers here do neither.
+"""
+
+import gzip
+import io
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
+
+from cluster.errors import Reject, UserError, excerpt
+
+GZIP = ".gz"
+_MAX_KEYS = 10_000
+_TOO_DEEP = "JSON nested too deeply"
+_SHOWN = 200  # of a line, in a reject
+
+
+class _Unaccepted(ValueError):
+    """What Python's reader takes and these do not."""
+
+
+def parse_json(content: bytes) -> Any:
+    """Returns the value of one JSON text in UTF-8.
+
+    Raises:
+        ValueError: The text is none, in a few words.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start})") from error
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"malformed JSON ({error.msg} at character {error.pos})") from error
+    except _Unaccepted:
+        raise
+    except RecursionError as error:
+        raise ValueError(_TOO_DEEP) from error
+    except ValueError as error:  # Python's own limit
+        raise ValueError("a whole number of thousands of digits") from error
+
+
+def json_lines(content: bytes | Iterable[bytes], place: str) -> Iterator[tuple[str, Any] | Reject]:
+    r"""Yields the place and the value of each line of JSON, or why it could not be read.
+
+    Only ``\n`` ends a line, as JSON Lines has it: U+0085 and U+2028 may stand in a text. Blank
+    lines are passed over, but counted.
+
+    Args:
+        content: The file, or its lines.
+        place: Its name; the lines are ``place:1`` and so on.
+    """
+    lines = io.BytesIO(content) if isinstance(content, bytes) else content
+    for number, line in enumerate(lines, start=1):
+        line = line.strip(b" \t\r\n")
+        if not line or line == b"\xef\xbb\xbf":
+            continue
+        where = f"{place}:{number}"
+        try:
+            value = parse_json(line)
+            if b"\\u" in line and not is_text(value):
+                raise ValueError("half of a surrogate pair, which is no character")
+        except RecursionError:
+            yield where, _TOO_DEEP, line[:_SHOWN].decode("utf-8", "replace")
+        except ValueError as error:
+            reason = str(error).partition(" (")[0]  # where in the line would part equal reasons
+            yield where, reason[:_SHOWN], line[:_SHOWN].decode("utf-8", "replace")
+        else:
+            yield where, value
+
+
+def unpacked(stream: IO[bytes], place: str) -> Iterator[bytes]:
+    r"""Yields the lines of a file, which end at ``\n`` alone; of a ``.gz``, of what it holds.
+
+    Args:
+        stream: The file; closed at the end.
+        place: Its name.
+
+    Raises:
+        UserError: It cannot be unpacked.
+    """
+    with stream:
+        if not place.lower().endswith(GZIP):
+            yield from stream
+            return
+        try:
+            with gzip.open(stream) as content:
+                yield from content
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(
+                f"{excerpt(place)} cannot be unpacked: {error}; pack it again"
+            ) from error
+
+
+def text_lines(lines: Iterable[bytes], place: str) -> Iterator[tuple[str, str] | Reject]:
+    """Yields ``file:line`` and each line without its end; blank ones are left out."""
+    for number, line in enumerate(lines, start=1):
+        where = f"{place}:{number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            yield where, "not UTF-8", line[:_SHOWN].decode("utf-8", "replace")
+            continue
+        if text.strip():
+            yield where, text.rstrip("\r\n")
+
+
+def is_text(value: Any) -> bool:
+    """Says whether a JSON value can be written as UTF-8: half a surrogate pair cannot."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > _MAX_KEYS:
+        raise _Unaccepted(f"a JSON object of {len(pairs)} keys (accepted are {_MAX_KEYS})")
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise _Unaccepted(f"the key {twice[:80]!r} twice in one JSON object")
+    return found
+
+
+def _no_number(name: str) -> float:
+    raise _Unaccepted(f"{name} is no number")

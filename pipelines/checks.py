@@ -1,0 +1,272 @@
+"""What can be known to fail, looked for before anything is run or paid for.
+
+A recipe is checked key by key when it is read. Here its keys are held against each other and
+against its models' own files: names and configurations, neither weights nor code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from actors.embedded import find_model, is_hub_id, refuse_missing
+from cluster.errors import UserError
+from cluster.storage import open_storage
+from pipelines.corpus.sources import PYTHON_DOCUMENTATION
+from pipelines.fret.prompts import WRITTEN
+from pipelines.mixture.config import SetsConfig
+from pipelines.recipe import Recipe
+from pipelines.training.config import TrainingConfig
+from pipelines.variables import unset_variables
+
+PATIENCE_S = 15.0  # for a word from S3 or the hub, whose clients try for minutes
+_ENCODERS = (
+    "bert",
+    "camembert",
+    "deberta-v2",
+    "distilbert",
+    "electra",
+    "modernbert",
+    "mpnet",
+    "roberta",
+    "xlm-roberta",
+)
+
+_MODELS = ("llm", "retriever", "student")  # parts of a recipe
+
+T = TypeVar("T")
+Settings = dict[str, Any]  # of a model: its config.json
+
+
+def check_recipe(recipe: Recipe, *, here: bool = True) -> None:
+    """Refuses a recipe of which a step would certainly fail; loads nothing and runs no code.
+
+    Args:
+        recipe: The recipe.
+        here: Whether this machine is to run it: its folders and packages are then looked at.
+
+    Raises:
+        UserError: The key, what was given, what is accepted.
+    """
+    _check_keys(recipe)
+    if here and not os.environ.get("RAY_ADDRESS"):
+        _check_tracking(recipe)
+    names = {key: str(getattr(recipe, key).model) for key in _MODELS}
+    names = {key: name for key, name in names.items() if not unset_variables([name])}
+    for key, name in names.items():
+        try:
+            refuse_missing(name, here=here)
+        except UserError as error:
+            raise UserError(f"{key}.model: {error}") from error
+    with ThreadPoolExecutor(len(_MODELS)) as pool:  # the hub may be slow
+        settings = pool.map(lambda key: _settings(key, names[key], here), names)
+        found = dict.fromkeys(_MODELS, Settings()) | dict(zip(names, settings, strict=True))
+    _check_llm(recipe, found["llm"])
+    for key, encoder in (("retriever", recipe.retriever), ("student", recipe.student)):
+        _check_length(f"{key}.max_tokens", encoder.max_tokens, encoder.model, found[key])
+    _check_student(recipe, found["student"])
+
+
+def within(seconds: float, late: str, work: Callable[[], T]) -> T:
+    """Returns what `work` returns, or raises what it raises; UserError if it takes longer."""
+    answer: list[tuple[T | None, Exception | None]] = []
+
+    def ask() -> None:
+        try:
+            answer.append((work(), None))
+        except Exception as error:  # raised again below, where somebody waits for it
+            answer.append((None, error))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not answer:
+        raise UserError(f"{late} within {seconds:.0f} s")
+    found, error = answer[0]
+    if error is not None:
+        raise error
+    return cast(T, found)
+
+
+def _stages(recipe: Recipe) -> list[tuple[str, SetsConfig, TrainingConfig]]:
+    """Returns the key before `training`, the mixture and the training of each stage."""
+    stages: list[tuple[str, SetsConfig, TrainingConfig]] = [("", recipe.mixture, recipe.training)]
+    if recipe.prefinetuning:
+        first = recipe.prefinetuning
+        stages.insert(0, ("prefinetuning.", first.mixture, first.training))
+    return stages
+
+
+def _check_keys(recipe: Recipe) -> None:
+    asked = recipe.queries.max_passage_tokens + recipe.queries.max_query_tokens
+    for key, tokens in (
+        ("queries.max_passage_tokens and max_query_tokens", asked),
+        ("scores.max_passage_tokens", recipe.scores.max_passage_tokens),
+    ):
+        if tokens >= recipe.llm.max_model_tokens:
+            raise UserError(
+                f"{key}: {tokens} given, and llm.max_model_tokens is"
+                f" {recipe.llm.max_model_tokens}, which the prompt shares: lower one or raise it"
+            )
+    asked_for = {*recipe.queries.tasks}
+    unknown = [task for task in recipe.mixture.fret_only_tasks if task not in asked_for]
+    if unknown and WRITTEN not in asked_for:
+        raise UserError(
+            f"mixture.fret_only_tasks: {unknown[:3]} given, and queries.tasks are"
+            f" {', '.join(recipe.queries.tasks)}"
+        )
+    for key, mixture, training in _stages(recipe):
+        watched = training.validation
+        if watched and watched.test_set is None and not mixture.validation_examples:
+            raise UserError(
+                f"{key}training.validation has nothing to look at: set"
+                f" {key}mixture.validation_examples or {key}training.validation.test_set"
+            )
+    for number, test_set in enumerate(recipe.evaluation):
+        if test_set.path != PYTHON_DOCUMENTATION or test_set.kind == "mteb":
+            continue
+        if test_set.kind != "retrieval" or test_set.split not in ("dev", "test"):
+            raise UserError(
+                f"evaluation.{number}: {PYTHON_DOCUMENTATION} of kind {test_set.kind!r} and split"
+                f" {test_set.split!r} given; it is of kind 'retrieval' with splits 'dev' and 'test'"
+            )
+
+
+def _check_tracking(recipe: Recipe) -> None:
+    for key, _, training in _stages(recipe):
+        for package in () if training.node_resource else training.tracking:
+            if package in ("mlflow", "wandb") and find_spec(package) is None:
+                raise UserError(
+                    f"{key}training.tracking names {package}, which is not installed:"
+                    f" pip install {package}, or take it out"
+                )
+
+
+def _check_llm(recipe: Recipe, settings: Settings) -> None:
+    rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
+    if isinstance(rope, dict) and rope.get("rope_type", "default") == "default":
+        llm = recipe.llm
+        _check_length("llm.max_model_tokens", llm.max_model_tokens, llm.model, settings)
+
+
+def _check_length(key: str, tokens: int, model: str, settings: Settings) -> None:
+    positions = _number(settings, "max_position_embeddings")
+    if positions and tokens > positions:
+        raise UserError(f"{key}: {tokens} given, and {model} takes at most {positions}")
+
+
+def _check_student(recipe: Recipe, settings: Settings) -> None:
+    student, kind = recipe.student, settings.get("model_type")
+    num_layers = _number(settings, "num_hidden_layers")
+    if student.layers and num_layers and student.layers[-1] >= num_layers:
+        raise UserError(
+            f"student.layers: {list(student.layers)} given, and {student.model} has {num_layers}"
+            f" layers: accepted are 0 to {num_layers - 1}"
+        )
+    if student.layers and kind == "modernbert" and student.layers[0] != 0:
+        raise UserError("student.layers: a ModernBERT's first layer differs, so keep layer 0")
+    if student.bidirectional and kind in _ENCODERS:
+        raise UserError(
+            f"student.bidirectional: {student.model} is a {kind}, which sees both ways already:"
+            " leave it out"
+        )
+    dimensions = student.projection or _number(settings, "dimensions")
+    if not dimensions:
+        return
+    asked = {
+        f"{key}training.loss.matryoshka_dimensions": training.loss.matryoshka_dimensions
+        for key, _, training in _stages(recipe)
+    }
+    for number, test_set in enumerate(recipe.evaluation):
+        asked[f"evaluation.{number}.dimensions"] = test_set.dimensions
+    for key, sizes in asked.items():
+        if sizes and max(sizes) > dimensions:
+            raise UserError(
+                f"{key}: {max(sizes)} given, and the student's vectors have {dimensions} dimensions"
+            )
+
+
+def _settings(key: str, name: str, here: bool) -> Settings:
+    """Returns a model's config.json, with its vectors' `dimensions`; empty where it is not known.
+
+    Raises:
+        UserError: The hub, or the bucket, says that there is no such model.
+    """
+    folder = find_model(name) if here or is_hub_id(name) else None
+    if folder is None:
+        return _fetched(key, name)
+    settings = _json((folder / "config.json").read_bytes, dict)
+    settings["dimensions"] = _number(settings, "hidden_size")
+    for module in _json((folder / "modules.json").read_bytes, list):
+        path = Path(str(module.get("path", ""))) if isinstance(module, dict) else Path("..")
+        if not path.is_absolute() and ".." not in path.parts and _is_dense(module):
+            read = (folder / path / "config.json").read_bytes
+            settings["dimensions"] = _number(_json(read, dict), "out_features")
+    return settings
+
+
+def _is_dense(module: dict[str, Any]) -> bool:
+    return str(module.get("type", "")).endswith(".Dense")
+
+
+def _fetched(key: str, name: str) -> Settings:
+    """Asks the bucket or the hub; without dimensions, which further modules may change."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if name.startswith("s3://"):
+        missing: type[Exception] = FileNotFoundError
+        read = partial(open_storage(name).read_bytes, "config.json")
+    elif is_hub_id(name):
+        missing, read = RepositoryNotFoundError, partial(_hub_config, name)
+    else:
+        return {}
+    try:
+        content = within(PATIENCE_S, f"{key}.model {name} did not answer", read)
+    except missing as error:
+        raise UserError(
+            f"{key}.model: {name!r} is no model's folder, and no model that the hub lets us read:"
+            " correct it, or give HF_TOKEN"
+        ) from error
+    except Exception:  # no network, no credentials, no such file: the step that needs it says so
+        return {}
+    return _json(lambda: content, dict)
+
+
+def _hub_config(name: str) -> bytes:
+    """Fetches a small file once; the hub's own download tries for a minute."""
+    from huggingface_hub import get_session, hf_hub_url
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        build_hf_headers,
+        hf_raise_for_status,
+    )
+
+    url = hf_hub_url(name, "config.json")
+    answer = get_session().get(url, headers=build_hf_headers(), timeout=PATIENCE_S)
+    hf_raise_for_status(answer)
+    return bytes(answer.content)
+
+
+def _json(read: Callable[[], bytes], kind: type[T]) -> T:
+    """Returns a small JSON file's object or list; empty where it is none: loading says so."""
+    try:
+        found = json.loads(read())
+    except (OSError, ValueError, RecursionError):
+        return kind()
+    return found if isinstance(found, kind) else kind()
+
+
+def _number(settings: Settings, name: str) -> int | None:
+    """Returns a whole number above 0 of a configuration, also of its text part."""
+    text = settings.get("text_config")
+    for part in (settings, text if isinstance(text, dict) else {}):
+        value = part.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None

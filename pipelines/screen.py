@@ -1,0 +1,47 @@
+"""What is printed is text: of a corpus, a recipe, a cluster, none of which the reader has written.
+
+rich takes ``[bold]`` in a text for markup and ``:smile:`` for a picture, and passes control
+characters on to the terminal, which may obey them.
+"""
+
+import re
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+_SEQUENCE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def plain(text: str) -> str:
+    """Returns a text without what a terminal would obey; line ends and tabs are kept."""
+    return _CONTROL.sub("", _SEQUENCE.sub("", text))
+
+
+class Screen(Console):
+    """A console that shows texts as they are; markup is `rich.text.Text`."""
+
+    def __init__(self, *, file: TextIO | None = None, stderr: bool = False) -> None:
+        """Writes to `file`, or to the standard output or error."""
+        super().__init__(file=file, stderr=stderr, markup=False, emoji=False, highlight=False)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Renders as `Console` does, and takes control characters out of what is not its own."""
+        for segment in super().render(renderable, options):
+            if segment.control or not _CONTROL.search(segment.text):
+                yield segment
+            else:
+                yield Segment(plain(segment.text), segment.style)
+
+
+def write_any_text() -> None:
+    """Lets standard output and error show `?` for a character that they cannot."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure: Any = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace")
