@@ -1,5 +1,6 @@
 """What a worker gives each optimizer step, and what it makes of it; the step is simulated."""
 
+import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from pipelines.training.config import TrainingConfig, ValidationConfig
 from pipelines.training.examples import iterate_batches
 from pipelines.training.gradients import slice_batch
 from pipelines.training.memory import FITTED
+from pipelines.training.metrics import METRICS
 from pipelines.training.optimizer import learning_rate
 from pipelines.training.place import Place
 from pipelines.training.trainer import Job, Trainer, _soup_batches, load_student
@@ -93,3 +95,10 @@ def test_look_comes_when_it_is_due_and_the_last_batch_ends_the_training(
 )
 def test_soup_is_of_the_last_batches(settings: dict[str, int], expected: set[int]):
     assert _soup_batches(CONFIG.model_copy(update=settings), 40) == expected
+
+
+def test_looks_after_the_last_checkpoint_are_forgotten(examples: str, student: str, tmp_path: Path):
+    row = {"batch": 0, "validation_loss": 0.1}  # of a batch that will be trained again
+    (tmp_path / METRICS).write_text(json.dumps(row))
+    here = trainer(examples, student, tmp_path, validation=ValidationConfig(patience=1))
+    assert here.done == here._validation.best == 0
