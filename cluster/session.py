@@ -42,6 +42,9 @@ def connect(log_folder: Path | None = None, *, serve: bool = False) -> ClusterRe
     # Processes that asked for no GPU see none: each would keep half a gigabyte of the first.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2", "1")
+    if not os.environ.get("RAY_ADDRESS"):
+        # A Ray of our own then listens on loopback, as on macOS; elsewhere on every interface.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
     if not ray.is_initialized():
@@ -63,7 +66,8 @@ def connect(log_folder: Path | None = None, *, serve: bool = False) -> ClusterRe
         except ConnectionError as error:
             raise UserError(
                 f"no Ray cluster answers at RAY_ADDRESS={address!r}: correct it, or unset it to"
-                " run on this machine"
+                " run on this machine; one that asks for a token wants RAY_AUTH_MODE=token and its"
+                " ~/.ray/auth_token here"
             ) from error
         _configure_ray_data()
         silence(log_folder)

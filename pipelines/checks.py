@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from actors.embedded import find_model, is_hub_id, refuse_missing
+from actors.encoder_folder import read_folder
 from cluster.errors import UserError
 from cluster.storage import open_storage
 from pipelines.corpus.sources import PYTHON_DOCUMENTATION
@@ -66,7 +67,10 @@ def check_recipe(recipe: Recipe, *, here: bool = True) -> None:
         except UserError as error:
             raise UserError(f"{key}.model: {error}") from error
     with ThreadPoolExecutor(len(_MODELS)) as pool:  # the hub may be slow
-        settings = pool.map(lambda key: _settings(key, names[key], here), names)
+        settings = pool.map(
+            lambda key: _settings(key, names[key], here, getattr(recipe, key).trust_remote_code),
+            names,
+        )
         found = dict.fromkeys(_MODELS, Settings()) | dict(zip(names, settings, strict=True))
     _check_llm(recipe, found["llm"])
     for key, encoder in (("retriever", recipe.retriever), ("student", recipe.student)):
@@ -193,15 +197,18 @@ def _check_student(recipe: Recipe, settings: Settings) -> None:
             )
 
 
-def _settings(key: str, name: str, here: bool) -> Settings:
+def _settings(key: str, name: str, here: bool, trusted: bool) -> Settings:
     """Returns a model's config.json, with its vectors' `dimensions`; empty where it is not known.
 
     Raises:
-        UserError: The hub, or the bucket, says that there is no such model.
+        UserError: The hub, or the bucket, says that there is no such model; or an encoder's folder
+            says what is not done here.
     """
     folder = find_model(name) if here or is_hub_id(name) else None
     if folder is None:
         return _fetched(key, name)
+    if key != "llm":
+        read_folder(folder, trust_remote_code=trusted)
     settings = _json((folder / "config.json").read_bytes, dict)
     settings["dimensions"] = _number(settings, "hidden_size")
     for module in _json((folder / "modules.json").read_bytes, list):

@@ -14,6 +14,7 @@ from cluster.errors import UserError, excerpt
 VARIABLE = re.compile(r"\$\{([^{}]*)\}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 OWN = "TOKAY_"
+SECRETS = ("TOKAY_API_KEY",)  # of ours that no file of a run may hold
 
 
 def fill_in(tree: Any, place: str, *, names: Sequence[str] = (), keep_unset: bool = False) -> Any:
@@ -54,6 +55,10 @@ def _value(found: re.Match[str], place: str, names: Sequence[str], keep_unset: b
     name = found[1]
     if not is_name(name):
         raise UserError(f"{place} reads {excerpt(found[0])}: write ${{NAME}}, NAME of A-Z, 0-9, _")
+    if name in SECRETS:
+        raise UserError(
+            f"{place} reads ${{{name}}}, a secret, which a run's files would show: take it out"
+        )
     if not name.startswith(OWN) and name not in names:
         raise UserError(
             f"{place} reads ${{{excerpt(name)}}}, which may be no business of a run's files: call"

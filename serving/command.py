@@ -99,9 +99,6 @@ def serve(
 
     # Ray lowers its workers' priority by 15, which suits jobs; a server answers people.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    if not os.environ.get("RAY_ADDRESS"):
-        # A Ray of our own then listens on loopback, as on macOS; elsewhere on every interface.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     resources = connect()
     options = ServeOptions(
         model=served.model,

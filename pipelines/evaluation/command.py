@@ -16,6 +16,7 @@ from rich.text import Text
 
 from cluster.errors import UserError
 from cluster.plain_json import dump_json
+from pipelines.credentials import key_with_credentials
 from pipelines.encoders import EncoderConfig, load_encoder
 from pipelines.evaluation.bootstrap import Estimate
 from pipelines.evaluation.compare import averages, compare
@@ -125,6 +126,11 @@ def run_eval(
             wherever it can be known.
     """
     options = options or EvalOptions()
+    if any(key_with_credentials(name) is not None for name in models):
+        raise UserError(
+            "the endpoint's address holds credentials, which results and logs would show: leave"
+            " them out; its key is read from OPENAI_API_KEY"
+        )
     if not test_sets:
         raise UserError(
             "nothing to measure on: give a folder (--beir, --sts, --pairs, --classification, "

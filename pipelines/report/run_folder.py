@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from cluster.artifacts import Artifact
 from cluster.errors import ArtifactError, UserError, excerpt
-from cluster.steps import BEGUN, State
+from cluster.steps import BEGUN, MARKER, State
 from cluster.storage import Storage, join, open_storage
 from pipelines.graph import TITLES
 from pipelines.recipe import read_saved_keys, refuse_other_version
@@ -93,10 +93,10 @@ def open_run_folder(uri: str) -> RunFolder:
             artifacts[name] = artifact
     if not artifacts:
         refuse_other_version(recipe, place)
-    if not content and not artifacts:
+    if not artifacts and not (content and storage.exists(MARKER)):
         raise UserError(
-            f"{uri} is no run of Tokay (it has no {RECIPE} and no finished step): give the folder"
-            " that `tokay run` or `tokay demo` wrote to"
+            f"{uri} is no run of Tokay (no finished step, and not both {RECIPE} and {MARKER}): give"
+            " the folder that `tokay run` or `tokay demo` wrote to"
         )
     return RunFolder(
         storage=storage,
