@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from actors.encoder_format import File, Index
-from cluster.errors import UserError
+from cluster.errors import UserError, excerpt
 
 _MAX_FILE_BYTES = 2**24  # of a configuration
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -106,8 +106,7 @@ def brief(given: object, max_chars: int = 300) -> str:
             text = json.dumps(given, ensure_ascii=False)
         except (RecursionError, TypeError):
             text = type(given).__name__
-    line = " ".join(text.split())
-    return line if len(line) <= max_chars else line[:max_chars] + "…"
+    return excerpt(text, max_chars)
 
 
 def read_checked(path: Path, kind: type[Model]) -> Model:
@@ -128,7 +127,7 @@ def checked(
         return kind.validate_python(given)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "it"
+        where = excerpt(".".join(map(str, first["loc"])) or "it")
         value = "" if first["type"] == "missing" else f" {brief(first['input'], 60)}"
         raise UserError(f"{path}: {where}{value}: {_accepted(first, keys)}") from error
 

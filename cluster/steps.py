@@ -235,7 +235,7 @@ class Run:
             yield
             return
         self.storage.make()
-        with (self.storage.folder / LOCK).open("a") as lock:
+        with (self.storage.folder / LOCK).open("a", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

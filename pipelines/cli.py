@@ -354,7 +354,7 @@ def _print_rows(rows: list[dict[str, object]], as_json: bool) -> None:
         return
     table = Table(box=None, header_style="bold")
     for name in rows[0]:
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row.values()))
     console.print(table)

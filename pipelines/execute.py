@@ -43,11 +43,12 @@ def execute(
             return True
         return not fresh and Artifact.open(open_storage(join(uri, step))) is not None
 
+    # All that can be told is told before anything starts, is paid for or is deleted.
     check_recipe(recipe)
+    refuse_unfit(recipe, needless=needless)
     run = build_run(recipe, uri)
     run.check_folder()
     run.steps_until(until)
-    refuse_unfit(recipe, needless=needless)  # before anything starts, is paid for or is deleted
     with run.alone():
         if not (fresh or rebuild):
             run.check_configuration(run.steps)

@@ -165,16 +165,6 @@ class Recipe(BaseModel):
         return tree
 
     @model_validator(mode="after")
-    def _passages_can_be_cut(self) -> "Recipe":
-        shortest, longest = self.corpus.min_words, self.corpus.max_words
-        if 2 * shortest > longest:
-            raise ValueError(
-                f"corpus.min_words: {shortest} given, and corpus.max_words is {longest}; accepted"
-                f" is at most half of it, {longest // 2}"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _index_for_its_gpus(self) -> "Recipe":
         check_index(self.candidates, self.resources.index.stage())
         return self

@@ -57,8 +57,8 @@ class CorpusConfig(BaseModel):
     def _evens_out(self) -> "CorpusConfig":
         if 2 * self.min_words > self.max_words:
             raise ValueError(
-                f"min_words={self.min_words} is above half of max_words={self.max_words}: give a"
-                " min_words of at most half of max_words"
+                f"min_words: {self.min_words} given, and max_words is {self.max_words}: accepted is"
+                f" at most half of it, {self.max_words // 2}"
             )
         return self
 

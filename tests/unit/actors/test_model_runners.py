@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -178,12 +178,13 @@ def _processed(tensors: LogprobsTensors | None, params: Any) -> Any:
 
 
 class Numbers:
-    """A tokenizer of texts that are their ids."""
+    """A tokenizer of texts that are their ids; other words are 1."""
 
     chat_template = None
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": [int(word) for word in text.split()]}
+        return {"input_ids": [int(word) if word.isdigit() else 1 for word in text.split()]}
 
 
 def words(ids: Any) -> str:

@@ -43,9 +43,12 @@ def assert_linear() -> Callable[..., None]:
     """
 
     def seconds(call: Callable[[str], object], text: str) -> float:
-        begin = time.thread_time()
-        call(text)
-        return time.thread_time() - begin
+        def once() -> float:
+            begin = time.thread_time()
+            call(text)
+            return time.thread_time() - begin
+
+        return min(once() for _ in range(3))
 
     def check(
         call: Callable[[str], object],
@@ -58,10 +61,10 @@ def assert_linear() -> Callable[..., None]:
         for _ in range(4):  # another process may have the caches
             long = head + unit * (4 * size // len(unit)) + tail
             taken = seconds(call, long)
-            if taken < 0.002:  # of a megabyte: two seconds at most, were it quadratic
+            if taken < 0.004:  # of a megabyte: four seconds at most, were it quadratic
                 return
             text = head + unit * (size // len(unit)) + tail
-            ratio = taken / max(min(seconds(call, text) for _ in range(3)), 1e-6)
+            ratio = taken / max(seconds(call, text), 1e-6)
             if ratio < 9:  # linear: 4, quadratic: 16
                 return
         raise AssertionError(f"{call} takes {ratio:.0f} times as long for 4 times {unit!r}")

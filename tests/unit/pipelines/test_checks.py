@@ -36,12 +36,15 @@ def model(tmp_path: Path) -> MakeModel:
         folder = tmp_path / f"model-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        rows = [{"type": "sentence_transformers.models.Transformer", "path": ""}]
-        for path, settings in (modules or {}).items():
+        rows = {"": "Transformer", "1_Pooling": "Pooling", **dict.fromkeys(modules or {}, "Dense")}
+        for path, settings in {"1_Pooling": {}, **(modules or {})}.items():
             (folder / path).mkdir()
             (folder / path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
-            rows.append({"type": "sentence_transformers.models.Dense", "path": path})
-        (folder / "modules.json").write_text(json.dumps(rows), encoding="utf-8")
+        listed = [
+            {"name": str(n), "type": f"sentence_transformers.models.{kind}", "path": path}
+            for n, (path, kind) in enumerate(rows.items())
+        ]
+        (folder / "modules.json").write_text(json.dumps(listed), encoding="utf-8")
         return str(folder)
 
     return made
@@ -114,8 +117,18 @@ def test_run_tells_it_before_it_writes_anything(tmp_path: Path, model: MakeModel
     assert not (tmp_path / "run").exists()
 
 
+def dense(inputs: int, outputs: int) -> dict[str, Any]:
+    activation = "torch.nn.modules.linear.Identity"
+    return {
+        "in_features": inputs,
+        "out_features": outputs,
+        "bias": False,
+        "activation_function": activation,
+    }
+
+
 def test_dimensions_are_those_of_the_last_dense_module(model: MakeModel) -> None:
-    folder = model(BERT, {"2_Dense": {"out_features": 512}, "3_Dense": {"out_features": 128}})
+    folder = model(BERT, {"2_Dense": dense(384, 512), "3_Dense": dense(512, 128)})
     settings = [f"student.model={folder}", "training.loss.matryoshka_dimensions=[129]"]
     with pytest.raises(UserError, match="129 given, and the student's vectors have 128"):
         check_recipe(load_recipe("laptop", settings))
@@ -141,13 +154,18 @@ def test_model_in_a_place_that_is_not_set_is_left_to_the_run(
 @pytest.mark.parametrize(
     "config", ["", "[]", "{", '{"hidden_size": "x", "num_hidden_layers": [1]}', "[" * 100_000]
 )
-def test_configuration_that_is_none_is_left_to_the_step_that_loads_it(
-    config: str, model: MakeModel
-) -> None:
+def test_configuration_that_is_none_is_refused_before(config: str, model: MakeModel) -> None:
     folder = model(BERT)
     Path(folder, "config.json").write_text(config, encoding="utf-8")
-    Path(folder, "modules.json").write_text('[3, {"path": "../.."}]', encoding="utf-8")
-    check_recipe(load_recipe("laptop", [f"student.model={folder}"]))
+    with pytest.raises(UserError, match=r"config\.json"):
+        check_recipe(load_recipe("laptop", [f"student.model={folder}"]))
+
+
+def test_encoder_folder_that_says_what_is_not_done_is_refused_before(model: MakeModel) -> None:
+    folder = model(BERT)
+    Path(folder, "1_Pooling/config.json").write_text('{"include_prompt": false}', encoding="utf-8")
+    with pytest.raises(UserError, match="include_prompt false: accepted is true"):
+        check_recipe(load_recipe("laptop", [f"retriever.model={folder}"]))
 
 
 def test_model_that_the_hub_has_not_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,7 @@ def test_base_that_leads_back_to_the_recipe_is_a_mistake(tmp_path: Path) -> None
             "training.validation.test_set=scifact",
             "training.validation.test_set: 'scifact' is no retrieval set of the recipe's",
         ),
-        ("corpus.min_words=100", "corpus.min_words: 100 given, and corpus.max_words is 160"),
+        ("corpus.min_words=100", "min_words: 100 given, and max_words is 160: accepted is at most"),
         ("corpus.path=2024", "corpus.path: 2024 given; put it in quotes"),
         ("training=", "training: None given"),
         ("training.learning_rate=.inf", "training.learning_rate: inf given; accepted are finite"),

@@ -180,6 +180,7 @@ def test_report_of_a_partial_run_says_what_is_missing(build_run: Callable[..., s
 
 def test_report_of_a_run_without_a_finished_step_is_written(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("name: begun\nevaluation: []\n")
+    (tmp_path / ".tokay").touch()
     document = write_report(str(tmp_path))
     assert document["recipe"] == "begun" and document["funnel"] == []
     assert "evaluation" not in document["unfinished"]

@@ -104,6 +104,7 @@ def test_print_evaluation_fits_a_terminal(report: dict[str, Json], width: int) -
 
 def test_print_evaluation_of_a_run_without_one_says_so(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("name: begun\n")
+    (tmp_path / ".tokay").touch()
     console = Console(file=io.StringIO(), width=80)
     print_evaluation(write_report(str(tmp_path)), console)
     assert "no evaluation" in console.file.getvalue()  # type: ignore[attr-defined]
