@@ -61,7 +61,7 @@ def command(verb: str, corpus: Path, run: Path) -> list[str]:
         "training.epochs=4",
         "training.checkpoint_every_batches=2",
         "candidates.max_seed_rank=20",
-        "resources.llm.shards_in_flight=1",  # when the first shard is there, others are to come
+        "resources.llm.shards_in_flight=2",  # when the first shard is there, others are to come
         f"evaluation=[{{name: tiny, path: {corpus}, task: search result}}]",
     ]
     sets = [word for setting in settings for word in ("--set", setting)]

@@ -271,7 +271,7 @@ def test_stage_on_a_faulty_s3_gives_the_rows_of_a_sound_one(
         "from cluster.session import connect\n"
         "connect(Path(sys.argv[2]))\n"
         "stage = Square(notes=sys.argv[2] + '/notes')\n"
-        "make_run(sys.argv[1], stage, rows_per_shard=20).execute(Silent())\n",  # it is slow
+        "make_run(sys.argv[1], stage, rows_per_shard=30).execute(Silent())\n",  # it is slow
         faulty_bucket,
         str(tmp_path),
     )

@@ -233,7 +233,7 @@ def test_student_that_does_not_load_is_the_users_error(
     (tmp_path / "student").mkdir()
     (tmp_path / "student/config.json").write_text("{}")
     config = CONFIG.model_copy(update={"num_workers": 1})
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="is missing or empty"):
         train(
             job(config, examples, str(tmp_path / "student"), tmp_path / "output"),
             scratch=str(tmp_path / "scratch"),
