@@ -33,11 +33,11 @@ $(STAMP): requirements-cpu.txt requirements-cpu-torch.txt pyproject.toml
 demo: $(STAMP)  ## search the documentation of this Python environment, end to end (10 minutes)
 	@$(BIN)/tokay demo
 
-test: $(STAMP)  ## every test that needs no GPU (11 to 17 minutes)
+test: $(STAMP)  ## every test that needs no GPU (12 to 20 minutes)
 	@$(BIN)/pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
-quick: $(STAMP)  ## the tests that start no engine (under 90 seconds)
-	@$(BIN)/pytest -m "not gpu and not slow"
+quick: $(STAMP)  ## the tests that start no engine and do not fuzz (some 5 minutes)
+	@$(BIN)/pytest -m "not gpu and not slow" -n 2 --dist loadfile --ignore tests/fuzz
 
 fuzz: $(STAMP)  ## the readers against random input, ten times what `make test` tries (about 20 minutes)
 	@TOKAY_FUZZ=1 $(BIN)/pytest tests/fuzz -n 2
