@@ -133,17 +133,21 @@ def _print(row: dict[str, Any]) -> None:
     print(dump_json(row), flush=True)
 
 
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def _summary(artifact: Artifact) -> str:
     metrics = artifact.manifest.metrics
     parts = []
     if artifact.shards:
-        parts.append(f"{artifact.num_rows:,} rows")
+        parts.append(_counted(artifact.num_rows, "row"))
     if "num_kept" in metrics:
         parts.append(f"{metrics['num_kept']:,} kept")
     if artifact.num_rejects:
-        parts.append(f"{artifact.num_rejects:,} rejects")
+        parts.append(_counted(artifact.num_rejects, "reject"))
     if artifact.num_duplicates:
-        parts.append(f"{artifact.num_duplicates:,} duplicates")
+        parts.append(_counted(artifact.num_duplicates, "duplicate"))
     if metrics.get("final_loss") is not None:
         parts.append(f"loss {metrics['final_loss']:.3f}")
     if "parity_cosine" in metrics:
