@@ -51,7 +51,8 @@ class Qrels:
 
 def number(text: str) -> float | None:
     """Returns a number as people write it, None for anything else: ``1,0``, ``nan``, ``1_0``."""
-    return float(text) if _NUMBER.fullmatch(text.strip()) else None
+    text = text.strip()  # of more than `float` takes for blanks, such as \x1f
+    return float(text) if _NUMBER.fullmatch(text) else None
 
 
 def is_header(score: str) -> bool:

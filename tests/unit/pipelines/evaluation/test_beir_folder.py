@@ -155,6 +155,7 @@ JUDGED = {"q1": {"p1": 2, "p2": 0}, "q2": {"p2": 1}}
         "q1 p1 2\nq1 p2 0\nq2 p2 1\n",
         "q1\tp1\t2.0\nq1\tp2\t0.0\nq2\tp2\t1e0\n",
         "q1\tp1\t2 \nq1\tp2\t0\t\n\nq2\tp2\t1   ",
+        "q1\tp1\t2\x1f\nq1\tp2\t0\x1c\nq2\tp2\t1\n",
         "q1\tp1\t2\tsure\nq1\tp2\t0\t7\nq2\tp2\t1\t\n",
         "q1 0 p1 2\nq1 0 p2 0\nq2 0 p2 1\n",
         "q1\t0\tp1\t2\nq1\t0\tp2\t0\nq2\t0\tp2\t1\n",
