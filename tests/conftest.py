@@ -100,9 +100,9 @@ def faulty_bucket(bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) 
     proxy.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
-    """Ray on this machine, as `tokay run` starts it."""
+    """Ray on this machine, as `tokay run` starts it; anew for each module, whose actors it ends."""
     import ray
 
     from cluster.session import connect
