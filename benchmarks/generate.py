@@ -23,12 +23,12 @@ from bare_vllm import bare_llm
 from streamed_generation import write_step
 
 from cluster.plain_json import dump_json
-from pipelines.console import JsonLines
 from pipelines.fret.language_models import engine_options
 from pipelines.fret.prompts import STOP, load_prompts
 from pipelines.fret.queries import query_id, query_prompts
-from pipelines.graph import build_run
-from pipelines.recipe import Recipe, load_recipe
+from pipelines.recipe.graph import build_run
+from pipelines.recipe.recipe import Recipe, load_recipe
+from pipelines.run.console import JsonLines
 
 
 def bare(connection: Connection, recipe: Recipe, passages: list[dict[str, Any]]) -> None:

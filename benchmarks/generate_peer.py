@@ -28,12 +28,12 @@ from typing import Any
 from streamed_generation import write_step
 
 from cluster.artifacts import Artifact
-from pipelines.console import JsonLines
 from pipelines.fret.language_models import engine_options
 from pipelines.fret.prompts import STOP, load_prompts
 from pipelines.fret.queries import query_id, query_prompts
-from pipelines.graph import build_run
-from pipelines.recipe import Recipe, load_recipe
+from pipelines.recipe.graph import build_run
+from pipelines.recipe.recipe import Recipe, load_recipe
+from pipelines.run.console import JsonLines
 
 BATCH_SIZE = 50  # distilabel's default
 PACKAGES = (

@@ -110,7 +110,7 @@ def finish(folder: Path) -> None:
 def tokay(connection: Connection, folder: Path) -> None:
     """Mines with Tokay's index actor, from Parquet to Parquet."""
     from cluster.stages import StageResources
-    from pipelines.fret.neighbours import IndexActor
+    from pipelines.mining.candidates import IndexActor
 
     embeddings = open_artifact(str(folder / "embeddings"))
     queries = np.load(folder / "queries.npy", mmap_mode="r")

@@ -12,7 +12,7 @@ from cluster.storage import open_storage
 from pipelines.fret.language_models import engine_options
 from pipelines.fret.prompts import load_prompts
 from pipelines.fret.queries import WriteQueries, query_prompts
-from pipelines.recipe import Recipe
+from pipelines.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,8 +77,8 @@ def run_command(
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe here, or on the cluster of RAY_ADDRESS; finished steps are not repeated."""
-    from pipelines.execute import execute
-    from pipelines.recipe import load_recipe
+    from pipelines.recipe.recipe import load_recipe
+    from pipelines.run.execute import execute
 
     loaded = load_recipe(recipe, settings, trust_remote_code=trust_remote_code)
     execute(
@@ -114,9 +114,9 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show the steps, what is done, what fits the GPUs, and what the rest would cost."""
-    from pipelines.checks import check_recipe
-    from pipelines.plan import make_plan, print_plan
-    from pipelines.recipe import load_recipe
+    from pipelines.recipe.recipe import load_recipe
+    from pipelines.run.checks import check_recipe
+    from pipelines.run.plan import make_plan, print_plan
 
     loaded = load_recipe(recipe, settings, keep_unset=True, trust_remote_code=trust_remote_code)
     check_recipe(loaded)
@@ -132,7 +132,7 @@ def keys(
     """List the keys of a recipe, with what they accept, their defaults and what they mean."""
     from dataclasses import asdict
 
-    from pipelines.recipe_keys import print_keys, recipe_keys
+    from pipelines.recipe.keys import print_keys, recipe_keys
 
     found = recipe_keys(below)
     _print_json([asdict(key) for key in found]) if as_json else print_keys(found, console)
@@ -208,7 +208,7 @@ def eval_command(
         read_dimensions,
         run_eval,
     )
-    from pipelines.execute import find_models
+    from pipelines.run.execute import find_models
 
     silence(None)
     given = {
@@ -250,9 +250,9 @@ def submit(
 ) -> None:
     """Run a recipe on a cluster through the Ray Jobs API; prints the job's id."""
     from cluster import jobs
-    from pipelines.checks import check_recipe
-    from pipelines.fit import refuse_unfit
-    from pipelines.recipe import load_recipe, read_keys
+    from pipelines.recipe.recipe import load_recipe, read_keys
+    from pipelines.run.checks import check_recipe
+    from pipelines.run.fit import refuse_unfit
     from pipelines.yaml_files import write_yaml
 
     # A mistake is told here, not by a job an hour later.
@@ -287,7 +287,7 @@ def status(
 ) -> None:
     """Show the cluster's jobs, one of them, or the steps of a run folder."""
     from cluster import jobs
-    from pipelines.execute import run_status
+    from pipelines.run.execute import run_status
 
     found = run_status(target) if target else None
     if target and found is not None:

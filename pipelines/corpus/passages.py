@@ -1,251 +1,103 @@
-"""Documents become passages here: cleaned, cut, named and compared.
+"""The steps `passages` and `seeds`: what there is to search, and what the LLM writes about."""
 
-Every corpus, whatever it was read from, passes through these functions, so that a passage has the
-same text and the same id on every machine and in every run. All of them are pure.
-"""
+import hashlib
+import logging
 
-import re
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
-from itertools import pairwise
-from typing import TypeVar
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
 
-from pipelines.words import letter_share, normalized, num_words, sentence_starts, word_spans
+from cluster.artifacts import Json, write_rejects, write_shards
+from cluster.errors import DUPLICATE, DUPLICATES, NEAR_DUPLICATE, Reject, UserError
+from cluster.steps import StepContext
+from pipelines.corpus.cutting import Passage, near_duplicates, passages_of, reject_reason
+from pipelines.corpus.sources import Corpus
+from pipelines.records import PASSAGE
 
-T = TypeVar("T")
+log = logging.getLogger(__name__)
 
-MIN_WORDS = 8
-"""A passage of fewer words says too little to write a question about."""
-
-# Controls, invisible format characters but the joiners (which carry meaning in several scripts),
-# halves of surrogate pairs, private use and what is no character.
-_UNWRITTEN = re.compile(
-    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200e\u200f\u202a-\u202e\u2060-\u206f\ud800-\uf8ff"
-    "\ufdd0-\ufdef\ufeff\ufff9-\ufffb\ufffe\uffff\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
-    "\U000e0000-\U000e00ff\U000f0000-\U0010ffff]"
-)
-_CODE_SYMBOLS = "{}[]()<>=|\\/$#@;`~^&+"
+PASSAGES_PER_SHARD = 1024
 
 
-@dataclass(frozen=True, kw_only=True)
-class Document:
-    """A source text: `name` is its locator in the corpus, unique and stable."""
+class SeedsConfig(BaseModel):
+    """Which passages the LLM writes about."""
 
-    name: str
-    title: str
-    text: str
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Passage:
-    """A part of a document; `source` is `<document name>#<part>`, parts counted from 1."""
-
-    id: str
-    title: str
-    text: str
-    source: str
-
-
-def clean(text: str) -> str:
-    r"""Return `text` as paragraphs of one line each, separated by blank lines.
-
-    Normalises to NFC, takes out control and invisible characters, and joins the lines of a
-    paragraph. Whatever Unicode calls a space or a line's end parts words, and so does the
-    zero-width space.
-    """
-    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u2029", "\n\n")
-    text = _UNWRITTEN.sub("", text.replace("\u200b", " "))
-    paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", normalized(text)))
-    return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
-
-
-def cut(text: str, *, max_words: int = 160, min_words: int = 20) -> list[str]:
-    """Cut cleaned text into pieces of at most `max_words` words.
-
-    Cuts at paragraph borders; inside an over-long paragraph at sentence borders; inside an
-    over-long sentence at words, where spaces are if it has some. A last piece below `min_words`
-    takes paragraphs from the piece before it where that leaves both of a fair size.
-
-    Args:
-        text: Output of `clean`: paragraphs separated by blank lines.
-        max_words: Upper limit of a piece, in the words of `num_words`.
-        min_words: Size below which a last piece is evened out.
-
-    Returns:
-        Pieces in the text's order, paragraphs separated by a line break; `[]` for empty text.
-
-    Raises:
-        ValueError: When not `0 < 2 * min_words <= max_words`.
-    """
-    if not 0 < 2 * min_words <= max_words:
-        raise ValueError(
-            f"min_words={min_words}, max_words={max_words}: give a min_words of at least 1 and at "
-            "most half of max_words"
-        )
-    units: list[tuple[str, int]] = []
-    for paragraph in text.split("\n\n"):
-        words = word_spans(paragraph)
-        if len(words) > max_words:
-            units += _parts(paragraph, words, max_words)
-        elif words:
-            units.append((paragraph, len(words)))
-    groups = _pack(units, max_words)
-    if len(groups) > 1:
-        _even_out(groups[-2], groups[-1], max_words, min_words)
-    return ["\n".join(group) for group in groups]
-
-
-def passage_id(title: str, text: str) -> str:
-    """Return 16 hexadecimal characters that depend on nothing but title and text."""
-    content = normalized(f"{title}\x1f{text}")
-    return blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-
-
-def passages_of(document: Document, *, max_words: int = 160, min_words: int = 20) -> list[Passage]:
-    """Clean and cut a document. Unfit passages are included: see `reject_reason`."""
-    title = " ".join(clean(document.title).split())
-    return [
-        Passage(
-            id=passage_id(title, text), title=title, text=text, source=f"{document.name}#{part}"
-        )
-        for part, text in enumerate(
-            cut(clean(document.text), max_words=max_words, min_words=min_words), start=1
-        )
-    ]
-
-
-def reject_reason(text: str) -> str | None:
-    """Say why a text is unfit to be a passage, or None when it is fit."""
-    num_characters = len("".join(text.split()))
-    if not num_characters:
-        return "empty"
-    if num_words(text) < MIN_WORDS:
-        return "too short"
-    if letter_share(text) < 0.6:
-        return "too few letters"
-    if sum(map(text.count, _CODE_SYMBOLS)) > 0.12 * num_characters:
-        return "mostly code"
-    return None
-
-
-def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> set[int]:
-    """Find the rows that repeat an earlier, kept row.
-
-    Candidates come from MinHash-LSH over word trigrams and are confirmed by the exact Jaccard
-    similarity, so nothing below the threshold is dropped.
-
-    Args:
-        texts: Passage texts; the first of a group of duplicates is the one kept.
-        threshold: Jaccard similarity of the trigram sets from which two texts are duplicates.
-
-    Returns:
-        Numbers of the rows to drop.
-
-    Raises:
-        ValueError: When `threshold` is not above 0 and at most 1.
-    """
-    from datasketch import MinHash, MinHashLSH
-
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold={threshold}: give a number above 0 and at most 1")
-    # The index is asked for a little less than the threshold, because it errs to both sides.
-    index = MinHashLSH(threshold=0.9 * threshold, num_perm=128)
-    sketches = MinHash.generator(
-        (
-            [trigram.encode("utf-8", "surrogatepass") for trigram in _trigrams(text)]
-            for text in texts
-        ),
-        num_perm=128,
-        seed=1,
-        scheme="affine32",
+    num_seeds: int = Field(default=1000, ge=1)
+    seed: int = 0
+    rows_per_shard: int = Field(
+        default=32, ge=1, description="the unit of work, of resume and of retry"
     )
-    drop: set[int] = set()
-    for row, sketch in enumerate(sketches):
-        trigrams = _trigrams(texts[row])
-        if any(
-            _jaccard(trigrams, _trigrams(texts[kept])) >= threshold for kept in index.query(sketch)
-        ):
-            drop.add(row)
-        else:
-            index.insert(row, sketch)
-    return drop
 
 
-def _parts(
-    paragraph: str, words: list[tuple[int, int]], max_words: int
-) -> Iterator[tuple[str, int]]:
-    """Yields the pieces of an over-long paragraph, cut at sentences and, if need be, at words.
+def make_passages(corpus: Corpus, context: StepContext) -> dict[str, Json]:
+    """Cleans, cuts and deduplicates the corpus; duplicates are rejects that are no bad rows."""
+    import icu4py
 
-    Each comes with the number of its words.
-    """
-    starts = [start for start, _ in words]
-    borders = sorted({bisect_left(starts, start) for start in sentence_starts(paragraph)} | {0})
-    sizes = [
-        (piece, piece[1] - piece[0])
-        for first, end in pairwise([*borders, len(words)])
-        for piece in _slices(paragraph, starts, first, end, max_words)
-    ]
-    for group in _pack(sizes, max_words):
-        yield from _within(paragraph, words[group[0][0] : group[-1][1]], max_words)
-
-
-def _slices(
-    paragraph: str, starts: list[int], first: int, end: int, max_words: int
-) -> Iterator[tuple[int, int]]:
-    """Yields the first word, and the one behind the last, of each slice of a sentence."""
-    while end - first > max_words:
-        cut = first + max_words
-        spaced = (
-            n for n in range(cut, cut - max_words // 2, -1) if paragraph[starts[n] - 1] == " "
+    config = corpus.config
+    if corpus.passed_over and corpus.format == "auto":
+        left = ", ".join(f"{count} {suffix}" for suffix, count in corpus.passed_over.most_common(5))
+        log.warning("of corpus %s these files are not read: %s", config.path, left)
+    passages: list[Passage] = []
+    rejects: list[Reject] = []
+    ids: set[str] = set()
+    num_documents = 0
+    for document in corpus.documents():
+        num_documents += 1
+        if isinstance(document, tuple):
+            rejects.append(document)
+            continue
+        cut = passages_of(document, max_words=config.max_words, min_words=config.min_words)
+        if not cut:
+            rejects.append((document.name, "empty", document.text[:200]))
+        for passage in cut:
+            reason = reject_reason(passage.text)
+            if reason is None and passage.id in ids:
+                reason = DUPLICATE
+            if reason is None:
+                ids.add(passage.id)
+                passages.append(passage)
+            else:
+                rejects.append((passage.source, reason, passage.text[:200]))
+        if num_documents % 100 == 0:
+            context.progress.update(num_documents, None, f"{len(passages)} passages")
+    if config.near_duplicate_threshold is not None:
+        context.progress.update(num_documents, None, "near-duplicates")
+        drop = near_duplicates([p.text for p in passages], config.near_duplicate_threshold)
+        rejects += [
+            (passages[r].source, NEAR_DUPLICATE, passages[r].text[:200]) for r in sorted(drop)
+        ]
+        passages = [passage for row, passage in enumerate(passages) if row not in drop]
+    if not passages:
+        raise UserError(
+            f"corpus {config.path} gave no passage: {len(rejects)} rejects, the first because"
+            f" {rejects[0][1]!r}"
+            if rejects
+            else f"corpus {config.path} holds no documents"
         )
-        cut = next(spaced, cut)
-        yield first, cut
-        first = cut
-    if first < end:
-        yield first, end
+    rows = {name: [getattr(passage, name) for passage in passages] for name in PASSAGE.names}
+    write_shards(context.storage, pa.table(rows, schema=PASSAGE), PASSAGES_PER_SHARD)
+    write_rejects(context.storage, rejects)
+    return {
+        "num_documents": num_documents,
+        "num_passages": len(passages),
+        "num_duplicates": sum(reason in DUPLICATES for _, reason, _ in rejects),
+        "files_passed_over": dict(corpus.passed_over),
+        "icu_version": icu4py.icu_version,  # its dictionaries decide where words end
+    }
 
 
-def _within(
-    paragraph: str, words: list[tuple[int, int]], max_words: int
-) -> Iterator[tuple[str, int]]:
-    """Yields the words' text; in halves where ICU finds more of them than in the whole text."""
-    text = paragraph[words[0][0] : words[-1][1]]
-    size = num_words(text)
-    if size <= max_words or len(words) == 1:
-        yield text, size
-    else:
-        yield from _within(paragraph, words[: len(words) // 2], max_words)
-        yield from _within(paragraph, words[len(words) // 2 :], max_words)
+def choose_seeds(config: SeedsConfig, context: StepContext) -> dict[str, Json]:
+    """Samples seed passages uniformly, by a hash, so that more seeds contain the fewer.
 
+    Neighbours in the corpus stay neighbours, because passages of one document share candidates.
+    """
+    passages = context.input("passages").read()
+    ids = passages["id"].to_pylist()
 
-def _pack(units: Iterable[tuple[T, int]], max_words: int) -> list[list[T]]:
-    """Fills groups of at most so many words with the units in their order."""
-    groups: list[list[T]] = []
-    room = 0
-    for unit, size in units:
-        if size > room or not groups:
-            groups.append([])
-            room = max_words
-        groups[-1].append(unit)
-        room -= size
-    return groups
+    def draw(row: int) -> bytes:
+        return hashlib.sha256(f"{config.seed} {ids[row]}".encode()).digest()
 
-
-def _even_out(previous: list[str], last: list[str], max_words: int, min_words: int) -> None:
-    while num_words(" ".join(last)) < min_words and len(previous) > 1:
-        rest, moved = previous[:-1], previous[-1]
-        if num_words(" ".join(rest)) < min_words or num_words(" ".join([moved, *last])) > max_words:
-            return
-        last.insert(0, previous.pop())
-
-
-def _trigrams(text: str) -> set[str]:
-    text = text.casefold()
-    words = [text[start:end] for start, end in word_spans(text)]
-    return {" ".join(words[start : start + 3]) for start in range(max(1, len(words) - 2))}
-
-
-def _jaccard(left: set[str], right: set[str]) -> float:
-    return len(left & right) / len(left | right)
+    chosen = sorted(sorted(range(len(ids)), key=draw)[: config.num_seeds])
+    write_shards(context.storage, passages.take(chosen), config.rows_per_shard)
+    return {"num_seeds": len(chosen)}

@@ -20,7 +20,7 @@ from importlib.metadata import PackageMetadata, distributions
 from operator import attrgetter
 from types import ModuleType
 
-from pipelines.corpus.passages import Document, clean
+from pipelines.corpus.cutting import Document, clean
 from pipelines.words import num_words
 
 log = logging.getLogger(__name__)

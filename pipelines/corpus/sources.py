@@ -22,7 +22,7 @@ from cluster.errors import Reject, UserError, excerpt
 from cluster.json_lines import GZIP, json_lines, unpacked
 from cluster.parquet import open_parquet, parquet_batches
 from cluster.storage import Storage, open_storage
-from pipelines.corpus.passages import Document
+from pipelines.corpus.cutting import Document
 
 PYTHON_DOCUMENTATION = "python-documentation"
 

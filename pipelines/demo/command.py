@@ -13,8 +13,8 @@ from rich.text import Text
 from cluster.errors import TokayError
 from cluster.session import disconnect, free_port
 from cluster.storage import open_storage
-from pipelines.execute import execute, log_folder
-from pipelines.recipe import load_recipe
+from pipelines.recipe.recipe import load_recipe
+from pipelines.run.execute import execute, log_folder
 
 QUERY = "how can I find out which line of my program takes the most time"
 START_LIMIT_S = 120.0

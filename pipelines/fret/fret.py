@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from cluster.artifacts import Artifact, Json
 from cluster.steps import StepContext
 from cluster.storage import write_table
-from pipelines.corpus.passages import near_duplicates
+from pipelines.corpus.cutting import near_duplicates
 from pipelines.encoders import PassageTexts
 from pipelines.fret.fusion import FretConfig, choose_labels
 from pipelines.fret.overlap import OverlapIndex

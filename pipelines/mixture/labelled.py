@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.errors import Reject, UserError
 from cluster.storage import open_storage
-from pipelines.corpus.passages import passage_id
+from pipelines.corpus.cutting import passage_id
 from pipelines.evaluation.qrels import number, read_qrels
 from pipelines.mixture.config import LabelledSet
 from pipelines.mixture.decontamination import Decontamination

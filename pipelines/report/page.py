@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.artifacts import Json
-from pipelines.graph import TITLES
+from pipelines.recipe.graph import TITLES
 from pipelines.report import figures
 from pipelines.report.test_sets import MODELS
 from pipelines.report.training import STAGES

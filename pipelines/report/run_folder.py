@@ -16,8 +16,8 @@ from cluster.artifacts import Artifact
 from cluster.errors import ArtifactError, UserError, excerpt
 from cluster.steps import BEGUN, MARKER, State
 from cluster.storage import Storage, join, open_storage
-from pipelines.graph import TITLES
-from pipelines.recipe import read_saved_keys, refuse_other_version
+from pipelines.recipe.graph import TITLES
+from pipelines.recipe.recipe import read_saved_keys, refuse_other_version
 
 RECIPE = "recipe.yaml"
 EXCERPT_CHARACTERS = 700

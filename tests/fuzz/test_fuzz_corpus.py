@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cluster.artifacts import REJECT_SCHEMA
 from cluster.errors import UserError
-from pipelines.corpus.passages import Document, passages_of, reject_reason
+from pipelines.corpus.cutting import Document, passages_of, reject_reason
 from pipelines.corpus.sources import Corpus, CorpusConfig
 
 FIELDS = ("_id", "id", "title", "text")

@@ -12,12 +12,12 @@ from cluster.artifacts import Artifact, Json, write_shards
 from cluster.errors import TokayError
 from cluster.stages import StageResources
 from cluster.steps import Run, Step, StepContext
-from pipelines.console import JsonLines
-from pipelines.corpus.passages import passage_id
+from pipelines.corpus.cutting import passage_id
 from pipelines.encoders import EncoderConfig, embed_passages, load_encoder
 from pipelines.fret import neighbours
-from pipelines.fret.neighbours import CandidatesConfig, IndexActor, find_candidates
+from pipelines.mining.candidates import CandidatesConfig, IndexActor, find_candidates
 from pipelines.records import PASSAGE, QUERY
+from pipelines.run.console import JsonLines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 TEXTS = [f"{animal} {verb}" for animal in ("Cats", "Owls", "Bees") for verb in ("sleep", "eat")]

@@ -8,10 +8,10 @@ import pytest
 
 from cluster.artifacts import Artifact, Json, write_shards
 from cluster.steps import Run, Step, StepContext
-from pipelines.console import JsonLines
-from pipelines.corpus.passages import passage_id
+from pipelines.corpus.cutting import passage_id
 from pipelines.fret.pairs import group_pairs
 from pipelines.records import CANDIDATES, PASSAGE
+from pipelines.run.console import JsonLines
 
 pytestmark = pytest.mark.slow
 TEXTS = [f"text {number}" for number in range(40)]

@@ -9,8 +9,8 @@ import pytest
 from actors.encoder import Encoder
 from cluster.artifacts import Artifact
 from cluster.steps import Run, Step
-from pipelines.graph import build_run
-from pipelines.recipe import load_recipe
+from pipelines.recipe.graph import build_run
+from pipelines.recipe.recipe import load_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]
 

@@ -9,10 +9,10 @@ import pytest
 
 from cluster.artifacts import Artifact, Json, write_shards
 from cluster.steps import Run, Step, StepContext
-from pipelines.console import JsonLines
 from pipelines.fret.fret import make_fret
 from pipelines.fret.fusion import FretConfig
 from pipelines.records import CANDIDATES, PASSAGE
+from pipelines.run.console import JsonLines
 
 IDS = ["a", "b", "c"]
 

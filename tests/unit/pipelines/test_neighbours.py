@@ -12,8 +12,8 @@ from cluster.errors import UserError
 from cluster.stages import StageResources
 from cluster.storage import open_storage
 from pipelines.encoders import vector_column
-from pipelines.fret.neighbours import CandidatesConfig, IndexActor, check_index
-from pipelines.recipe import load_recipe
+from pipelines.mining.candidates import CandidatesConfig, IndexActor, check_index
+from pipelines.recipe.recipe import load_recipe
 
 NUM_ROWS, FIRST_ROW = 2000, 100
 

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.steps import Step
-from pipelines import console
-from pipelines.console import RunConsole
+from pipelines.run import console
+from pipelines.run.console import RunConsole
 from pipelines.screen import Screen, plain
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.corpus.passages import Document, clean, cut, passages_of, reject_reason
+from pipelines.corpus.cutting import Document, clean, cut, passages_of, reject_reason
 from pipelines.corpus.sources import Corpus, CorpusConfig
 from pipelines.words import (
     MAX_WORD_CHARACTERS,

@@ -1,6 +1,6 @@
 import pytest
 
-from pipelines.corpus.passages import Passage, near_duplicates, passages_of, reject_reason
+from pipelines.corpus.cutting import Passage, near_duplicates, passages_of, reject_reason
 from pipelines.corpus.python_documentation import python_documentation
 
 

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from pipelines.corpus.passages import Passage
+from pipelines.corpus.cutting import Passage
 from pipelines.demo.questions import load_questions
 
 

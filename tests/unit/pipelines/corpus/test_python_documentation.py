@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from pipelines.corpus.passages import Passage, reject_reason
+from pipelines.corpus.cutting import Passage, reject_reason
 from pipelines.corpus.python_documentation import (
     _documents,
     _plain,

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from cluster.errors import UserError
 from cluster.storage import open_storage
-from pipelines.corpus.passages import Document
+from pipelines.corpus.cutting import Document
 from pipelines.corpus.sources import Corpus, CorpusConfig
 
 

@@ -23,9 +23,9 @@ from cluster.storage import open_storage
 from pipelines.corpus.sources import PYTHON_DOCUMENTATION
 from pipelines.fret.prompts import WRITTEN
 from pipelines.mixture.config import SetsConfig
-from pipelines.recipe import Recipe
+from pipelines.recipe.recipe import Recipe
+from pipelines.recipe.variables import unset_variables
 from pipelines.training.config import TrainingConfig
-from pipelines.variables import unset_variables
 
 PATIENCE_S = 15.0  # for a word from S3 or the hub, whose clients try for minutes
 _ENCODERS = (

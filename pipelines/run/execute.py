@@ -9,15 +9,15 @@ from cluster.artifacts import Artifact, Json
 from cluster.errors import UserError
 from cluster.session import connect
 from cluster.storage import LocalStorage, Storage, join, open_storage
-from pipelines.checks import check_recipe
-from pipelines.console import JsonLines, RunConsole
 from pipelines.evaluation.location import Location, SavedEncoder
-from pipelines.fit import refuse_unfit
-from pipelines.graph import ENCODER, TITLES, build_run
-from pipelines.recipe import Recipe, read_models, refuse_foreign_code
+from pipelines.recipe.graph import ENCODER, TITLES, build_run
+from pipelines.recipe.recipe import Recipe, read_models, refuse_foreign_code
 from pipelines.report.run_folder import RECIPE, open_run_folder
 from pipelines.report.write import print_evaluation, write_report
-from pipelines.student import MODEL
+from pipelines.run.checks import check_recipe
+from pipelines.run.console import JsonLines, RunConsole
+from pipelines.run.fit import refuse_unfit
+from pipelines.training.student import MODEL
 from pipelines.yaml_files import write_yaml
 
 

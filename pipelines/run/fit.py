@@ -17,8 +17,8 @@ from typing import Literal
 from actors.embedded import find_model
 from cluster.errors import UserError
 from pipelines.mixture.config import MixtureConfig, SetsConfig
-from pipelines.recipe import GpuUser, Recipe
-from pipelines.sizes import GIB, ModelSize, read_size
+from pipelines.recipe.recipe import GpuUser, Recipe
+from pipelines.recipe.sizes import GIB, ModelSize, read_size
 from pipelines.training.config import TrainingConfig
 
 ERROR = 0.2  # of the activations, which are reckoned

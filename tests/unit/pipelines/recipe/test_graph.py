@@ -5,8 +5,8 @@ import pytest
 
 from cluster.errors import UserError
 from cluster.steps import Run, Step
-from pipelines.graph import build_run
-from pipelines.recipe import load_recipe
+from pipelines.recipe.graph import build_run
+from pipelines.recipe.recipe import load_recipe
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from rich.text import Text
 from cluster.artifacts import Artifact
 from cluster.plain_json import dump_json
 from cluster.steps import Step
-from pipelines.graph import TITLES
+from pipelines.recipe.graph import TITLES
 
 SECONDS_BETWEEN_LINES = 10.0
 

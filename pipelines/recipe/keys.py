@@ -14,7 +14,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from cluster.errors import UserError
-from pipelines.recipe import Recipe
+from pipelines.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)

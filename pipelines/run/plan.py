@@ -24,16 +24,16 @@ from actors.language_model import truncate
 from cluster.artifacts import Artifact
 from cluster.errors import TokayError, UserError
 from cluster.storage import open_storage
-from pipelines.checks import PATIENCE_S, within
-from pipelines.corpus.passages import Document, Passage, passages_of, reject_reason
+from pipelines.corpus.cutting import Document, Passage, passages_of, reject_reason
 from pipelines.corpus.sources import Corpus
-from pipelines.fit import Need, gpu_needs
 from pipelines.fret.prompts import PairPrompts, load_prompts
 from pipelines.fret.queries import query_id, query_prompts
-from pipelines.graph import TITLES, build_run
-from pipelines.recipe import Recipe
-from pipelines.sizes import GIB
-from pipelines.variables import unset_variables
+from pipelines.recipe.graph import TITLES, build_run
+from pipelines.recipe.recipe import Recipe
+from pipelines.recipe.sizes import GIB
+from pipelines.recipe.variables import unset_variables
+from pipelines.run.checks import PATIENCE_S, within
+from pipelines.run.fit import Need, gpu_needs
 
 NUM_SAMPLED = 50
 NUM_READ = 2000  # passages that are read of a corpus to draw the sample from

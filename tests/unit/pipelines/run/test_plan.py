@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from actors.embedded import embedded_model
-from pipelines import plan as planning
 from pipelines.fret.prompts import PairPrompts, QueryPrompts, load_prompts
-from pipelines.plan import make_plan, print_plan
-from pipelines.recipe import load_recipe, recipe_names
+from pipelines.recipe.recipe import load_recipe, recipe_names
+from pipelines.run import plan as planning
+from pipelines.run.plan import make_plan, print_plan
 
 TEXT = (
     "Bees tell each other where flowers are by dancing. The angle of the dance against the vertical"
@@ -146,7 +146,7 @@ def test_bucket_that_never_answers_is_not_waited_for(
 
 @pytest.mark.parametrize("name", ["gpu", "gpu-80gb", "gpu-8x80gb", "cluster"])
 def test_documented_table_is_what_a_plan_prints(name: str, nowhere: Path) -> None:
-    written = (Path(__file__).parents[3] / "docs/gpus.md").read_text()
+    written = (Path(__file__).parents[4] / "docs/gpus.md").read_text()
     table = written.split(f"### {name}: ")[1].split("```\n")[1]
     out = io.StringIO()
     print_plan(make_plan(load_recipe(name), str(nowhere)), Console(file=out, width=110))

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import UserError
-from pipelines import fit
-from pipelines.fit import Need, gpu_needs, refuse_unfit
-from pipelines.recipe import Recipe, load_recipe
-from pipelines.sizes import GIB
+from pipelines.recipe.recipe import Recipe, load_recipe
+from pipelines.recipe.sizes import GIB
+from pipelines.run import fit
+from pipelines.run.fit import Need, gpu_needs, refuse_unfit
 
 FIXED = "training.gradient_cache_tokens=8192"
 

@@ -11,8 +11,8 @@ from cluster.artifacts import Artifact, Json, Manifest
 from cluster.errors import TokayError, UserError
 from cluster.steps import StepContext
 from cluster.storage import open_storage
-from pipelines import student
-from pipelines.student import StudentConfig, export_student, make_student
+from pipelines.training import student
+from pipelines.training.student import StudentConfig, export_student, make_student
 
 TinyModel = Callable[..., Path]
 TEXTS = ["the boundary layer of a flat plate", "x", "a longer text " * 9]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import UserError
-from pipelines.recipe import load_recipe, read_models, recipe_names
+from pipelines.recipe.recipe import load_recipe, read_models, recipe_names
 from pipelines.yaml_files import write_yaml
 
 
@@ -20,7 +20,7 @@ def test_recipes_that_come_with_tokay_are_valid(name: str) -> None:
 def test_cluster_recipe_asks_for_node_types_that_the_cluster_file_has() -> None:
     import yaml
 
-    cluster = yaml.safe_load((Path(__file__).parents[3] / "ray_cluster.yaml").read_text())
+    cluster = yaml.safe_load((Path(__file__).parents[4] / "ray_cluster.yaml").read_text())
     offered = {
         resource
         for node in cluster["available_node_types"].values()

@@ -16,7 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from pipelines.sizes import ModelSize, read_size
+from pipelines.recipe.sizes import ModelSize, read_size
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 100,

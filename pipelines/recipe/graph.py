@@ -9,11 +9,11 @@ from pydantic import BaseModel
 from cluster.artifacts import Artifact, Json, fingerprint
 from cluster.steps import Run, Step, StepContext
 from cluster.storage import join, open_storage
+from pipelines.corpus.passages import choose_seeds, make_passages
 from pipelines.corpus.sources import PYTHON_DOCUMENTATION, Corpus
-from pipelines.corpus.steps import choose_seeds, make_passages
 from pipelines.encoders import EncoderConfig, embed_passages, load_encoder
 from pipelines.evaluation.dataset import RetrievalDataset
-from pipelines.evaluation.steps import (
+from pipelines.evaluation.evaluation import (
     TestSet,
     evaluation_queries,
     load_test_set,
@@ -21,19 +21,19 @@ from pipelines.evaluation.steps import (
 )
 from pipelines.fret.fret import make_fret
 from pipelines.fret.language_models import engine_options
-from pipelines.fret.neighbours import find_candidates
 from pipelines.fret.pairs import group_pairs
 from pipelines.fret.prompts import PairPrompts, load_prompts
 from pipelines.fret.queries import query_prompts, write_queries
 from pipelines.fret.scores import score_pairs
+from pipelines.mining.candidates import find_candidates
 from pipelines.mixture.config import RUN_PASSAGES, MixtureConfig, SetsConfig
 from pipelines.mixture.decontamination import Decontamination
 from pipelines.mixture.formats import Formatter
 from pipelines.mixture.mixture import make_mixture
 from pipelines.mixture.rows import version
-from pipelines.recipe import Recipe
-from pipelines.student import MODEL, export_student, make_student
+from pipelines.recipe.recipe import Recipe
 from pipelines.training.config import TrainingConfig
+from pipelines.training.student import MODEL, export_student, make_student
 
 # What a step is for, as the console and the report say it.
 TITLES = {
@@ -288,7 +288,7 @@ def _training_step(name: str, mixture: str, training: TrainingConfig, recipe: Re
         inputs.append("passages")
 
     def train(context: StepContext) -> dict[str, Json]:
-        from pipelines.training.step import train_student
+        from pipelines.training.training import train_student
         from pipelines.training.validation import WatchedSet
 
         start, watched = context.input(inputs[1]), None

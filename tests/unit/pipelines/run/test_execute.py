@@ -10,10 +10,10 @@ from cluster.errors import UserError
 from cluster.session import ClusterResources
 from cluster.steps import Run
 from cluster.storage import open_storage
-from pipelines import execute as execution
-from pipelines.execute import execute
-from pipelines.graph import build_run
-from pipelines.recipe import Recipe, load_recipe
+from pipelines.recipe.graph import build_run
+from pipelines.recipe.recipe import Recipe, load_recipe
+from pipelines.run import execute as execution
+from pipelines.run.execute import execute
 
 WORDS = "the quick brown fox jumps over a lazy dog and runs home to sleep until noon"
 

@@ -21,24 +21,24 @@ from pydantic import (
 
 from cluster.errors import UserError, excerpt
 from cluster.stages import StageResources
+from pipelines.corpus.passages import SeedsConfig
 from pipelines.corpus.sources import CorpusConfig
-from pipelines.corpus.steps import SeedsConfig
 from pipelines.credentials import key_with_credentials
 from pipelines.encoders import EncoderConfig
-from pipelines.evaluation.steps import TestSet
+from pipelines.evaluation.evaluation import TestSet
 from pipelines.fret.fusion import FretConfig
 from pipelines.fret.language_models import EngineConfig, LlmConfig
 from pipelines.fret.languages import language_code
-from pipelines.fret.neighbours import CandidatesConfig, check_index
 from pipelines.fret.prompts import WRITTEN, load_prompts
 from pipelines.fret.queries import QueriesConfig
 from pipelines.fret.scores import ScoresConfig
+from pipelines.mining.candidates import CandidatesConfig, check_index
 from pipelines.mixture.config import MixtureConfig, PrefinetuningMixtureConfig
 from pipelines.names import RunName
-from pipelines.sizes import ModelSize
-from pipelines.student import StudentConfig
+from pipelines.recipe.sizes import ModelSize
+from pipelines.recipe.variables import OWN, fill_in, is_name, unset_variables
 from pipelines.training.config import TrainingConfig
-from pipelines.variables import OWN, fill_in, is_name, unset_variables
+from pipelines.training.student import StudentConfig
 from pipelines.yaml_files import MAX_BYTES, read_value, read_yaml
 
 GpuUser = Literal["llm", "encoder", "index", "training"]

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from cluster.errors import UserError
-from pipelines import checks
-from pipelines.checks import check_recipe
-from pipelines.execute import execute
-from pipelines.recipe import load_recipe, recipe_names
+from pipelines.recipe.recipe import load_recipe, recipe_names
+from pipelines.run import checks
+from pipelines.run.checks import check_recipe
+from pipelines.run.execute import execute
 from pipelines.screen import Screen
 
 BERT = {

@@ -1,0 +1,251 @@
+"""Documents become passages here: cleaned, cut, named and compared.
+
+Every corpus, whatever it was read from, passes through these functions, so that a passage has the
+same text and the same id on every machine and in every run. All of them are pure.
+"""
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import pairwise
+from typing import TypeVar
+
+from pipelines.words import letter_share, normalized, num_words, sentence_starts, word_spans
+
+T = TypeVar("T")
+
+MIN_WORDS = 8
+"""A passage of fewer words says too little to write a question about."""
+
+# Controls, invisible format characters but the joiners (which carry meaning in several scripts),
+# halves of surrogate pairs, private use and what is no character.
+_UNWRITTEN = re.compile(
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200e\u200f\u202a-\u202e\u2060-\u206f\ud800-\uf8ff"
+    "\ufdd0-\ufdef\ufeff\ufff9-\ufffb\ufffe\uffff\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    "\U000e0000-\U000e00ff\U000f0000-\U0010ffff]"
+)
+_CODE_SYMBOLS = "{}[]()<>=|\\/$#@;`~^&+"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A source text: `name` is its locator in the corpus, unique and stable."""
+
+    name: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passage:
+    """A part of a document; `source` is `<document name>#<part>`, parts counted from 1."""
+
+    id: str
+    title: str
+    text: str
+    source: str
+
+
+def clean(text: str) -> str:
+    r"""Return `text` as paragraphs of one line each, separated by blank lines.
+
+    Normalises to NFC, takes out control and invisible characters, and joins the lines of a
+    paragraph. Whatever Unicode calls a space or a line's end parts words, and so does the
+    zero-width space.
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u2029", "\n\n")
+    text = _UNWRITTEN.sub("", text.replace("\u200b", " "))
+    paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", normalized(text)))
+    return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
+
+
+def cut(text: str, *, max_words: int = 160, min_words: int = 20) -> list[str]:
+    """Cut cleaned text into pieces of at most `max_words` words.
+
+    Cuts at paragraph borders; inside an over-long paragraph at sentence borders; inside an
+    over-long sentence at words, where spaces are if it has some. A last piece below `min_words`
+    takes paragraphs from the piece before it where that leaves both of a fair size.
+
+    Args:
+        text: Output of `clean`: paragraphs separated by blank lines.
+        max_words: Upper limit of a piece, in the words of `num_words`.
+        min_words: Size below which a last piece is evened out.
+
+    Returns:
+        Pieces in the text's order, paragraphs separated by a line break; `[]` for empty text.
+
+    Raises:
+        ValueError: When not `0 < 2 * min_words <= max_words`.
+    """
+    if not 0 < 2 * min_words <= max_words:
+        raise ValueError(
+            f"min_words={min_words}, max_words={max_words}: give a min_words of at least 1 and at "
+            "most half of max_words"
+        )
+    units: list[tuple[str, int]] = []
+    for paragraph in text.split("\n\n"):
+        words = word_spans(paragraph)
+        if len(words) > max_words:
+            units += _parts(paragraph, words, max_words)
+        elif words:
+            units.append((paragraph, len(words)))
+    groups = _pack(units, max_words)
+    if len(groups) > 1:
+        _even_out(groups[-2], groups[-1], max_words, min_words)
+    return ["\n".join(group) for group in groups]
+
+
+def passage_id(title: str, text: str) -> str:
+    """Return 16 hexadecimal characters that depend on nothing but title and text."""
+    content = normalized(f"{title}\x1f{text}")
+    return blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def passages_of(document: Document, *, max_words: int = 160, min_words: int = 20) -> list[Passage]:
+    """Clean and cut a document. Unfit passages are included: see `reject_reason`."""
+    title = " ".join(clean(document.title).split())
+    return [
+        Passage(
+            id=passage_id(title, text), title=title, text=text, source=f"{document.name}#{part}"
+        )
+        for part, text in enumerate(
+            cut(clean(document.text), max_words=max_words, min_words=min_words), start=1
+        )
+    ]
+
+
+def reject_reason(text: str) -> str | None:
+    """Say why a text is unfit to be a passage, or None when it is fit."""
+    num_characters = len("".join(text.split()))
+    if not num_characters:
+        return "empty"
+    if num_words(text) < MIN_WORDS:
+        return "too short"
+    if letter_share(text) < 0.6:
+        return "too few letters"
+    if sum(map(text.count, _CODE_SYMBOLS)) > 0.12 * num_characters:
+        return "mostly code"
+    return None
+
+
+def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> set[int]:
+    """Find the rows that repeat an earlier, kept row.
+
+    Candidates come from MinHash-LSH over word trigrams and are confirmed by the exact Jaccard
+    similarity, so nothing below the threshold is dropped.
+
+    Args:
+        texts: Passage texts; the first of a group of duplicates is the one kept.
+        threshold: Jaccard similarity of the trigram sets from which two texts are duplicates.
+
+    Returns:
+        Numbers of the rows to drop.
+
+    Raises:
+        ValueError: When `threshold` is not above 0 and at most 1.
+    """
+    from datasketch import MinHash, MinHashLSH
+
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold={threshold}: give a number above 0 and at most 1")
+    # The index is asked for a little less than the threshold, because it errs to both sides.
+    index = MinHashLSH(threshold=0.9 * threshold, num_perm=128)
+    sketches = MinHash.generator(
+        (
+            [trigram.encode("utf-8", "surrogatepass") for trigram in _trigrams(text)]
+            for text in texts
+        ),
+        num_perm=128,
+        seed=1,
+        scheme="affine32",
+    )
+    drop: set[int] = set()
+    for row, sketch in enumerate(sketches):
+        trigrams = _trigrams(texts[row])
+        if any(
+            _jaccard(trigrams, _trigrams(texts[kept])) >= threshold for kept in index.query(sketch)
+        ):
+            drop.add(row)
+        else:
+            index.insert(row, sketch)
+    return drop
+
+
+def _parts(
+    paragraph: str, words: list[tuple[int, int]], max_words: int
+) -> Iterator[tuple[str, int]]:
+    """Yields the pieces of an over-long paragraph, cut at sentences and, if need be, at words.
+
+    Each comes with the number of its words.
+    """
+    starts = [start for start, _ in words]
+    borders = sorted({bisect_left(starts, start) for start in sentence_starts(paragraph)} | {0})
+    sizes = [
+        (piece, piece[1] - piece[0])
+        for first, end in pairwise([*borders, len(words)])
+        for piece in _slices(paragraph, starts, first, end, max_words)
+    ]
+    for group in _pack(sizes, max_words):
+        yield from _within(paragraph, words[group[0][0] : group[-1][1]], max_words)
+
+
+def _slices(
+    paragraph: str, starts: list[int], first: int, end: int, max_words: int
+) -> Iterator[tuple[int, int]]:
+    """Yields the first word, and the one behind the last, of each slice of a sentence."""
+    while end - first > max_words:
+        cut = first + max_words
+        spaced = (
+            n for n in range(cut, cut - max_words // 2, -1) if paragraph[starts[n] - 1] == " "
+        )
+        cut = next(spaced, cut)
+        yield first, cut
+        first = cut
+    if first < end:
+        yield first, end
+
+
+def _within(
+    paragraph: str, words: list[tuple[int, int]], max_words: int
+) -> Iterator[tuple[str, int]]:
+    """Yields the words' text; in halves where ICU finds more of them than in the whole text."""
+    text = paragraph[words[0][0] : words[-1][1]]
+    size = num_words(text)
+    if size <= max_words or len(words) == 1:
+        yield text, size
+    else:
+        yield from _within(paragraph, words[: len(words) // 2], max_words)
+        yield from _within(paragraph, words[len(words) // 2 :], max_words)
+
+
+def _pack(units: Iterable[tuple[T, int]], max_words: int) -> list[list[T]]:
+    """Fills groups of at most so many words with the units in their order."""
+    groups: list[list[T]] = []
+    room = 0
+    for unit, size in units:
+        if size > room or not groups:
+            groups.append([])
+            room = max_words
+        groups[-1].append(unit)
+        room -= size
+    return groups
+
+
+def _even_out(previous: list[str], last: list[str], max_words: int, min_words: int) -> None:
+    while num_words(" ".join(last)) < min_words and len(previous) > 1:
+        rest, moved = previous[:-1], previous[-1]
+        if num_words(" ".join(rest)) < min_words or num_words(" ".join([moved, *last])) > max_words:
+            return
+        last.insert(0, previous.pop())
+
+
+def _trigrams(text: str) -> set[str]:
+    text = text.casefold()
+    words = [text[start:end] for start, end in word_spans(text)]
+    return {" ".join(words[start : start + 3]) for start in range(max(1, len(words) - 2))}
+
+
+def _jaccard(left: set[str], right: set[str]) -> float:
+    return len(left & right) / len(left | right)
