@@ -10,7 +10,8 @@ import pyarrow as pa
 from cluster.artifacts import Json, write_rejects, write_shards
 from cluster.errors import DUPLICATE, DUPLICATES, NEAR_DUPLICATE, Reject, UserError
 from cluster.steps import Step, StepContext
-from pipelines.corpus.cutting import Passage, near_duplicates, passages_of, reject_reason
+from pipelines.corpus.cutting import Passage, passages_of, reject_reason
+from pipelines.corpus.near_duplicates import near_duplicates
 from pipelines.corpus.sources import Corpus
 from pipelines.fingerprints import fingerprinted
 from pipelines.records import PASSAGE

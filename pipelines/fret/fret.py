@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cluster.artifacts import Artifact, Json, fingerprint
 from cluster.steps import Step, StepContext
 from cluster.storage import write_table
-from pipelines.corpus.cutting import near_duplicates
+from pipelines.corpus.near_duplicates import near_duplicates
 from pipelines.fingerprints import fingerprinted
 from pipelines.fret.fusion import choose_labels
 from pipelines.fret.overlap import OverlapIndex

@@ -1,6 +1,7 @@
 import pytest
 
-from pipelines.corpus.cutting import Passage, near_duplicates, passages_of, reject_reason
+from pipelines.corpus.cutting import Passage, passages_of, reject_reason
+from pipelines.corpus.near_duplicates import near_duplicates
 from pipelines.corpus.python_documentation import python_documentation
 
 
