@@ -2,6 +2,8 @@ import pytest
 
 from pipelines.corpus.near_duplicates import near_duplicates
 
+WORDS = [f"word{number}" for number in range(1000)]
+
 
 def words(start: int, end: int) -> str:
     return " ".join(WORDS[start:end])
