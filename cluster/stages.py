@@ -7,7 +7,6 @@ object store stays empty; and a shard computed twice (a lost node, a killed run)
 
 import asyncio
 import json
-import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,10 +14,10 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from cluster import errors
 from cluster.artifacts import Artifact, FileEntry, Json, shard_path, write_rejects
-from cluster.errors import Reject, TokayError, TooManyRejects
+from cluster.errors import EngineDied, Reject, TokayError, TooManyRejects
 from cluster.presence import MAX_DEATHS, actor_begins, clear_actors, waiting_told
+from cluster.ray_errors import reported_error
 from cluster.steps import StepContext
 from cluster.storage import Storage, read_table, write_table
 
@@ -165,7 +164,7 @@ def run_stage(
                     tally.add(result["tally"])
                     tally.check(limit, context)
         except ray.exceptions.RayError as error:
-            raise cause(error) from error
+            raise reported_error(str(error), "an actor failed") from error
     return {**tally.metrics, **tally.highest}
 
 
@@ -246,7 +245,7 @@ class _ShardWorker:
             transform = self.transform
             try:
                 return await transform(table)
-            except errors.EngineDied:
+            except EngineDied:
                 async with self.reloading:
                     if self.transform is transform:  # of the shards in flight the first sees to it
                         self.num_deaths += 1
@@ -257,21 +256,3 @@ class _ShardWorker:
 
 def _number(shard: FileEntry) -> int:
     return int(shard.path.removeprefix("shards/").removesuffix(".parquet"))
-
-
-def cause(error: BaseException) -> TokayError:
-    """Finds our own error in what Ray reports, or makes one line of Ray's last.
-
-    Ray keeps the exception of a failed task as a text within a text, and of an actor that could not
-    start nothing but the text.
-    """
-    reports = [str(error), str(getattr(error, "cause", ""))]
-    own = [match for report in reports for match in _OWN_ERROR.findall(report)]
-    if own:
-        name, message = own[-1]
-        kind: type[TokayError] = getattr(errors, name, TokayError)
-        return kind(message.strip())
-    return TokayError(f"an actor failed: {str(error).strip().splitlines()[-1]}")
-
-
-_OWN_ERROR = re.compile(r"^\s*cluster\.errors\.(\w+): (.*)$", re.MULTILINE)

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from actors.passage_index import IndexKind
 from cluster.artifacts import Artifact, FileEntry, Json
 from cluster.presence import actor_begins, clear_actors, waiting_told
-from cluster.stages import StageFunction, StageOutput, StageResources, cause, run_stage
+from cluster.ray_errors import reported_error
+from cluster.stages import StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import StepContext
 from cluster.storage import Storage
 from pipelines.encoders import EncoderConfig, column_vectors, load_encoder
@@ -281,7 +282,7 @@ def find_candidates(
         metrics = run_stage(stage, context.input("queries"), context)
         audits = ray.get([index.audit.remote() for index in indexes])
     except ray.exceptions.RayError as error:
-        raise cause(error) from error
+        raise reported_error(str(error), "an actor failed") from error
     finally:
         for index in indexes:
             ray.kill(index)
