@@ -7,10 +7,11 @@ object store stays empty; and a shard computed twice (a lost node, a killed run)
 
 import asyncio
 import json
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 
@@ -77,20 +78,24 @@ class StageOutput:
 StageFunction = Callable[[pa.Table], Awaitable[StageOutput]]
 
 
-class Stage(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Stage(ABC):
     """A frozen, picklable description of one transformation.
 
-    An input row gives one output row, or `rows_per_row` of them where a stage has that property.
+    Attributes:
+        columns: The columns it reads.
+        resources: What each actor needs.
     """
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns it reads."""
+    columns: tuple[str, ...]
+    resources: StageResources
 
     @property
-    def resources(self) -> StageResources:
-        """What each actor needs."""
+    def rows_per_row(self) -> int:
+        """Output rows, rejects among them, for each input row."""
+        return 1
 
+    @abstractmethod
     def load(self) -> StageFunction:
         """Loads models, once in each actor, and returns the transformation of a shard."""
 
@@ -227,7 +232,7 @@ class _ShardWorker:
         # In threads, so that other shards in flight go on meanwhile.
         table = await asyncio.to_thread(self.source.shard, shard, list(self.stage.columns))
         output = await self._transformed(table)
-        expected = table.num_rows * getattr(self.stage, "rows_per_row", 1)
+        expected = table.num_rows * self.stage.rows_per_row
         if output.rows.num_rows + len(output.rejects) != expected:
             raise TokayError(
                 f"{type(self.stage).__name__} lost rows of {path}: {expected} expected,"

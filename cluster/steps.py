@@ -43,11 +43,10 @@ class Progress(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class StepContext:
-    """What a step's work may touch: its own folder, its finished inputs, the run's folder."""
+    """What a step's work may touch: its own folder and its finished inputs."""
 
     storage: Storage
     inputs: dict[str, Artifact]
-    run: Storage
     progress: Progress
 
     def input(self, name: str) -> Artifact:
@@ -298,9 +297,7 @@ class Run:
         progress = listener.step_begins(step, state == "unfinished")
         start = time.perf_counter()
         inputs = {name: artifacts[name] for name in step.inputs}
-        metrics = step.work(
-            StepContext(storage=storage, inputs=inputs, run=self.storage, progress=progress)
-        )
+        metrics = step.work(StepContext(storage=storage, inputs=inputs, progress=progress))
         artifact = self._finish(step, storage, metrics, time.perf_counter() - start)
         listener.step_done(step, artifact)
         return artifact

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from actors.templates import PromptTemplates
 from cluster.artifacts import Artifact, Json
-from cluster.stages import StageFunction, StageOutput, StageResources, run_stage
+from cluster.stages import Stage, StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import StepContext
 from pipelines.records import EMBEDDED_PASSAGE, PASSAGE
 
@@ -71,11 +71,10 @@ def load_encoder(config: EncoderConfig, device: str | None = None) -> Encoder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedPassages:
+class EmbedPassages(Stage):
     """Passages in, passages with their embeddings out."""
 
     encoder: EncoderConfig
-    resources: StageResources
     columns: tuple[str, ...] = tuple(PASSAGE.names)
 
     def load(self) -> StageFunction:

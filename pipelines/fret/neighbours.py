@@ -16,7 +16,7 @@ from actors.passage_index import IndexKind
 from cluster.artifacts import Artifact, FileEntry, Json
 from cluster.presence import actor_begins, clear_actors, waiting_told
 from cluster.ray_errors import reported_error
-from cluster.stages import StageFunction, StageOutput, StageResources, run_stage
+from cluster.stages import Stage, StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import StepContext
 from cluster.storage import Storage
 from pipelines.encoders import EncoderConfig, column_vectors, load_encoder
@@ -157,14 +157,13 @@ def _read_ids(embeddings: Artifact, shards: Sequence[FileEntry]) -> np.ndarray:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FindCandidates:
+class FindCandidates(Stage):
     """Queries in, queries with their nearest passages out, the seed always among them."""
 
     retriever: EncoderConfig
     config: CandidatesConfig
     embeddings: Artifact
     indexes: list[Any]  # handles of IndexActor
-    resources: StageResources
     columns: tuple[str, ...] = tuple(QUERY.names)
 
     def load(self) -> StageFunction:

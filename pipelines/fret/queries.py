@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from actors.engine import EngineOptions
 from actors.language_model import LanguageModel, Sampling
 from cluster.artifacts import Json
-from cluster.stages import Limit, StageFunction, StageOutput, StageResources, run_stage
+from cluster.stages import Limit, Stage, StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import StepContext
 from pipelines.fret.languages import is_other_language, language_code
 from pipelines.fret.prompts import STOP, Prompts, QueryPrompts, require_plain, unfit
@@ -49,7 +49,7 @@ class QueriesConfig(BaseModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WriteQueries:
+class WriteQueries(Stage):
     """Seed passages in, queries out; a completion that is no query keeps its row, and the reason.
 
     So the ids of everything after it do not depend on what an LLM happens to write.
@@ -58,7 +58,6 @@ class WriteQueries:
     config: QueriesConfig
     prompts: QueryPrompts
     engine: EngineOptions
-    resources: StageResources
     columns: tuple[str, ...] = tuple(PASSAGE.names)
 
     @property

@@ -11,7 +11,7 @@ from actors.language_model import LanguageModel
 from actors.pair_scores import ScoringPrompt
 from actors.score_check import check_scores
 from cluster.artifacts import Json
-from cluster.stages import Limit, StageFunction, StageOutput, StageResources, run_stage
+from cluster.stages import Limit, Stage, StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import StepContext
 from pipelines.fret.prompts import PairPrompts, require_plain
 from pipelines.records import PAIRS, SCORES
@@ -39,13 +39,12 @@ class ScoresConfig(BaseModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScorePairs:
+class ScorePairs(Stage):
     """Passages with their queries in, the LLM's scores of each pair out."""
 
     config: ScoresConfig
     prompts: PairPrompts
     engine: EngineOptions
-    resources: StageResources
     columns: tuple[str, ...] = tuple(PAIRS.names)
 
     def load(self) -> StageFunction:

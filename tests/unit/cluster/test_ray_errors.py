@@ -1,4 +1,4 @@
-"""Reports as Ray 2.56's libraries gave them, some of their frames left out."""
+"""Reports as Ray 2.60's libraries gave them, some of their frames left out."""
 
 import pytest
 
