@@ -46,7 +46,7 @@ def write_step(recipe: Recipe, seeds: Artifact, folder: Path) -> tuple[float, in
         config=recipe.queries,
         prompts=query_prompts(recipe.queries, load_prompts()),
         engine=engine_options(recipe.llm, recipe.resources.engine),
-        resources=recipe.resources.llm.stage(),
+        resources=recipe.resources.llm,
     )
     stage = Stamped(stage=write, stamp=str(stamp), columns=write.columns, resources=write.resources)
     folder.mkdir(parents=True)

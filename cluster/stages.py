@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.artifacts import Artifact, FileEntry, Json, shard_path, write_rejects
 from cluster.errors import EngineDied, Reject, TokayError, TooManyRejects
@@ -26,24 +27,24 @@ TALLY = b"tokay.tally"
 _ACTORS = "stage"
 
 
-@dataclass(frozen=True, kw_only=True)
-class StageResources:
-    """What each actor of a stage needs; changes no number, so it is in no fingerprint.
+class StageResources(BaseModel):
+    """What each actor of a stage needs; changes no number, so it is in no fingerprint."""
 
-    Attributes:
-        num_actors: Actors at most. The pool starts with one and grows to what the cluster has;
-            where they go to one type of node, with all, so that those nodes are sent for at once.
-        num_cpus: Logical CPUs an actor.
-        num_gpus: GPUs an actor.
-        node_resource: Custom resource that steers actors to one node type of the cluster.
-        shards_in_flight: Shards an actor works on at once, so that an engine never idles.
-    """
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    num_actors: int = 1
-    num_cpus: float = 1.0
-    num_gpus: float = 0.0
-    node_resource: str | None = None
-    shards_in_flight: int = 1
+    num_actors: int = Field(
+        default=1,
+        ge=1,
+        description="at most; the pool starts with one, with node_resource with all",
+    )
+    num_cpus: float = Field(default=1.0, ge=0, description="an actor")
+    num_gpus: float = Field(default=0.0, ge=0, description="an actor")
+    node_resource: str | None = Field(
+        default=None, description="custom resource of the nodes that may have such actors"
+    )
+    shards_in_flight: int = Field(
+        default=2, ge=1, description="shards at work at once in an actor, so that it never idles"
+    )
 
     @property
     def custom(self) -> dict[str, float]:

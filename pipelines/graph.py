@@ -72,7 +72,7 @@ def build_run(recipe: Recipe, uri: str) -> Run:
     options = engine_options(recipe.llm, resources.engine)
     prompts = load_prompts(recipe.prompts)
     pair_prompts = PairPrompts(prompts=prompts, relevance=recipe.scores.relevance)
-    llm, encoder = resources.llm.stage(), resources.encoder.stage()
+    llm, encoder = resources.llm, resources.encoder
 
     def export(context: StepContext) -> dict[str, Json]:
         texts = context.input("passages").shard(context.input("passages").shards[0], ["text"])
@@ -136,7 +136,7 @@ def build_run(recipe: Recipe, uri: str) -> Run:
             config={"retriever": _dump(recipe.retriever), **_dump(recipe.candidates)},
             inputs=("queries", "embeddings"),
             work=lambda context: find_candidates(
-                recipe.candidates, recipe.retriever, encoder, resources.index.stage(), context
+                recipe.candidates, recipe.retriever, encoder, resources.index, context
             ),
         ),
         Step(

@@ -322,7 +322,7 @@ def come(missing, has):
         time.sleep(0.1)
     cluster.add_node(num_cpus=1, num_gpus=1, resources={"llm": 1})
 
-resources = StageResources(num_actors=2, num_cpus=1, node_resource="llm")
+resources = StageResources(num_actors=2, num_cpus=1, node_resource="llm", shards_in_flight=1)
 stage = Square(notes=f"{folder}/notes", seconds_a_shard=0.5, resources=resources)
 running = threading.Thread(target=lambda: make_run(folder, stage).execute(listener), daemon=True)
 running.start()
