@@ -9,7 +9,6 @@ from cluster.session import connect, disconnect
 from cluster.stages import Stage, StageFunction, run_stage
 from cluster.steps import StepContext
 from cluster.storage import open_storage
-from pipelines.fret.language_models import engine_options
 from pipelines.fret.prompts import load_prompts
 from pipelines.fret.queries import WriteQueries, query_prompts
 from pipelines.recipe import Recipe
@@ -45,7 +44,8 @@ def write_step(recipe: Recipe, seeds: Artifact, folder: Path) -> tuple[float, in
     write = WriteQueries(
         config=recipe.queries,
         prompts=query_prompts(recipe.queries, load_prompts()),
-        engine=engine_options(recipe.llm, recipe.resources.engine),
+        llm=recipe.llm,
+        engine=recipe.resources.engine,
         resources=recipe.resources.llm,
     )
     stage = Stamped(stage=write, stamp=str(stamp), columns=write.columns, resources=write.resources)

@@ -20,7 +20,6 @@ from pipelines.evaluation.steps import (
     run_evaluation,
 )
 from pipelines.fret.fret import make_fret
-from pipelines.fret.language_models import engine_options
 from pipelines.fret.neighbours import find_candidates
 from pipelines.fret.pairs import group_pairs
 from pipelines.fret.prompts import PairPrompts, load_prompts
@@ -69,10 +68,9 @@ def build_run(recipe: Recipe, uri: str) -> Run:
     corpus = Corpus(recipe.corpus)
     judged_by = evaluation_queries(recipe.evaluation)
     resources = recipe.resources
-    options = engine_options(recipe.llm, resources.engine)
     prompts = load_prompts(recipe.prompts)
     pair_prompts = PairPrompts(prompts=prompts, relevance=recipe.scores.relevance)
-    llm, encoder = resources.llm, resources.encoder
+    llm, encoder, engine = resources.llm, resources.encoder, resources.engine
 
     def export(context: StepContext) -> dict[str, Json]:
         texts = context.input("passages").shard(context.input("passages").shards[0], ["text"])
@@ -122,7 +120,12 @@ def build_run(recipe: Recipe, uri: str) -> Run:
             },
             inputs=("seeds",),
             work=lambda context: write_queries(
-                recipe.queries, query_prompts(recipe.queries, prompts), options, llm, context
+                recipe.queries,
+                query_prompts(recipe.queries, prompts),
+                recipe.llm,
+                engine,
+                llm,
+                context,
             ),
         ),
         Step(
@@ -153,7 +156,9 @@ def build_run(recipe: Recipe, uri: str) -> Run:
                 "prompts": _dump(prompts, "tasks", "written"),
             },
             inputs=("pairs",),
-            work=lambda context: score_pairs(recipe.scores, pair_prompts, options, llm, context),
+            work=lambda context: score_pairs(
+                recipe.scores, pair_prompts, recipe.llm, engine, llm, context
+            ),
         ),
         Step(
             name="fret",

@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from actors.engine import EngineConfig, LlmConfig
 from cluster.errors import UserError, excerpt
 from cluster.stages import StageResources
 from pipelines.corpus.sources import CorpusConfig
@@ -27,7 +28,6 @@ from pipelines.credentials import key_with_credentials
 from pipelines.encoders import EncoderConfig
 from pipelines.evaluation.steps import TestSet
 from pipelines.fret.fusion import FretConfig
-from pipelines.fret.language_models import EngineConfig, LlmConfig
 from pipelines.fret.languages import language_code
 from pipelines.fret.neighbours import CandidatesConfig, check_index
 from pipelines.fret.prompts import WRITTEN, load_prompts

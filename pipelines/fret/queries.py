@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from actors.engine import EngineOptions
+from actors.engine import EngineConfig, LlmConfig
 from actors.language_model import LanguageModel, Sampling
 from cluster.artifacts import Json
 from cluster.stages import Limit, Stage, StageFunction, StageOutput, StageResources, run_stage
@@ -57,7 +57,8 @@ class WriteQueries(Stage):
 
     config: QueriesConfig
     prompts: QueryPrompts
-    engine: EngineOptions
+    llm: LlmConfig
+    engine: EngineConfig
     columns: tuple[str, ...] = tuple(PASSAGE.names)
 
     @property
@@ -69,7 +70,7 @@ class WriteQueries(Stage):
         """Starts the engine."""
         config, ask = self.config, self.prompts
         code = language_code(config.language) if config.language else None
-        llm = LanguageModel.load(self.engine)
+        llm = LanguageModel.load(self.llm, self.engine)
         require_plain(ask.prompts, llm)
         sampling = Sampling(
             temperature=config.temperature,
@@ -129,7 +130,8 @@ def query_id(seed_id: str, number: int = 0) -> str:
 def write_queries(
     config: QueriesConfig,
     prompts: QueryPrompts,
-    engine: EngineOptions,
+    llm: LlmConfig,
+    engine: EngineConfig,
     resources: StageResources,
     context: StepContext,
 ) -> dict[str, Json]:
@@ -144,5 +146,7 @@ def write_queries(
         remedy="use another llm.model, a lower queries.temperature, or raise"
         " queries.max_unusable_share",
     )
-    stage = WriteQueries(config=config, prompts=prompts, engine=engine, resources=resources)
+    stage = WriteQueries(
+        config=config, prompts=prompts, llm=llm, engine=engine, resources=resources
+    )
     return run_stage(stage, context.input("seeds"), context, limit)

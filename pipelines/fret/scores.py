@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from actors.engine import EngineOptions
+from actors.engine import EngineConfig, LlmConfig
 from actors.language_model import LanguageModel
 from actors.pair_scores import ScoringPrompt
 from actors.score_check import check_scores
@@ -44,13 +44,14 @@ class ScorePairs(Stage):
 
     config: ScoresConfig
     prompts: PairPrompts
-    engine: EngineOptions
+    llm: LlmConfig
+    engine: EngineConfig
     columns: tuple[str, ...] = tuple(PAIRS.names)
 
     def load(self) -> StageFunction:
         """Starts the engine; its first pairs are scored both ways before anything is."""
         config = self.config
-        llm = LanguageModel.load(self.engine)
+        llm = LanguageModel.load(self.llm, self.engine)
         require_plain(self.prompts.prompts, llm)
         checking, difference = asyncio.Lock(), None
 
@@ -109,7 +110,8 @@ class ScorePairs(Stage):
 def score_pairs(
     config: ScoresConfig,
     prompts: PairPrompts,
-    engine: EngineOptions,
+    llm: LlmConfig,
+    engine: EngineConfig,
     resources: StageResources,
     context: StepContext,
 ) -> dict[str, Json]:
@@ -124,5 +126,5 @@ def score_pairs(
         num_all=pairs.manifest.metrics["num_pairs"],
         remedy="raise llm.max_model_tokens or scores.max_unusable_share",
     )
-    stage = ScorePairs(config=config, prompts=prompts, engine=engine, resources=resources)
+    stage = ScorePairs(config=config, prompts=prompts, llm=llm, engine=engine, resources=resources)
     return run_stage(stage, pairs, context, limit)
