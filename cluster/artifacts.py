@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import pyarrow as pa
 from pydantic import Field, TypeAdapter, ValidationError
 
-from cluster.errors import ArtifactError, Reject, StorageError, excerpt
+from cluster.errors import ArtifactError, OtherFormat, Reject, StorageError, excerpt
 from cluster.plain_json import dump_json
 from cluster.storage import (
     LocalStorage,
@@ -31,6 +31,7 @@ from cluster.storage import (
 )
 
 MANIFEST = "manifest.json"
+FORMAT = 2  # of a run's folders; raised with each change that this code could not read
 MAX_DEPTH = 100  # of JSON
 REJECT_SCHEMA = pa.schema([("id", pa.string()), ("reason", pa.string()), ("text", pa.string())])
 
@@ -60,6 +61,7 @@ class Manifest:
     metrics: dict[str, Json] = field(default_factory=dict)
     seconds_s: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
 
     def to_json(self) -> bytes:
         """Returns the manifest as indented JSON; a figure that is no number becomes null."""
@@ -71,8 +73,10 @@ class Manifest:
 
         Raises:
             ArtifactError: It is none, or names a file that lies elsewhere than in its folder.
+            OtherFormat: Another version of Tokay wrote it.
         """
         fields = parse_object(content, uri)
+        check_format(fields, uri)
         try:
             manifest = _MANIFEST.validate_python(fields, extra="forbid")
             for entry in manifest.files:
@@ -107,6 +111,17 @@ def parse_object(content: bytes, uri: str) -> dict[str, Json]:
     except (ValueError, RecursionError) as error:
         raise _no_manifest(uri, error) from error
     return fields
+
+
+def check_format(fields: dict[str, Json], uri: str) -> None:
+    """Raises OtherFormat for a manifest or a note on begun work that another version wrote."""
+    given = fields.get("format", 1)  # the first had no number
+    if "fingerprint" in fields and given != FORMAT:
+        raise OtherFormat(
+            f"{excerpt(uri)} is of format {excerpt(repr(given), 20)}, and this version of Tokay"
+            f" reads format {FORMAT}: make the run anew, in another folder or with --fresh; a model"
+            " in its export/model can still be used by that folder's own path"
+        )
 
 
 def _plain(value: Json, depth: int = 0) -> Json:

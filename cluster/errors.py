@@ -41,6 +41,12 @@ class ArtifactError(TokayError):
     """An artifact whose files do not agree with its manifest."""
 
 
+class OtherFormat(ArtifactError):
+    """An artifact that another version of Tokay wrote, in a format that this one does not read."""
+
+    exit_code = 2
+
+
 class TooManyRejects(TokayError):
     """A step gave up because more rows were bad than the recipe allows."""
 

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from cluster.artifacts import (
+    FORMAT,
     MANIFEST,
     Artifact,
     Json,
     Manifest,
+    check_format,
     fingerprint,
     library_versions,
     list_files,
@@ -273,7 +275,7 @@ class Run:
         storage = self.step_storage(step)
         if not any(storage.entries()):
             return
-        storage.write_bytes(BEGUN, json.dumps({"fingerprint": "", "config": {}}).encode())
+        storage.write_bytes(BEGUN, _begun_note("", {}))
         for path in [MANIFEST, *storage.list()]:
             if path != BEGUN:
                 storage.delete(path)
@@ -292,8 +294,7 @@ class Run:
         if state in ("changed", "waiting"):
             self._delete(step)
         _delete_unfinished(storage)
-        begun = {"fingerprint": self.fingerprint(step), "config": step.config}
-        storage.write_bytes(BEGUN, json.dumps(begun, sort_keys=True).encode())
+        storage.write_bytes(BEGUN, _begun_note(self.fingerprint(step), step.config))
         progress = listener.step_begins(step, state == "unfinished")
         start = time.perf_counter()
         inputs = {name: artifacts[name] for name in step.inputs}
@@ -336,7 +337,10 @@ class Run:
             content = self.step_storage(step).read_bytes(BEGUN)
         except FileNotFoundError:
             return None
-        return parse_object(content, join(self.step_storage(step).uri, BEGUN))
+        place = join(self.step_storage(step).uri, BEGUN)
+        fields = parse_object(content, place)
+        check_format(fields, place)
+        return fields
 
     def _difference(self, step: Step) -> str:
         artifact = self.artifact(step)
@@ -351,6 +355,11 @@ class Run:
         if not changes:
             return "an earlier step differs"
         return ", ".join(changes[:3]) + (f" and {len(changes) - 3} more" if changes[3:] else "")
+
+
+def _begun_note(fingerprint: str, config: Json) -> bytes:
+    note = {"format": FORMAT, "fingerprint": fingerprint, "config": config}
+    return json.dumps(note, sort_keys=True).encode()
 
 
 def _delete_unfinished(storage: Storage) -> None:
