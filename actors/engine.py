@@ -120,19 +120,19 @@ class EngineLog:
         """Returns the error that the engine's processes printed last, one about memory first."""
         with self.path.open("rb") as file:
             file.seek(max(0, self.path.stat().st_size - _LOG_BYTES))
-            found = _ERROR.findall(file.read().decode(errors="replace"))
-        reasons = [line for line in found if not _NO_REASON.search(line)]
+            messages = _ERROR.findall(file.read().decode(errors="replace"))
+        reasons = [line for line in messages if not _NO_REASON.search(line)]
         memory = [line for line in reasons if _MEMORY.search(line)]
         if memory:
             return f"{_first_sentences(memory[0])}{_LESS_MEMORY}"
         return _first_sentences(reasons[-1]) if reasons else "it gave no reason"
 
     def where(self) -> str:
-        """Says on which machine the file is, and where."""
+        """Returns the file's machine and path."""
         return f"{socket.gethostname()}:{self.path}"
 
     def delete(self) -> None:
-        """Deletes the file, which nobody will ask for."""
+        """Deletes the file, which is no longer needed."""
         self.path.unlink(missing_ok=True)
 
 
@@ -206,7 +206,7 @@ def _refusal(error: ValueError) -> str:
 
 
 def _first_sentences(text: str) -> str:
-    """Returns as many whole sentences as make a line that is read, and the first at least."""
+    """Returns the first sentence, and as many more as a short line holds."""
     first, *more = " ".join(text.split()).rstrip(".").split(". ")
     for sentence in more:
         if len(first) + len(sentence) > _MESSAGE_LENGTH:

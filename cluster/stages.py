@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.artifacts import Artifact, FileEntry, Json, shard_path, write_rejects
 from cluster.errors import EngineDied, Reject, TokayError, TooManyRejects
-from cluster.presence import MAX_DEATHS, actor_begins, clear_actors, waiting_told
+from cluster.presence import MAX_DEATHS, actor_begins, clear_actors, report_waiting
 from cluster.ray_errors import reported_error
 from cluster.steps import StepContext
 from cluster.storage import Storage, read_table, write_table
@@ -139,9 +139,9 @@ def run_stage(
     context.progress.update(num_done, source.num_rows, "starting actors" if todo else "")
     if todo:
         resources = stage.resources
-        most = min(resources.num_actors, len(todo))
+        max_actors = min(resources.num_actors, len(todo))
         # Ray Data asks for nodes by CPUs and GPUs alone; actors that wait name theirs.
-        fewest = most if resources.node_resource else 1
+        min_actors = max_actors if resources.node_resource else 1
         references = ray.data.from_items(
             [{"path": shard.path} for shard in todo], override_num_blocks=len(todo)
         )
@@ -150,8 +150,8 @@ def run_stage(
             fn_constructor_args=(stage, source, context.storage),
             batch_size=1,
             compute=ActorPoolStrategy(
-                min_size=fewest,
-                max_size=most,
+                min_size=min_actors,
+                max_size=max_actors,
                 max_tasks_in_flight_per_actor=2 * resources.shards_in_flight,
                 max_concurrent_calls_per_actor=resources.shards_in_flight,
             ),
@@ -161,8 +161,8 @@ def run_stage(
         )
         clear_actors(context.storage, _ACTORS)
         try:
-            with waiting_told(
-                context, _ACTORS, fewest, resources.needs, lambda: (num_done, source.num_rows)
+            with report_waiting(
+                context, _ACTORS, min_actors, resources.needs, lambda: (num_done, source.num_rows)
             ):
                 for result in results.iter_rows():
                     num_done += result["num_rows"]
@@ -185,7 +185,7 @@ class _Tally:
 
     @staticmethod
     def of(output: StageOutput) -> bytes:
-        """Returns a shard's own, as JSON."""
+        """Returns the tally of one shard, as JSON."""
         refused = [*output.rejects, *output.unusable]
         reasons = Counter(reason for _, reason, _ in refused)
         rows = {
@@ -197,7 +197,7 @@ class _Tally:
         return json.dumps(rows, allow_nan=False).encode()
 
     def add(self, content: bytes) -> None:
-        """Adds a shard's."""
+        """Adds the tally of one shard."""
         rows = json.loads(content)
         self.metrics.update(rows.get("metrics", {}))
         for name, value in rows.get("highest", {}).items():
@@ -246,14 +246,14 @@ class _ShardWorker:
         yield {"num_rows": [table.num_rows], "tally": [tally]}
 
     async def _transformed(self, table: pa.Table) -> StageOutput:
-        """Transforms a shard; loads the stage anew when its engine has died, MAX_DEATHS times."""
+        """Transforms a shard; loads the stage again when its engine has died, MAX_DEATHS times."""
         while True:
             transform = self.transform
             try:
                 return await transform(table)
             except EngineDied:
                 async with self.reloading:
-                    if self.transform is transform:  # of the shards in flight the first sees to it
+                    if self.transform is transform:  # the first of the shards in flight reloads
                         self.num_deaths += 1
                         if self.num_deaths > MAX_DEATHS:
                             raise

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from actors.passage_index import IndexKind
 from cluster.artifacts import Artifact, FileEntry, Json
-from cluster.presence import actor_begins, clear_actors, waiting_told
+from cluster.presence import actor_begins, clear_actors, report_waiting
 from cluster.ray_errors import reported_error
 from cluster.stages import Stage, StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import StepContext
@@ -276,7 +276,7 @@ def find_candidates(
     )
     try:
         # They have their places before the encoders come: each of those would wait for all of them.
-        with waiting_told(context, INDEX_ACTORS, len(indexes), index_resources.needs):
+        with report_waiting(context, INDEX_ACTORS, len(indexes), index_resources.needs):
             ray.get([index.__ray_ready__.remote() for index in indexes])
         metrics = run_stage(stage, context.input("queries"), context)
         audits = ray.get([index.audit.remote() for index in indexes])
