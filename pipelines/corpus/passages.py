@@ -10,7 +10,7 @@ from cluster.artifacts import Json, write_rejects, write_shards
 from cluster.errors import DUPLICATE, DUPLICATES, NEAR_DUPLICATE, Reject, UserError
 from cluster.steps import StepContext
 from pipelines.corpus.cutting import Passage, near_duplicates, passages_of, reject_reason
-from pipelines.corpus.sources import Corpus
+from pipelines.datasets.corpus import Corpus
 from pipelines.records import PASSAGE
 
 log = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ import io
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -22,9 +23,17 @@ from cluster.errors import Reject, UserError, excerpt
 from cluster.json_lines import GZIP, json_lines, unpacked
 from cluster.parquet import open_parquet, parquet_batches
 from cluster.storage import Storage, open_storage
-from pipelines.corpus.cutting import Document
 
 PYTHON_DOCUMENTATION = "python-documentation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A source text: `name` is its locator in the corpus, unique and stable."""
+
+    name: str
+    title: str
+    text: str
 
 
 class CorpusConfig(BaseModel):

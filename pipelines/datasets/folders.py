@@ -21,17 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import UserError
-from pipelines.evaluation.dataset import (
-    Passage,
-    RetrievalDataset,
-    content_hash,
-    find,
-    read_beir,
-    read_lines,
-    read_objects,
-    split_names,
-)
-from pipelines.evaluation.qrels import is_header, number
+from pipelines.datasets.beir import find, read_beir, read_lines, read_objects, split_names
+from pipelines.datasets.qrels import is_header, number
+from pipelines.datasets.retrieval import RetrievalDataset, TitledText, content_hash
 
 TRAIN = "train"
 Columns = Mapping[str, list[Any]]
@@ -177,7 +169,7 @@ def _labelled(
 
 
 def _read_rerank(folder: Path, split: str) -> RetrievalDataset:
-    passages: dict[str, Passage] = {}
+    passages: dict[str, TitledText] = {}
     queries: dict[str, str] = {}
     qrels: dict[str, dict[str, int]] = {}
     num_left_out = 0
@@ -199,7 +191,7 @@ def _read_rerank(folder: Path, split: str) -> RetrievalDataset:
         for what, relevance in (("positive", 1), ("negative", 0)):
             for rank, text in enumerate(found[what]):
                 id_ = f"{'a' * relevance}{what}_{query}_{rank:05}"
-                passages[id_] = Passage("", text)
+                passages[id_] = TitledText("", text)
                 qrels[query][id_] = relevance
     return RetrievalDataset(
         name=folder.resolve().name,

@@ -15,7 +15,7 @@ from cluster.errors import Reject, UserError
 from cluster.json_lines import GZIP, json_lines, text_lines, unpacked
 from cluster.parquet import open_parquet, parquet_batches
 from cluster.storage import Storage, open_storage
-from pipelines.mixture.config import FIELDS, HUB, RUN_PASSAGES, LabelledSet
+from pipelines.datasets.labelled_sets import FIELDS, HUB, RUN_PASSAGES, LabelledSet
 
 if TYPE_CHECKING:
     from cluster.artifacts import Artifact

@@ -11,19 +11,17 @@ from typing import TYPE_CHECKING
 from cluster.artifacts import Artifact, Json
 from cluster.plain_json import dump_json
 from cluster.storage import LocalStorage, Storage
+from pipelines.datasets.retrieval import RetrievalDataset
+from pipelines.datasets.test_sets import TestSet, load_test_set
 from pipelines.evaluation.compare import STUDENT_AFTER, averages, compare
-from pipelines.evaluation.dataset import RetrievalDataset
 from pipelines.evaluation.evaluate import evaluate_at
 from pipelines.evaluation.fingerprint import encoder_fingerprint
 from pipelines.evaluation.model_card import add_to_card, model_index, training_sets
 from pipelines.evaluation.mteb_model import ModelIdentity
-from pipelines.evaluation.test_set import TestSet, evaluation_queries, load_test_set
 
 if TYPE_CHECKING:
     from actors.encoder import Encoder
     from cluster.steps import StepContext
-
-__all__ = ["TestSet", "evaluation_queries", "load_test_set", "run_evaluation"]
 
 RESULTS = "results.json"
 # mteb's own results, in the layout of its ResultCache.

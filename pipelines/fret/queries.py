@@ -1,6 +1,5 @@
 """The step `queries`: the LLM reads each seed passage and writes a task and a query for it."""
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from cluster.stages import Limit, StageFunction, StageOutput, StageResources, ru
 from cluster.steps import StepContext
 from pipelines.fret.languages import is_other_language, language_code
 from pipelines.fret.prompts import STOP, Prompts, QueryPrompts, require_plain, unfit
+from pipelines.ids import query_id
 from pipelines.records import PASSAGE, QUERY
 
 
@@ -119,12 +119,6 @@ def query_prompts(config: QueriesConfig, prompts: Prompts) -> QueryPrompts:
     return QueryPrompts(
         prompts=prompts, tasks=config.tasks, language=config.language, instruct=config.chat
     )
-
-
-def query_id(seed_id: str, number: int = 0) -> str:
-    """Returns 16 hex digits that name a seed passage's query of that number."""
-    name = f"query of {seed_id}" + (f", {number}" if number else "")
-    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def write_queries(

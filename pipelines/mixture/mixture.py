@@ -19,10 +19,11 @@ from cluster.artifacts import Artifact, Json, shard_path, write_rejects
 from cluster.errors import TooManyRejects, UserError
 from cluster.steps import StepContext
 from cluster.storage import write_table
-from pipelines.mixture.config import LabelledSet, MixtureConfig, SetsConfig
-from pipelines.mixture.decontamination import Decontamination
-from pipelines.mixture.formats import Example, Formatter, Target
-from pipelines.mixture.labelled import MAX_LISTED, Reading, read_examples
+from pipelines.datasets.decontamination import Decontamination
+from pipelines.datasets.labelled_examples import MAX_LISTED, Example, Reading, Target, read_examples
+from pipelines.datasets.labelled_sets import LabelledSet
+from pipelines.mixture.config import MixtureConfig, SetsConfig
+from pipelines.mixture.formats import Formatter
 from pipelines.mixture.sampling import Rows, draw_batches
 from pipelines.records import EXAMPLE
 

@@ -10,15 +10,14 @@ from cluster.artifacts import Artifact, Json, fingerprint
 from cluster.steps import Run, Step, StepContext
 from cluster.storage import join, open_storage
 from pipelines.corpus.passages import choose_seeds, make_passages
-from pipelines.corpus.sources import PYTHON_DOCUMENTATION, Corpus
+from pipelines.datasets.corpus import PYTHON_DOCUMENTATION, Corpus
+from pipelines.datasets.decontamination import Decontamination
+from pipelines.datasets.labelled_rows import version
+from pipelines.datasets.labelled_sets import RUN_PASSAGES
+from pipelines.datasets.retrieval import RetrievalDataset
+from pipelines.datasets.test_sets import TestSet, evaluation_queries, load_test_set
 from pipelines.encoders import EncoderConfig, embed_passages, load_encoder
-from pipelines.evaluation.dataset import RetrievalDataset
-from pipelines.evaluation.evaluation import (
-    TestSet,
-    evaluation_queries,
-    load_test_set,
-    run_evaluation,
-)
+from pipelines.evaluation.evaluation import run_evaluation
 from pipelines.fret.fret import make_fret
 from pipelines.fret.language_models import engine_options
 from pipelines.fret.pairs import group_pairs
@@ -26,11 +25,9 @@ from pipelines.fret.prompts import PairPrompts, load_prompts
 from pipelines.fret.queries import query_prompts, write_queries
 from pipelines.fret.scores import score_pairs
 from pipelines.mining.candidates import find_candidates
-from pipelines.mixture.config import RUN_PASSAGES, MixtureConfig, SetsConfig
-from pipelines.mixture.decontamination import Decontamination
+from pipelines.mixture.config import MixtureConfig, SetsConfig
 from pipelines.mixture.formats import Formatter
 from pipelines.mixture.mixture import make_mixture
-from pipelines.mixture.rows import version
 from pipelines.recipe.recipe import Recipe
 from pipelines.training.config import TrainingConfig
 from pipelines.training.student import MODEL, export_student, make_student

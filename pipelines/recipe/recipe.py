@@ -22,10 +22,10 @@ from pydantic import (
 from cluster.errors import UserError, excerpt
 from cluster.stages import StageResources
 from pipelines.corpus.passages import SeedsConfig
-from pipelines.corpus.sources import CorpusConfig
 from pipelines.credentials import key_with_credentials
+from pipelines.datasets.corpus import CorpusConfig
+from pipelines.datasets.test_sets import TestSet
 from pipelines.encoders import EncoderConfig
-from pipelines.evaluation.evaluation import TestSet
 from pipelines.fret.fusion import FretConfig
 from pipelines.fret.language_models import EngineConfig, LlmConfig
 from pipelines.fret.languages import language_code

@@ -12,9 +12,9 @@ from cluster.artifacts import Artifact, Json, write_shards
 from cluster.errors import TokayError
 from cluster.stages import StageResources
 from cluster.steps import Run, Step, StepContext
-from pipelines.corpus.cutting import passage_id
 from pipelines.encoders import EncoderConfig, embed_passages, load_encoder
 from pipelines.fret import neighbours
+from pipelines.ids import passage_id
 from pipelines.mining.candidates import CandidatesConfig, IndexActor, find_candidates
 from pipelines.records import PASSAGE, QUERY
 from pipelines.run.console import JsonLines

@@ -8,7 +8,8 @@ import pytest
 
 from pipelines import words
 from pipelines.corpus import passages, python_documentation
-from pipelines.corpus.cutting import Document, passages_of, reject_reason
+from pipelines.corpus.cutting import passages_of, reject_reason
+from pipelines.datasets.corpus import Document
 from pipelines.fret import overlap, prompts
 from pipelines.fret.overlap import OverlapIndex
 from pipelines.report import labels

@@ -2,8 +2,8 @@ import random
 
 import pytest
 
+from pipelines.datasets.decontamination import Decontamination
 from pipelines.fret.overlap import words
-from pipelines.mixture.decontamination import Decontamination
 
 QUERIES = ["How do bees talk to each other?", "the quick brown fox jumps over the lazy dog today"]
 

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from cluster.errors import UserError
-from pipelines.mixture.config import LabelledSet
-from pipelines.mixture.decontamination import Decontamination
-from pipelines.mixture.formats import Example
-from pipelines.mixture.labelled import Reading, read_examples
+from pipelines.datasets.decontamination import Decontamination
+from pipelines.datasets.labelled_examples import Example, Reading, read_examples
+from pipelines.datasets.labelled_sets import LabelledSet
 
 Rows = list[Any]
 

@@ -10,8 +10,8 @@ from cluster.artifacts import Artifact, FileEntry, Manifest, shard_path, write_s
 from cluster.errors import TooManyRejects, UserError
 from cluster.steps import StepContext
 from cluster.storage import open_storage, read_table
+from pipelines.datasets.decontamination import Decontamination
 from pipelines.mixture.config import MixtureConfig, PrefinetuningMixtureConfig, SetsConfig
-from pipelines.mixture.decontamination import Decontamination
 from pipelines.mixture.formats import Formatter
 from pipelines.mixture.mixture import make_mixture
 from pipelines.records import EXAMPLE, FRET, PASSAGE
