@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cluster.errors import Reject, UserError
+from cluster.row_files import file_lines, jsonl_rows
 from cluster.storage import open_storage
 from pipelines.datasets.decontamination import Decontamination
-from pipelines.datasets.labelled_rows import beir_files, file_lines, jsonl_rows, read_rows
+from pipelines.datasets.labelled_rows import beir_files, read_rows
 from pipelines.datasets.labelled_sets import LabelledSet
 from pipelines.datasets.qrels import number, read_qrels
 from pipelines.ids import passage_id

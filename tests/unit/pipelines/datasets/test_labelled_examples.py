@@ -82,7 +82,7 @@ def test_rows_that_cannot_be_read_are_rejects_with_their_place_and_reason(tmp_pa
     assert len(found) == 1 and reading.num_rows == 11
     assert [(where, why) for where, why, _ in reading.rejects] == [
         ("set.jsonl:2", "malformed JSON"),
-        ("set.jsonl:3", "no JSON object"),
+        ("set.jsonl:3", "not a JSON object"),
         ("set.jsonl:4", "no text in field 'positive'"),
         ("set.jsonl:5", "no text in field 'query'"),
         ("set.jsonl:6", "negatives are neither a text nor a list of texts"),
