@@ -15,20 +15,20 @@ from cluster.artifacts import Artifact, Json
 from cluster.steps import StepContext
 from cluster.storage import write_table
 from pipelines.corpus.cutting import near_duplicates
+from pipelines.datasets.decontamination import Decontamination
 from pipelines.encoders import PassageTexts
 from pipelines.fret.fusion import FretConfig, choose_labels
-from pipelines.fret.overlap import OverlapIndex
 from pipelines.records import FRET
 
 MAX_LISTED = 100
 
 
 def make_fret(
-    config: FretConfig, evaluation_queries: list[str], context: StepContext
+    config: FretConfig, decontamination: Decontamination, context: StepContext
 ) -> dict[str, Json]:
     """Chooses each query's positive and hard negatives, and applies the filters."""
     candidates, scores = context.input("candidates"), QueryScores(context.input("scores"))
-    dropped, metrics = _filter(config, evaluation_queries, candidates, scores)
+    dropped, metrics = _filter(config, decontamination, candidates, scores)
     texts = PassageTexts(context.input("passages"), scores.passage_ids)
     totals: Counter[str] = Counter()
     for shard in candidates.shards:
@@ -89,13 +89,14 @@ def _one_row_a_pair(scores: pa.Table) -> pa.Table:
 
 
 def _filter(
-    config: FretConfig, evaluation_queries: list[str], candidates: Artifact, scores: QueryScores
+    config: FretConfig,
+    decontamination: Decontamination,
+    candidates: Artifact,
+    scores: QueryScores,
 ) -> tuple[dict[str, str], dict[str, Json]]:
     """Returns why each dropped query is dropped, by its id, and figures of decontamination."""
-    judged_by = OverlapIndex(evaluation_queries, config.max_shared_words)
     dropped: dict[str, str] = {}
     kept: dict[str, str] = {}  # ids by query
-    overlaps: dict[str, float] = {}
     contaminated: list[dict[str, str]] = []
     for table in candidates.tables(["id", "query", "dropped_by"]):
         for row in table.to_pylist():
@@ -106,24 +107,20 @@ def _filter(
             if error is not None:
                 dropped[id_] = error
                 continue
-            overlap, repeated = judged_by.highest(query)
-            if overlap <= config.max_overlap and overlap < 1:
-                repeated = judged_by.shared_run(query) or ""
-            if repeated:
-                dropped[id_] = "repeats an evaluation query"
-                contaminated.append({"query": query, "evaluation_query": repeated})
+            if repeated := decontamination.repeated(query):
+                dropped[id_], evaluation_query = repeated
+                contaminated.append({"query": query, "evaluation_query": evaluation_query})
             elif query.casefold() in kept:
                 dropped[id_] = "repeats another query"
             else:
                 kept[query.casefold()] = id_
-                overlaps[id_] = overlap
     ids = list(kept.values())
     near = near_duplicates(list(kept), config.max_query_similarity)
     dropped |= {ids[place]: "nearly repeats another query" for place in near}
-    highest = max((overlaps[id_] for id_ in ids if id_ not in dropped), default=0.0)
+    highest = decontamination.highest_overlap(query for query in kept if kept[query] not in dropped)
     return dropped, {
         "dropped_by": dict(Counter(dropped.values())),
-        "num_evaluation_queries": len(judged_by),
+        "num_evaluation_queries": len(decontamination),
         "highest_overlap_kept": round(highest, 4),
         "num_contaminated": len(contaminated),
         "contaminated": contaminated[:MAX_LISTED],

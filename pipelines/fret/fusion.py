@@ -36,19 +36,6 @@ class FretConfig(BaseModel):
         description="negatives must be less similar to the query than this share of the"
         " positive's similarity (NV-Retriever's 0.95); Gecko has no such rule",
     )
-    max_overlap: float = Field(
-        default=0.8,
-        gt=0,
-        le=1,
-        description="decontamination: drop queries whose words overlap more (Jaccard) with an"
-        " evaluation query",
-    )
-    max_shared_words: int = Field(
-        default=8,
-        ge=3,
-        description="decontamination: drop queries that share a run of so many words with an"
-        " evaluation query",
-    )
     max_query_similarity: float = Field(
         default=0.8,
         gt=0,

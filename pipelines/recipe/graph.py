@@ -154,9 +154,11 @@ def build_run(recipe: Recipe, uri: str) -> Run:
         ),
         Step(
             name="fret",
-            config={**_dump(recipe.fret), "judged_by": fingerprint(judged_by)},
+            config={**_dump(recipe.fret), "decontamination": _decontamination(recipe, judged_by)},
             inputs=("candidates", "scores", "passages"),
-            work=lambda context: make_fret(recipe.fret, judged_by, context),
+            work=lambda context: make_fret(
+                recipe.fret, Decontamination(judged_by, recipe.decontamination), context
+            ),
         ),
         Step(
             name="student",
@@ -241,11 +243,7 @@ def _mixture_step(
                 max_query_tokens=training.max_query_tokens,
                 max_passage_tokens=training.max_passage_tokens,
             ),
-            decontamination=Decontamination(
-                judged_by,
-                max_overlap=recipe.fret.max_overlap,
-                max_shared_words=recipe.fret.max_shared_words,
-            ),
+            decontamination=Decontamination(judged_by, recipe.decontamination),
             batch_size=training.batch_size,
             epochs=training.epochs,
             context=context,
@@ -262,13 +260,7 @@ def _mixture_step(
             **training.model_dump(
                 include={"batch_size", "epochs", "max_query_tokens", "max_passage_tokens"}
             ),
-            "decontamination": {
-                "max_overlap": recipe.fret.max_overlap,
-                "max_shared_words": recipe.fret.max_shared_words,
-                "judged_by": fingerprint(judged_by),
-            }
-            if config.labelled
-            else None,
+            "decontamination": _decontamination(recipe, judged_by) if config.labelled else None,
         },
         inputs=tuple(inputs),
         work=mix,
@@ -316,6 +308,10 @@ def _saved(artifact: Artifact, recipe: Recipe, folder: str = MODEL) -> EncoderCo
         dtype=recipe.student.dtype,
         trust_remote_code=recipe.student.trust_remote_code,
     )
+
+
+def _decontamination(recipe: Recipe, judged_by: list[str]) -> dict[str, Json]:
+    return {**_dump(recipe.decontamination), "judged_by": fingerprint(judged_by)}
 
 
 def _dump(config: BaseModel, *leave_out: str) -> dict[str, Json]:

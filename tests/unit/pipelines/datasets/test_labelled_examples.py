@@ -18,7 +18,7 @@ def read(
     path: Path | str, kind: str, judged_by: Sequence[str] = (), **keys: Any
 ) -> tuple[list[Example], Reading]:
     labelled = LabelledSet.model_validate({"name": "a", "kind": kind, "path": str(path), **keys})
-    judge = Decontamination(judged_by, max_overlap=0.8, max_shared_words=8)
+    judge = Decontamination(judged_by)
     reading = Reading(decontamination=judge)
     return list(read_examples(labelled, reading)), reading
 

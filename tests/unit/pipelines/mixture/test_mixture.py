@@ -66,7 +66,7 @@ def mixed(
     metrics = make_mixture(
         config,
         formatter=formatter,
-        decontamination=Decontamination(judged_by, max_overlap=0.8, max_shared_words=8),
+        decontamination=Decontamination(judged_by),
         batch_size=batch_size,
         epochs=epochs,
         context=context,

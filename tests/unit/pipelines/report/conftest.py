@@ -14,6 +14,7 @@ import yaml
 from cluster.artifacts import Artifact, Json, write_rejects, write_shards
 from cluster.steps import Run, Step, StepContext
 from cluster.storage import open_storage
+from pipelines.datasets.decontamination import Decontamination
 from pipelines.datasets.test_sets import TestSet
 from pipelines.evaluation.evaluation import run_evaluation
 from pipelines.fret.fret import make_fret
@@ -133,7 +134,9 @@ def _steps(beir: Path, decoration: str, by_passage: Any) -> list[Step]:
     ]
 
     def fret(context: StepContext) -> dict[str, Json]:
-        return make_fret(FretConfig(), [f"How do I sort a list?{decoration}"], context)
+        return make_fret(
+            FretConfig(), Decontamination([f"How do I sort a list?{decoration}"]), context
+        )
 
     def model(context: StepContext) -> dict[str, Json]:
         context.storage.write_bytes("model/model.safetensors", b"weights")
