@@ -60,6 +60,11 @@ def without_copies(paths: Sequence[str]) -> list[str]:
     return [path for path in paths if not (_is_packed(path) and path[: -len(GZIP)] in plain)]
 
 
+def find_file(storage: Storage, path: str) -> str | None:
+    """Returns the path of a file, or of the packed one where that alone is there, or None."""
+    return next((name for name in (path, path + GZIP) if storage.exists(name)), None)
+
+
 def beir_corpora(paths: Iterable[str]) -> list[str]:
     """Returns the files that hold the passages of BEIR folders."""
     return [path for path in paths if _plain_name(path) == "corpus.jsonl"]

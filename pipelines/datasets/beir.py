@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from cluster.errors import Reject, UserError
-from cluster.json_lines import GZIP, json_lines, text_lines, unpacked
+from cluster.json_lines import GZIP, json_lines, text_lines
+from cluster.row_files import file_lines, find_file
+from cluster.storage import Storage, join, open_storage
 from pipelines.datasets.qrels import Qrels, read_qrels
 from pipelines.datasets.retrieval import RetrievalDataset, TitledText
 
@@ -26,92 +28,84 @@ def read_beir(folder: str | Path, split: str = "test") -> RetrievalDataset:
     Each may be packed, such as ``corpus.jsonl.gz``.
 
     Raises:
-        UserError: A file is missing or malformed; the message names the file, the line and the
-            mend.
+        UserError: A file is missing or malformed; the message names the file, the line and
+            what to do.
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise UserError(f"BEIR folder {folder} does not exist; give one with corpus.jsonl in it")
-    qrels_path = find(root / "qrels" / f"{split}.tsv")
-    if not qrels_path.is_file():
-        splits = split_names(root / "qrels", ".tsv")
+    storage = open_storage(folder)
+    if not any(storage.entries()):
         raise UserError(
-            f"{root} has no split {split!r}: it has {', '.join(splits)}; name one of them"
+            f"BEIR folder {folder} does not exist or is empty; give one with corpus.jsonl in it"
+        )
+    qrels_path = find_file(storage, f"qrels/{split}.tsv")
+    if qrels_path is None:
+        splits = split_names(storage, "qrels/", ".tsv")
+        raise UserError(
+            f"{storage.uri} has no split {split!r}: it has {', '.join(splits)}; name one of them"
             if splits
-            else f"{root} has no qrels: add qrels/{split}.tsv with query-id, corpus-id, score"
+            else f"{folder} has no qrels: add qrels/{split}.tsv with query-id, corpus-id, score"
         )
     passages = {}
-    for at, row_id, row in _rows(root / "corpus.jsonl"):
+    for at, row_id, row in _rows(storage, "corpus.jsonl"):
         if row_id in passages:
             raise UserError(f"{at}: passage {row_id!r} is there twice; give each its own _id")
         passages[row_id] = TitledText(_text(row, "title", at), _text(row, "text", at))
     queries = {}
-    for at, row_id, row in _rows(root / "queries.jsonl"):
+    for at, row_id, row in _rows(storage, "queries.jsonl"):
         if row_id in queries:
             raise UserError(f"{at}: query {row_id!r} is there twice; give each its own _id")
         queries[row_id] = _text(row, "text", at)
-    found = read_qrels(unpacked(_open(qrels_path), str(qrels_path)), str(qrels_path))
-    qrels = _by_query(found, queries)
+    judged = read_qrels(file_lines(storage, qrels_path), join(storage.uri, qrels_path))
+    qrels = _by_query(judged, queries)
     return RetrievalDataset(
-        name=root.resolve().name,
+        name=Path(folder).resolve().name,
         split=split,
         passages=passages,
         queries=queries,
         # Where nothing at all is relevant, the test set says so itself.
-        qrels={query: judged for query, judged in qrels.items() if any(judged.values())} or qrels,
-        remarks=_remarks(found, qrels),
+        qrels={query: row for query, row in qrels.items() if any(row.values())} or qrels,
+        remarks=_remarks(judged, qrels),
     )
 
 
-def find(path: Path) -> Path:
-    """Returns the path of a file, or of the packed one where that alone is there."""
-    packed = path.with_name(path.name + GZIP)
-    return packed if packed.is_file() and not path.is_file() else path
+def split_names(storage: Storage, prefix: str, ending: str) -> list[str]:
+    """Returns what stands between `prefix` and `ending` in the names of files, packed or not."""
+    names = [path.removesuffix(GZIP).removeprefix(prefix) for path in storage.list()]
+    return sorted({n.removesuffix(ending) for n in names if n.endswith(ending) and "/" not in n})
 
 
-def split_names(folder: Path, ending: str) -> list[str]:
-    """Returns the names of a folder's files that end so, packed or not, without the ending."""
-    names = {path.name.removesuffix(GZIP) for path in folder.glob("*") if path.is_file()}
-    return sorted(name.removesuffix(ending) for name in names if name.endswith(ending))
-
-
-def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+def read_lines(storage: Storage, path: str) -> Iterator[tuple[str, str]]:
     """Yields ``file:line`` and the line, blank ones left out."""
-    path = find(path)
-    return _accepted(text_lines(unpacked(_open(path), str(path)), str(path)))
+    return _accepted(text_lines(_lines(storage, path), join(storage.uri, path)))
 
 
-def read_objects(path: Path) -> Iterator[tuple[str, Any]]:
+def read_objects(storage: Storage, path: str) -> Iterator[tuple[str, Any]]:
     """Yields ``file:line`` and the JSON value of each line."""
-    path = find(path)
-    return _accepted(json_lines(unpacked(_open(path), str(path)), str(path)))
+    return _accepted(json_lines(_lines(storage, path), join(storage.uri, path)))
 
 
-def _open(path: Path) -> IO[bytes]:
-    try:
-        return path.open("rb")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; a test set needs it") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+def _lines(storage: Storage, path: str) -> Iterator[bytes]:
+    there = find_file(storage, path)
+    if there is None:
+        raise UserError(f"{join(storage.uri, path)} is missing; a test set needs it")
+    return file_lines(storage, there)
 
 
 def _accepted(rows: Iterator[tuple[str, Value] | Reject]) -> Iterator[tuple[str, Value]]:
     for row in rows:
         if len(row) == 3:
-            raise refusal(row)
+            raise _unreadable(row)
         yield row
 
 
-def refusal(reject: Reject) -> UserError:
+def _unreadable(reject: Reject) -> UserError:
     """Returns what is said of a line of a test set that cannot be read."""
     where, reason, text = reject
-    return UserError(f"{where}: {reason}: {text.strip()[:80]!r}; mend the line")
+    return UserError(f"{where}: {reason}: {text.strip()[:80]!r}; correct the line")
 
 
-def _rows(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _rows(storage: Storage, path: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yields ``file:line``, the id and the object of each line."""
-    for at, row in read_objects(path):
+    for at, row in read_objects(storage, path):
         if not isinstance(row, dict) or not isinstance(row.get("_id"), str | int):
             raise UserError(f'{at}: no "_id"; write {{"_id": "...", "text": "..."}}')
         yield at, str(row["_id"]), row
@@ -126,12 +120,12 @@ def _text(row: dict[str, Any], field: str, at: str) -> str:
     return value
 
 
-def _by_query(found: Qrels, queries: Mapping[str, str]) -> dict[str, dict[str, int]]:
+def _by_query(judged: Qrels, queries: Mapping[str, str]) -> dict[str, dict[str, int]]:
     """Returns the judgements by query; raises UserError for a line that is none."""
-    for reject in found.rejects:
-        raise refusal(reject)
+    for reject in judged.rejects:
+        raise _unreadable(reject)
     qrels: dict[str, dict[str, int]] = {}
-    for (query, passage), (score, where) in found.judgements.items():
+    for (query, passage), (score, where) in judged.judgements.items():
         if query not in queries:
             raise UserError(
                 f"{where}: query {query!r} is not in queries.jsonl; add it or take the line out"
@@ -140,16 +134,16 @@ def _by_query(found: Qrels, queries: Mapping[str, str]) -> dict[str, dict[str, i
     return qrels
 
 
-def _remarks(found: Qrels, qrels: Mapping[str, Mapping[str, int]]) -> tuple[str, ...]:
-    told = []
-    if found.num_below_zero:
-        told.append(f"{found.num_below_zero} judgements below zero count as not relevant")
-    if found.num_repeated:
-        told.append(f"{found.num_repeated} judgements are there more than once and count once")
-    without = [query for query, judged in qrels.items() if not any(judged.values())]
+def _remarks(judged: Qrels, qrels: Mapping[str, Mapping[str, int]]) -> tuple[str, ...]:
+    remarks = []
+    if judged.num_below_zero:
+        remarks.append(f"{judged.num_below_zero} judgements below zero count as not relevant")
+    if judged.num_repeated:
+        remarks.append(f"{judged.num_repeated} judgements are there more than once and count once")
+    without = [query for query, row in qrels.items() if not any(row.values())]
     if without:
-        told.append(
+        remarks.append(
             f"{len(without)} of {len(qrels)} queries have no relevant passage, such as "
             f"{without[0]!r}, and are left out"
         )
-    return tuple(told)
+    return tuple(remarks)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.artifacts import Json
 from cluster.errors import Reject, UserError
-from cluster.json_lines import GZIP
 from cluster.parquet import open_parquet, parquet_columns
 from cluster.row_files import (
     FORMATS,
     Row,
     file_format,
+    find_file,
     is_plain,
     jsonl_rows,
     parquet_rows,
@@ -84,7 +84,7 @@ def beir_files(labelled: LabelledSet) -> tuple[str, str, str]:
     storage = open_storage(labelled.path)
     queries, own = "queries.jsonl", f"queries_{labelled.split}.jsonl"
     found = {
-        path: _plain_or_packed(storage, path)
+        path: find_file(storage, path)
         for path in ("corpus.jsonl", queries, own, f"qrels/{labelled.split}.tsv")
     }
     found[queries] = found.pop(own) or found[queries]
@@ -96,10 +96,6 @@ def beir_files(labelled: LabelledSet) -> tuple[str, str, str]:
         )
     corpus_path, queries_path, qrels_path = map(str, found.values())
     return corpus_path, queries_path, qrels_path
-
-
-def _plain_or_packed(storage: Storage, path: str) -> str | None:
-    return next((name for name in (path, path + GZIP) if storage.exists(name)), None)
 
 
 def _read(labelled: LabelledSet, passages: Artifact | None) -> Iterator[Row | Reject]:

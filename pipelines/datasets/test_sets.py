@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.artifacts import Artifact
-from cluster.storage import open_storage
 from pipelines.datasets.corpus import PYTHON_DOCUMENTATION
 from pipelines.datasets.folders import TestData, read_folder
 from pipelines.datasets.retrieval import RetrievalDataset, TitledText
@@ -68,14 +65,8 @@ def _load_mteb_task(name: str) -> Any:
 
 
 def _read(test_set: TestSet) -> TestData:
-    storage = open_storage(test_set.path)
-    folder = getattr(storage, "folder", None)
-    with tempfile.TemporaryDirectory() as temporary:
-        if folder is None:
-            folder = Path(temporary)
-            for file in storage.list():
-                storage.download(file, folder / file)
-        return replace(read_folder(test_set.kind, folder, test_set.split), name=test_set.name)
+    data = read_folder(test_set.kind, test_set.path, test_set.split)
+    return replace(data, name=test_set.name)
 
 
 def _python_questions(test_set: TestSet, passages: Artifact) -> RetrievalDataset:
