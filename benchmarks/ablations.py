@@ -32,7 +32,7 @@ import yaml
 from cluster.artifacts import Artifact
 from cluster.plain_json import dump_json
 from cluster.storage import open_storage
-from pipelines.evaluation.test_set import TestSet
+from pipelines.datasets.test_sets import TestSet
 from pipelines.recipe.recipe import Recipe, load_recipe
 
 FLAGS = {"retrieval": "--beir"}  # the others are called like their kind

@@ -23,11 +23,11 @@ from sentence_transformers import SentenceTransformer
 from actors.embedded import resolve_model
 from actors.encoder import Encoder
 from cluster.plain_json import dump_json
+from pipelines.datasets.folders import KINDS, TestData, read_folder
+from pipelines.datasets.mteb_tasks import make_task, quiet_mteb
 from pipelines.evaluation.encoder_actors import EncoderActors
 from pipelines.evaluation.evaluate import evaluate
-from pipelines.evaluation.folders import KINDS, TestData, read_folder
-from pipelines.evaluation.mteb_model import TextEncoder, quiet_mteb
-from pipelines.evaluation.tasks import make_task
+from pipelines.evaluation.mteb_model import TextEncoder
 
 
 def main() -> None:

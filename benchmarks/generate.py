@@ -24,7 +24,8 @@ from streamed_generation import write_step
 
 from cluster.plain_json import dump_json
 from pipelines.fret.prompts import STOP, load_prompts
-from pipelines.fret.queries import query_id, query_prompts
+from pipelines.fret.queries import query_prompts
+from pipelines.ids import query_id
 from pipelines.recipe.graph import build_run
 from pipelines.recipe.recipe import Recipe, load_recipe
 from pipelines.run.console import JsonLines

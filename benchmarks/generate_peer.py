@@ -28,7 +28,8 @@ from streamed_generation import write_step
 
 from cluster.artifacts import Artifact
 from pipelines.fret.prompts import STOP, load_prompts
-from pipelines.fret.queries import query_id, query_prompts
+from pipelines.fret.queries import query_prompts
+from pipelines.ids import query_id
 from pipelines.recipe.graph import build_run
 from pipelines.recipe.recipe import Recipe, load_recipe
 from pipelines.run.console import JsonLines

@@ -27,7 +27,7 @@ from actors.engine import EngineConfig, LlmConfig
 from actors.language_model import LanguageModel, Sampling
 from actors.passage_index import PassageIndex
 from pipelines.corpus.cutting import Passage, passages_of
-from pipelines.corpus.sources import Corpus, CorpusConfig
+from pipelines.datasets.corpus import Corpus, CorpusConfig
 from pipelines.fret.fusion import fuse
 from pipelines.fret.prompts import STOP, WRITTEN, PairPrompts, QueryPrompts, load_prompts, unfit
 

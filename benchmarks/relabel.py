@@ -48,7 +48,7 @@ def find_pairs(folder: str, num_pairs: int) -> list[tuple[int, ScoringPrompt]]:
     """Returns (query, prompt) pairs, passage by passage."""
     from actors.encoder import Encoder
     from actors.passage_index import PassageIndex
-    from pipelines.evaluation.dataset import read_beir
+    from pipelines.datasets.beir import read_beir
 
     passages = [p for p in read_beir(folder).passages.values() if p.title and p.text]
     encoder = Encoder.load("embedded:all-MiniLM-L6-v2", max_tokens=192, dtype="auto")

@@ -49,6 +49,13 @@ def open_parquet(content: bytes, place: str) -> pq.ParquetFile:
         return pq.ParquetFile(pa.BufferReader(content), arrow_extensions_enabled=False)
 
 
+def parquet_columns(content: bytes, place: str) -> dict[str, pa.DataType]:
+    """Returns the type of each column; raises StorageError as `open_parquet`."""
+    file = open_parquet(content, place)
+    with _one_line(place):
+        return {field.name: field.type for field in file.schema_arrow}
+
+
 def parquet_batches(
     content: bytes, columns: Sequence[str], place: str, *, batch_rows: int = 1024
 ) -> Iterator[pa.RecordBatch]:

@@ -1,19 +1,16 @@
 """The passages that `/v1/search` answers from, read from what people have.
 
 A finished run brings its passages with their vectors; anyone else brings JSONL or Parquet, and the
-passages are embedded when the server starts. A row that is no passage is left out and told; a
-corpus of which most rows are none is refused.
+passages are embedded when the server starts. A row that is no passage is left out and
+counted; a corpus of which most rows are none is refused.
 """
 
-import io
 import logging
-import reprlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -22,8 +19,20 @@ import pyarrow.compute as pc
 from actors.passage_index import PassageIndex
 from cluster.artifacts import MANIFEST, Artifact
 from cluster.errors import Reject, UserError, excerpt
-from cluster.json_lines import json_lines, unpacked
-from cluster.parquet import open_parquet, parquet_batches
+from cluster.parquet import parquet_batches, parquet_columns
+from cluster.row_files import (
+    Row,
+    batch_rows,
+    beir_corpora,
+    file_format,
+    find_files,
+    is_beir,
+    is_text,
+    jsonl_rows,
+    short,
+    utf8_name,
+    without_copies,
+)
 from cluster.storage import Storage, join, open_storage
 
 if TYPE_CHECKING:  # its torch takes seconds, which a check before the start need not
@@ -33,7 +42,6 @@ ACCEPTED = (
     "accepted are a run's index, a .jsonl or .ndjson file (_id or id, title, text; perhaps .gz), a"
     " .parquet file (the same, perhaps embedding), or a folder of such files"
 )
-_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".parquet")
 _COLUMNS = ("_id", "id", "title", "text", "embedding")
 _SCHEMA = pa.schema([(name, pa.large_string()) for name in ("id", "title", "text")])
 _PASSAGES_AT_ONCE = 1024
@@ -43,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Passage:
+class ServedPassage:
     """What a search returns."""
 
     id: str
@@ -61,11 +69,14 @@ class Corpus:
     def __len__(self) -> int:
         return int(self.passages.num_rows)
 
-    def search(self, vector: np.ndarray, top_k: int) -> list[tuple[Passage, float]]:
+    def search(self, vector: np.ndarray, top_k: int) -> list[tuple[ServedPassage, float]]:
         """Returns the nearest passages of one vector and their inner products, best first."""
         scores, rows = self.index.search(vector[None, :], top_k)
-        found = self.passages.take(pa.array(rows[0])).to_pylist()
-        return [(Passage(**row), float(score)) for row, score in zip(found, scores[0], strict=True)]
+        nearest = self.passages.take(pa.array(rows[0])).to_pylist()
+        return [
+            (ServedPassage(**row), float(score))
+            for row, score in zip(nearest, scores[0], strict=True)
+        ]
 
 
 @dataclass(kw_only=True)
@@ -76,12 +87,12 @@ class _Tally:
     reasons: Counter[str] = field(default_factory=Counter)
     first: Reject | None = None
 
-    def refuse(self, reject: Reject) -> None:
+    def reject(self, reject: Reject) -> None:
         self.num_rows += 1
         self.reasons[reject[1]] += 1
         self.first = self.first or reject
 
-    def told(self, uri: str) -> str | None:
+    def summary(self, uri: str) -> str | None:
         """Returns a line about the rows that are left out; raises UserError if too many are."""
         if not self.num_rows:
             raise UserError(f"corpus {uri!r} is empty: give at least one passage")
@@ -116,7 +127,7 @@ def check_corpus(uri: str) -> str | None:
     for table in _tables(storage, files, tally):
         if "embedding" in table.column_names:
             _vectors(table, None, uri)
-    return tally.told(uri)
+    return tally.summary(uri)
 
 
 def load_corpus(uri: str, encoder: "Encoder") -> Corpus:
@@ -136,7 +147,7 @@ def load_corpus(uri: str, encoder: "Encoder") -> Corpus:
             index.add(_vectors(table, encoder.dimensions, uri))
         elif len(passages):
             index.add(_embed(passages.to_pydict(), encoder))
-    if line := tally.told(uri):
+    if line := tally.summary(uri):
         logger.warning(line)
     if artifact is not None and tally.num_rows != artifact.num_rows:
         raise UserError(
@@ -191,85 +202,70 @@ def _vectors(table: pa.Table, dimensions: int | None, uri: str) -> np.ndarray:
 def _tables(storage: Storage, files: Sequence[str], tally: _Tally) -> Iterator[pa.Table]:
     """Yields the passages of files (`id`, `title`, `text`, perhaps `embedding`), some at a time."""
     for path in files:
-        try:
-            content = storage.read_bytes(path)
-        except FileNotFoundError as error:
-            raise UserError(f"{join(storage.uri, path)} is missing: copy it anew") from error
-        name = path.encode("utf-8", "replace").decode()  # Linux lets a name be any bytes
-        if path.lower().endswith(".parquet"):
-            yield from _parquet_tables(content, name, join(storage.uri, path), tally)
+        if file_format(path) == "parquet":
+            yield from _parquet_tables(storage, path, tally)
             continue
-        lines = json_lines(unpacked(io.BytesIO(content), join(storage.uri, name)), name)
-        while rows := list(islice(lines, _PASSAGES_AT_ONCE)):
-            found = [row if len(row) == 3 else _passage(row[0], row[1]) for row in rows]
-            yield _table(found, tally)[0]
+        rows = jsonl_rows(storage, path)
+        while some := list(islice(rows, _PASSAGES_AT_ONCE)):
+            yield _table(some, tally)[0]
 
 
-def _parquet_tables(content: bytes, name: str, place: str, tally: _Tally) -> Iterator[pa.Table]:
-    schema = open_parquet(content, place).schema_arrow
-    kinds = {column: schema.field(column).type for column in _COLUMNS if column in schema.names}
+def _parquet_tables(storage: Storage, path: str, tally: _Tally) -> Iterator[pa.Table]:
+    place = join(storage.uri, path)
+    try:
+        content = storage.read_bytes(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{place} is missing: copy it anew") from error
+    columns = parquet_columns(content, place)
+    kinds = {column: columns[column] for column in _COLUMNS if column in columns}
     if "text" not in kinds:
         raise UserError(
-            f"{place} has no column text, only {excerpt(', '.join(schema.names))}: {ACCEPTED}"
+            f"{place} has no column text, only {excerpt(', '.join(columns))}: {ACCEPTED}"
         )
     for column in ("_id", "id", "text"):
         kind = kinds.get(column)
-        if kind and not _is_text(kind) and not (column != "text" and pa.types.is_integer(kind)):
+        if kind and not is_text(kind) and not (column != "text" and pa.types.is_integer(kind)):
             raise UserError(f"{place} has a column {column} of {excerpt(kind)}: write it as text")
-    if "title" in kinds and not _is_text(kinds["title"]):
+    if "title" in kinds and not is_text(kinds["title"]):
         del kinds["title"]
-    number = 0
+    start = 1
     for batch in parquet_batches(content, list(kinds), place, batch_rows=_PASSAGES_AT_ONCE):
-        vectors = batch.column("embedding") if "embedding" in kinds else None
-        texts = batch.select([column for column in kinds if column != "embedding"]).to_pylist()
-        found = [_passage(f"{name}:{at}", row) for at, row in enumerate(texts, start=number + 1)]
-        number += len(found)
-        table, kept = _table(found, tally)
-        yield table if vectors is None else table.append_column("embedding", vectors.take(kept))
+        texts = batch.select([column for column in kinds if column != "embedding"])
+        table, kept = _table(batch_rows(texts, utf8_name(path), start), tally)
+        start += batch.num_rows
+        if "embedding" in kinds:
+            table = table.append_column("embedding", batch.column("embedding").take(kept))
+        yield table
 
 
-def _passage(where: str, row: Any) -> Passage | Reject:
+def _passage(row: Row | Reject) -> ServedPassage | Reject:
     """Reads one row as `tokay run` does: `_id` or `id`, else its place; without a title if none."""
-    if not isinstance(row, dict):
-        return where, "not a JSON object", excerpt(reprlib.repr(row))
-    try:
-        values = {
-            name: value.decode() if isinstance(value, bytes) else value
-            for name, value in row.items()
-            if name in _COLUMNS
-        }
-    except UnicodeDecodeError:
-        return where, "not UTF-8", excerpt(reprlib.repr(row))
-    ids = (values.get("_id"), values.get("id"))
+    if len(row) == 3:
+        return row
+    where, fields = row
+    ids = (fields.get("_id"), fields.get("id"))
     id_ = next((str(value) for value in ids if isinstance(value, str | int | float)), where)
-    text, title = values.get("text"), values.get("title")
+    text, title = fields.get("text"), fields.get("title")
     if not isinstance(text, str):
-        return id_, "no text in field 'text'", excerpt(reprlib.repr(row))
+        return id_, "no text in field 'text'", short(fields)
     title = title if isinstance(title, str) else ""
     if not text.strip() and not title.strip():
         return id_, "blank", excerpt(text)
-    return Passage(id=id_, title=title, text=text)
+    return ServedPassage(id=id_, title=title, text=text)
 
 
-def _table(found: Sequence[Passage | Reject], tally: _Tally) -> tuple[pa.Table, pa.Array]:
-    """Returns the passages, and their numbers among what was found; tallies the others."""
-    kept = [at for at, row in enumerate(found) if isinstance(row, Passage)]
-    passages = [row for row in found if isinstance(row, Passage)]
-    for row in found:
-        if not isinstance(row, Passage):
-            tally.refuse(row)
+def _table(rows: Iterable[Row | Reject], tally: _Tally) -> tuple[pa.Table, pa.Array]:
+    """Returns the passages, and their numbers among the rows; tallies the others."""
+    kept, passages = [], []
+    for number, passage in enumerate(map(_passage, rows)):
+        if isinstance(passage, ServedPassage):
+            kept.append(number)
+            passages.append(passage)
+        else:
+            tally.reject(passage)
     tally.num_rows += len(passages)
-    columns = [[getattr(row, name) for row in passages] for name in _SCHEMA.names]
+    columns = [[getattr(passage, name) for passage in passages] for name in _SCHEMA.names]
     return pa.table(columns, schema=_SCHEMA), pa.array(kept, pa.int64())
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        return _is_text(kind.value_type)
-    types = pa.types
-    is_string = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-    is_bytes = types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
-    return bool(is_string or is_bytes or types.is_null(kind))
 
 
 def _is_vector(kind: pa.DataType) -> bool:
@@ -284,21 +280,8 @@ def _find(uri: str) -> tuple[Storage, list[str], Artifact | None]:
     artifact = Artifact.open(storage) if storage.exists(MANIFEST) else None
     if artifact is not None:
         return storage, [shard.path for shard in artifact.shards], artifact
-    files = [path for path in storage.list() if _is_data(path)]
-    plain = set(files)  # of a file and its packed copy one is enough
-    files = [path for path in files if not path.endswith(".gz") or path[:-3] not in plain]
-    passages = [path for path in files if path.removesuffix(".gz") == "corpus.jsonl"]
-    if passages:  # a BEIR folder, whose queries are JSONL too
-        return storage, passages, None
-    if files:
-        return storage, files, None
-    folder, _, name = storage.uri.rpartition("/")  # perhaps one file
-    if name.lower().endswith(_SUFFIXES) and open_storage(folder or "/").exists(name):
-        return open_storage(folder or "/"), [name], None
-    raise UserError(f"corpus {uri!r} is not there, or holds no passages: {ACCEPTED}")
-
-
-def _is_data(path: str) -> bool:
-    """Says whether to read a file: none that is hidden, as macOS leaves them beside others."""
-    hidden = any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(path).parts)
-    return path.lower().endswith(_SUFFIXES) and not hidden
+    storage, files = find_files(uri)
+    files = without_copies([path for path in files if file_format(path)])
+    if not files:
+        raise UserError(f"corpus {uri!r} is not there, or holds no passages: {ACCEPTED}")
+    return storage, beir_corpora(files) if is_beir(files) else files, None

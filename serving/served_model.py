@@ -13,7 +13,7 @@ import numpy as np
 
 from actors.encoder import Encoder
 from serving.batching import QueueFull, TokenBatcher
-from serving.corpus import Corpus, Passage
+from serving.corpus import Corpus, ServedPassage
 from serving.metrics import Metrics
 from serving.protocol import ApiError, RequestLimits, Role
 
@@ -40,7 +40,7 @@ class Embedded:
 class Found:
     """Passages with their scores, best first, and the tokens of the query."""
 
-    hits: list[tuple[Passage, float]]
+    hits: list[tuple[ServedPassage, float]]
     num_tokens: int
 
 

@@ -8,10 +8,11 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
 from itertools import pairwise
 from typing import TypeVar
 
+from pipelines.datasets.corpus import Document
+from pipelines.ids import passage_id
 from pipelines.words import letter_share, normalized, num_words, sentence_starts, word_spans
 
 T = TypeVar("T")
@@ -27,15 +28,6 @@ _UNWRITTEN = re.compile(
     "\U000e0000-\U000e00ff\U000f0000-\U0010ffff]"
 )
 _CODE_SYMBOLS = "{}[]()<>=|\\/$#@;`~^&+"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Document:
-    """A source text: `name` is its locator in the corpus, unique and stable."""
-
-    name: str
-    title: str
-    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +87,6 @@ def cut(text: str, *, max_words: int = 160, min_words: int = 20) -> list[str]:
     if len(groups) > 1:
         _even_out(groups[-2], groups[-1], max_words, min_words)
     return ["\n".join(group) for group in groups]
-
-
-def passage_id(title: str, text: str) -> str:
-    """Returns 16 hexadecimal characters that depend on nothing but title and text."""
-    content = normalized(f"{title}\x1f{text}")
-    return blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def passages_of(document: Document, *, max_words: int = 160, min_words: int = 20) -> list[Passage]:

@@ -12,7 +12,7 @@ from cluster.errors import DUPLICATE, DUPLICATES, NEAR_DUPLICATE, Reject, UserEr
 from cluster.steps import Step, StepContext
 from pipelines.corpus.cutting import Passage, passages_of, reject_reason
 from pipelines.corpus.near_duplicates import near_duplicates
-from pipelines.corpus.sources import Corpus
+from pipelines.datasets.corpus import Corpus
 from pipelines.fingerprints import fingerprinted
 from pipelines.records import PASSAGE
 

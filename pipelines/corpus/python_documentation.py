@@ -20,7 +20,8 @@ from importlib.metadata import PackageMetadata, distributions
 from operator import attrgetter
 from types import ModuleType
 
-from pipelines.corpus.cutting import Document, clean
+from pipelines.corpus.cutting import clean
+from pipelines.datasets.corpus import Document
 from pipelines.words import num_words
 
 log = logging.getLogger(__name__)

@@ -17,6 +17,8 @@ from rich.text import Text
 from cluster.errors import UserError
 from cluster.plain_json import dump_json
 from pipelines.credentials import key_with_credentials
+from pipelines.datasets.mteb_tasks import find_mteb_task, quiet_mteb
+from pipelines.datasets.test_sets import MTEB, TestSet, load_test_set
 from pipelines.encoders import EncoderConfig, load_encoder
 from pipelines.evaluation.bootstrap import Estimate
 from pipelines.evaluation.compare import averages, compare
@@ -24,9 +26,7 @@ from pipelines.evaluation.evaluate import Result, evaluate_at
 from pipelines.evaluation.fingerprint import encoder_fingerprint
 from pipelines.evaluation.location import Location, SavedEncoder
 from pipelines.evaluation.model_card import training_sets
-from pipelines.evaluation.mteb_model import ModelIdentity, TextEncoder, quiet_mteb
-from pipelines.evaluation.tasks import find_mteb_task
-from pipelines.evaluation.test_set import MTEB, TestSet, load_test_set
+from pipelines.evaluation.mteb_model import ModelIdentity, TextEncoder
 from pipelines.screen import Screen
 
 # mteb's types as the papers' tables head them.

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from cluster.plain_json import dump_json
+from pipelines.datasets.folders import LabelledDataset, TestData
+from pipelines.datasets.mteb_tasks import fresh, make_task, quiet_mteb
+from pipelines.datasets.retrieval import RetrievalDataset
 from pipelines.evaluation.bootstrap import NUM_RESAMPLES, Estimate, bootstrap
-from pipelines.evaluation.dataset import RetrievalDataset
-from pipelines.evaluation.folders import LabelledDataset, TestData
 from pipelines.evaluation.items import Sample, overhear
 from pipelines.evaluation.mteb_model import (
     CHUNK_TEXTS,
@@ -28,10 +29,8 @@ from pipelines.evaluation.mteb_model import (
     TextEncoder,
     TextVectors,
     check_dimensions,
-    quiet_mteb,
 )
 from pipelines.evaluation.prompts import EvaluationPrompt, evaluation_prompt
-from pipelines.evaluation.tasks import fresh, make_task
 
 # mteb rounds retrieval scores to five places.
 _ROUNDED = 1e-4

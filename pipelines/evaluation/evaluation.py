@@ -12,14 +12,14 @@ from cluster.artifacts import Artifact, Json
 from cluster.plain_json import dump_json
 from cluster.steps import Step, StepContext
 from cluster.storage import LocalStorage, Storage
+from pipelines.datasets.retrieval import RetrievalDataset
+from pipelines.datasets.test_sets import TestSet, load_test_set, test_set_fingerprint
 from pipelines.encoders import TRAINED, load_encoder, saved_encoder
 from pipelines.evaluation.compare import STUDENT_AFTER, averages, compare
-from pipelines.evaluation.dataset import RetrievalDataset
 from pipelines.evaluation.evaluate import evaluate_at
 from pipelines.evaluation.fingerprint import encoder_fingerprint
 from pipelines.evaluation.model_card import add_to_card, model_index, training_sets
 from pipelines.evaluation.mteb_model import ModelIdentity
-from pipelines.evaluation.test_set import TestSet, load_test_set, test_set_fingerprint
 from pipelines.fingerprints import fingerprinted
 
 if TYPE_CHECKING:

@@ -6,18 +6,9 @@ leaderboard; only the encoding is ours.
 
 from __future__ import annotations
 
-import logging
-import os
-import random
-import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partialmethod
-from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -127,59 +118,6 @@ class TextVectors:
 def _length(text: Text) -> tuple[int, Text]:
     # The text itself makes the order, and so the batches, the same in every run.
     return len(text.text) + len(text.title or ""), text
-
-
-@contextmanager
-def quiet_mteb() -> Iterator[ModuleType]:
-    """Imports mteb and keeps it from everything but evaluating.
-
-    mteb talks through logging, warnings and progress bars, makes ``~/.cache/mteb`` when imported
-    and seeds the global random generators whenever it makes a task. Inside this block the console
-    stays silent, no folder is made, and the generators are put back at the end, so that an
-    evaluation in the middle of training does not change the training.
-
-    Yields:
-        The mteb module (its import takes about 4 s, hence not at the top of a file).
-    """
-    import torch
-    from tqdm.std import tqdm  # type: ignore[import-untyped]
-
-    own_cache = "mteb" not in sys.modules and "MTEB_CACHE" not in os.environ
-    if own_cache:
-        os.environ["MTEB_CACHE"] = tempfile.gettempdir()
-    try:
-        import datasets
-        import mteb
-    finally:
-        if own_cache:
-            del os.environ["MTEB_CACHE"]
-    loggers = [
-        logging.getLogger(name)
-        for name in ("mteb", "datasets", "huggingface_hub", "sentence_transformers")
-    ]
-    levels = [each.level for each in loggers]
-    bars_were_off = datasets.are_progress_bars_disabled()
-    # mteb seeds NumPy's old global generator, which therefore is the one to put back.
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    for each in loggers:
-        each.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    # Several of mteb's tasks show bars whatever they are told.
-    tqdm_init = tqdm.__init__
-    tqdm.__init__ = partialmethod(tqdm_init, disable=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield mteb
-    finally:
-        tqdm.__init__ = tqdm_init
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)
-        if not bars_were_off:
-            datasets.enable_progress_bars()
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field
 
-from cluster.artifacts import Artifact, Json, fingerprint
+from cluster.artifacts import Artifact, Json
 from cluster.steps import Step, StepContext
 from cluster.storage import write_table
 from pipelines.corpus.near_duplicates import near_duplicates
+from pipelines.datasets.decontamination import Decontamination
 from pipelines.fingerprints import fingerprinted
 from pipelines.fret.fusion import choose_labels
-from pipelines.fret.overlap import OverlapIndex
 from pipelines.records import FRET, PASSAGE
 
 if TYPE_CHECKING:
@@ -53,19 +53,6 @@ class FretConfig(BaseModel):
         description="negatives must be less similar to the query than this share of the"
         " positive's similarity (NV-Retriever's 0.95); Gecko has no such rule",
     )
-    max_overlap: float = Field(
-        default=0.8,
-        gt=0,
-        le=1,
-        description="decontamination: drop queries whose words overlap more (Jaccard) with an"
-        " evaluation query",
-    )
-    max_shared_words: int = Field(
-        default=8,
-        ge=3,
-        description="decontamination: drop queries that share a run of so many words with an"
-        " evaluation query",
-    )
     max_query_similarity: float = Field(
         default=0.8,
         gt=0,
@@ -76,23 +63,23 @@ class FretConfig(BaseModel):
     seed: int = 0
 
 
-def step(recipe: Recipe, judged_by: list[str]) -> Step:
-    """Returns the step; `judged_by` are the texts of the run's own test sets."""
+def step(recipe: Recipe, decontamination: Decontamination) -> Step:
+    """Returns the step; `decontamination` knows the texts of the run's own test sets."""
     return Step(
         name="fret",
         title=TITLE,
-        config={**fingerprinted(recipe.fret), "judged_by": fingerprint(judged_by)},
+        config={**fingerprinted(recipe.fret), "decontamination": decontamination.fingerprint()},
         inputs=("candidates", "scores", "passages"),
-        work=lambda context: make_fret(recipe.fret, judged_by, context),
+        work=lambda context: make_fret(recipe.fret, decontamination, context),
     )
 
 
 def make_fret(
-    config: FretConfig, evaluation_queries: list[str], context: StepContext
+    config: FretConfig, decontamination: Decontamination, context: StepContext
 ) -> dict[str, Json]:
     """Chooses each query's positive and hard negatives, and applies the filters."""
     candidates, scores = context.input("candidates"), QueryScores(context.input("scores"))
-    dropped, metrics = _filter(config, evaluation_queries, candidates, scores)
+    dropped, metrics = _filter(config, decontamination, candidates, scores)
     texts = PassageTexts(context.input("passages"), scores.passage_ids)
     totals: Counter[str] = Counter()
     for shard in candidates.shards:
@@ -171,13 +158,14 @@ def _one_row_a_pair(scores: pa.Table) -> pa.Table:
 
 
 def _filter(
-    config: FretConfig, evaluation_queries: list[str], candidates: Artifact, scores: QueryScores
+    config: FretConfig,
+    decontamination: Decontamination,
+    candidates: Artifact,
+    scores: QueryScores,
 ) -> tuple[dict[str, str], dict[str, Json]]:
     """Returns why each dropped query is dropped, by its id, and figures of decontamination."""
-    judged_by = OverlapIndex(evaluation_queries, config.max_shared_words)
     dropped: dict[str, str] = {}
     kept: dict[str, str] = {}  # ids by query
-    overlaps: dict[str, float] = {}
     contaminated: list[dict[str, str]] = []
     for table in candidates.tables(["id", "query", "dropped_by"]):
         for row in table.to_pylist():
@@ -188,24 +176,20 @@ def _filter(
             if error is not None:
                 dropped[id_] = error
                 continue
-            overlap, repeated = judged_by.highest(query)
-            if overlap <= config.max_overlap and overlap < 1:
-                repeated = judged_by.shared_run(query) or ""
-            if repeated:
-                dropped[id_] = "repeats an evaluation query"
-                contaminated.append({"query": query, "evaluation_query": repeated})
+            if repeated := decontamination.repeated(query):
+                dropped[id_], evaluation_query = repeated
+                contaminated.append({"query": query, "evaluation_query": evaluation_query})
             elif query.casefold() in kept:
                 dropped[id_] = "repeats another query"
             else:
                 kept[query.casefold()] = id_
-                overlaps[id_] = overlap
     ids = list(kept.values())
     near = near_duplicates(list(kept), config.max_query_similarity)
     dropped |= {ids[place]: "nearly repeats another query" for place in near}
-    highest = max((overlaps[id_] for id_ in ids if id_ not in dropped), default=0.0)
+    highest = decontamination.highest_overlap(query for query in kept if kept[query] not in dropped)
     return dropped, {
         "dropped_by": dict(Counter(dropped.values())),
-        "num_evaluation_queries": len(judged_by),
+        "num_evaluation_queries": len(decontamination),
         "highest_overlap_kept": round(highest, 4),
         "num_contaminated": len(contaminated),
         "contaminated": contaminated[:MAX_LISTED],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +23,7 @@ from pipelines.fret.prompts import (
     require_plain,
     unfit,
 )
+from pipelines.ids import query_id
 from pipelines.records import PASSAGE, QUERY
 
 if TYPE_CHECKING:
@@ -159,12 +159,6 @@ def query_prompts(config: QueriesConfig, prompts: Prompts) -> QueryPrompts:
     return QueryPrompts(
         prompts=prompts, tasks=config.tasks, language=config.language, instruct=config.chat
     )
-
-
-def query_id(seed_id: str, number: int = 0) -> str:
-    """Returns 16 hex digits that name a seed passage's query of that number."""
-    name = f"query of {seed_id}" + (f", {number}" if number else "")
-    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def write_queries(stage: WriteQueries, context: StepContext) -> dict[str, Json]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.datasets.labelled_examples import Example
 from pipelines.records import EXAMPLE
 
 if TYPE_CHECKING:
@@ -21,39 +22,6 @@ if TYPE_CHECKING:
 
 _ROWS_AT_ONCE = 4096
 _CHARACTERS_A_TOKEN = 6  # more than nearly all texts have: what is longer is cut at once
-
-
-class Target(NamedTuple):
-    """A positive or a negative, unformatted."""
-
-    text: str
-    title: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """A training example, unformatted.
-
-    Attributes:
-        task: What the query asks for.
-        query: The query's text.
-        positive: Its target.
-        negatives: Its hard negatives.
-        query_id: Equal for equal queries.
-        positive_id: Equal for equal positives.
-        unique_id: Appended to query, positive and negatives, so that other examples' targets are
-            trivial negatives and no false ones (Gecko, for classification).
-        teacher_scores: Of the positive and of each negative; empty where nobody scored them.
-    """
-
-    task: str
-    query: str
-    positive: Target
-    negatives: tuple[Target, ...]
-    query_id: str
-    positive_id: str
-    unique_id: str = ""
-    teacher_scores: tuple[float, ...] = ()
 
 
 def _large(kind: pa.DataType) -> pa.DataType:

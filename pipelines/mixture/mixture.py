@@ -16,17 +16,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.artifacts import Artifact, Json, fingerprint, shard_path, write_rejects
+from cluster.artifacts import Artifact, Json, shard_path, write_rejects
 from cluster.errors import TooManyRejects, UserError
 from cluster.steps import Step, StepContext
 from cluster.storage import write_table
+from pipelines.datasets.decontamination import Decontamination
+from pipelines.datasets.labelled_examples import MAX_LISTED, Example, Reading, Target, read_examples
+from pipelines.datasets.labelled_rows import version
+from pipelines.datasets.labelled_sets import RUN_PASSAGES, LabelledSet
 from pipelines.encoders import load_encoder, saved_encoder
 from pipelines.fingerprints import fingerprinted
-from pipelines.mixture.config import RUN_PASSAGES, LabelledSet, MixtureConfig, SetsConfig
-from pipelines.mixture.decontamination import Decontamination
-from pipelines.mixture.formats import Example, Formatter, Target
-from pipelines.mixture.labelled import MAX_LISTED, Reading, read_examples
-from pipelines.mixture.rows import version
+from pipelines.mixture.config import MixtureConfig, SetsConfig
+from pipelines.mixture.formats import Formatter
 from pipelines.mixture.sampling import Rows, draw_batches
 from pipelines.records import EXAMPLE
 
@@ -40,9 +41,9 @@ EXAMPLES_PER_SHARD = 8192
 VALIDATION = "validation/shards"
 
 
-def step(recipe: Recipe, judged_by: list[str]) -> Step:
-    """Returns the step; `judged_by` are the texts of the run's own test sets."""
-    return mixture_step("mixture", TITLE, recipe.mixture, recipe.training, recipe, judged_by)
+def step(recipe: Recipe, decontamination: Decontamination) -> Step:
+    """Returns the step; `decontamination` knows the texts of the run's own test sets."""
+    return mixture_step("mixture", TITLE, recipe.mixture, recipe.training, recipe, decontamination)
 
 
 def mixture_step(
@@ -51,7 +52,7 @@ def mixture_step(
     config: SetsConfig,
     training: TrainingConfig,
     recipe: Recipe,
-    judged_by: list[str],
+    decontamination: Decontamination,
 ) -> Step:
     """Returns a step that mixes the batches of a training.
 
@@ -60,8 +61,8 @@ def mixture_step(
         title: What it is for.
         config: Which sets are mixed.
         training: How they are trained on: its batches, epochs and lengths.
-        recipe: The whole recipe: its student and its rules of decontamination.
-        judged_by: Texts of the run's own test sets.
+        recipe: The whole recipe, for its student.
+        decontamination: Knows the texts of the run's own test sets.
 
     Raises:
         UserError: A labelled set does not exist.
@@ -81,11 +82,7 @@ def mixture_step(
                 max_query_tokens=training.max_query_tokens,
                 max_passage_tokens=training.max_passage_tokens,
             ),
-            decontamination=Decontamination(
-                judged_by,
-                max_overlap=recipe.fret.max_overlap,
-                max_shared_words=recipe.fret.max_shared_words,
-            ),
+            decontamination=decontamination,
             batch_size=training.batch_size,
             epochs=training.epochs,
             context=context,
@@ -100,13 +97,7 @@ def mixture_step(
             **training.model_dump(
                 include={"batch_size", "epochs", "max_query_tokens", "max_passage_tokens"}
             ),
-            "decontamination": {
-                "max_overlap": recipe.fret.max_overlap,
-                "max_shared_words": recipe.fret.max_shared_words,
-                "judged_by": fingerprint(judged_by),
-            }
-            if config.labelled
-            else None,
+            "decontamination": decontamination.fingerprint() if config.labelled else None,
         },
         inputs=tuple(inputs),
         work=mix,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cluster.steps import Step
+from pipelines.datasets.decontamination import Decontamination
 from pipelines.mixture.mixture import mixture_step
 
 if TYPE_CHECKING:
@@ -13,10 +14,10 @@ if TYPE_CHECKING:
 TITLE = "mix the batches of pre-finetuning"
 
 
-def step(recipe: Recipe, judged_by: list[str]) -> Step:
-    """Returns the step of a recipe that has such a stage; `judged_by` as for `mixture`."""
+def step(recipe: Recipe, decontamination: Decontamination) -> Step:
+    """Returns the step of a recipe that has such a stage; `decontamination` as for `mixture`."""
     first = recipe.prefinetuning
     assert first is not None
     return mixture_step(
-        "prefinetuning_mixture", TITLE, first.mixture, first.training, recipe, judged_by
+        "prefinetuning_mixture", TITLE, first.mixture, first.training, recipe, decontamination
     )

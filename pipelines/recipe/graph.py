@@ -2,8 +2,9 @@
 
 from cluster.steps import Run
 from pipelines.corpus import passages, seeds
+from pipelines.datasets.decontamination import Decontamination
+from pipelines.datasets.test_sets import evaluation_queries
 from pipelines.evaluation import evaluation, index
-from pipelines.evaluation.test_set import evaluation_queries
 from pipelines.fret import fret, pairs, queries, scores
 from pipelines.mining import candidates, embeddings
 from pipelines.mixture import mixture, prefinetuning_mixture
@@ -26,7 +27,7 @@ def build_run(recipe: Recipe, uri: str) -> Run:
     Raises:
         UserError: The corpus, a labelled set or a test set does not exist.
     """
-    judged_by = evaluation_queries(recipe.evaluation)
+    decontamination = Decontamination(evaluation_queries(recipe.evaluation), recipe.decontamination)
     steps = [
         step(recipe)
         for step in (
@@ -34,10 +35,10 @@ def build_run(recipe: Recipe, uri: str) -> Run:
             *(pairs.step, scores.step),
         )
     ]
-    steps += [fret.step(recipe, judged_by), student.step(recipe)]
+    steps += [fret.step(recipe, decontamination), student.step(recipe)]
     if recipe.prefinetuning:
-        steps += [prefinetuning_mixture.step(recipe, judged_by), prefinetuning.step(recipe)]
-    steps += [mixture.step(recipe, judged_by), training.step(recipe)]
+        steps += [prefinetuning_mixture.step(recipe, decontamination), prefinetuning.step(recipe)]
+    steps += [mixture.step(recipe, decontamination), training.step(recipe)]
     steps += [export.step(recipe), index.step(recipe)]
     if recipe.evaluation:
         steps.append(evaluation.step(recipe))

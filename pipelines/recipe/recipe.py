@@ -23,10 +23,11 @@ from actors.engine import EngineConfig, LlmConfig
 from cluster.errors import UserError, excerpt
 from cluster.stages import StageResources
 from pipelines.corpus.seeds import SeedsConfig
-from pipelines.corpus.sources import CorpusConfig
 from pipelines.credentials import key_with_credentials
+from pipelines.datasets.corpus import CorpusConfig
+from pipelines.datasets.decontamination import DecontaminationConfig
+from pipelines.datasets.test_sets import TestSet
 from pipelines.encoders import EncoderConfig
-from pipelines.evaluation.test_set import TestSet
 from pipelines.fingerprints import NotFingerprinted
 from pipelines.fret.fret import FretConfig
 from pipelines.fret.languages import language_code
@@ -106,6 +107,7 @@ class Recipe(BaseModel):
     candidates: CandidatesConfig = CandidatesConfig()
     scores: ScoresConfig = ScoresConfig()
     fret: FretConfig = FretConfig()
+    decontamination: DecontaminationConfig = DecontaminationConfig()
     mixture: MixtureConfig = MixtureConfig()
     student: StudentConfig
     prefinetuning: Prefinetuning | None = Field(
@@ -416,8 +418,10 @@ def _explain(error: ValidationError) -> str:
     for mistake in error.errors()[:3]:
         key = excerpt(".".join(str(part) for part in mistake["loc"]))
         if mistake["type"] == "extra_forbidden":
-            accepted = _accepted_keys(mistake["loc"][:-1])
-            near = difflib.get_close_matches(str(mistake["loc"][-1]), accepted, n=1)
+            accepted, last = _accepted_keys(mistake["loc"][:-1]), str(mistake["loc"][-1])
+            near = difflib.get_close_matches(last, accepted, n=1)
+            if last in DecontaminationConfig.model_fields:  # in recipes of before, keys of fret
+                near = [f"decontamination.{last}"]
             hint = f"did you mean {near[0]!r}?" if near else f"accepted are {', '.join(accepted)}"
             lines.append(f"unknown key {key}; {hint}")
         elif mistake["type"] == "missing":

@@ -6,18 +6,19 @@ from typing import Any
 import pyarrow.compute as pc
 
 from cluster.artifacts import Artifact, Json
+from pipelines.datasets.decontamination import REASONS
 from pipelines.report.costs import collect_costs
 from pipelines.report.examples import choose_examples
-from pipelines.report.labels import collect_labels
+from pipelines.report.labels import REPEATS, collect_labels
 from pipelines.report.run_folder import RunFolder
 from pipelines.report.test_sets import MODELS, collect_scores, collect_test_sets
 from pipelines.report.training import STAGES, collect_stage
 
-# The filters of the step `fret` in the order in which it asks them, and what passed each.
+# What passed each filter of the step `fret`, in the order in which it asks them, and whose reasons.
 FILTERS = {
-    "repeats an evaluation query": "not repeating an evaluation query",
-    "repeats another query": "not repeating another query",
-    "nearly repeats another query": "not nearly repeating another query",
+    "not repeating an evaluation query": REASONS,
+    "not repeating another query": REPEATS[:1],
+    "not nearly repeating another query": REPEATS[1:],
 }
 
 
@@ -68,8 +69,8 @@ def collect_funnel(run: RunFolder) -> list[dict[str, Json]]:
     rows.append(("queries scored", fret.get("num_scored")))
     if fret:
         left = fret["num_scored"]
-        for reason, name in FILTERS.items():
-            left -= fret["dropped_by"].get(reason, 0)
+        for name, reasons in FILTERS.items():
+            left -= sum(fret["dropped_by"].get(reason, 0) for reason in reasons)
             rows.append((name, left))
         rows.append(("with a hard negative", fret["num_kept"] - fret["num_without_negative"]))
     rows.append(("training examples", _metrics(run, "mixture").get("num_examples")))

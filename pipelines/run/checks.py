@@ -20,7 +20,7 @@ from actors.embedded import find_model, is_hub_id, refuse_missing
 from actors.encoder_folder import read_folder
 from cluster.errors import UserError
 from cluster.storage import open_storage
-from pipelines.corpus.sources import PYTHON_DOCUMENTATION
+from pipelines.datasets.corpus import PYTHON_DOCUMENTATION
 from pipelines.fret.prompts import WRITTEN
 from pipelines.mixture.config import SetsConfig
 from pipelines.recipe.recipe import Recipe

@@ -24,10 +24,11 @@ from actors.language_model import truncate
 from cluster.artifacts import Artifact
 from cluster.errors import TokayError, UserError
 from cluster.storage import open_storage
-from pipelines.corpus.cutting import Document, Passage, passages_of, reject_reason
-from pipelines.corpus.sources import Corpus
+from pipelines.corpus.cutting import Passage, passages_of, reject_reason
+from pipelines.datasets.corpus import Corpus, Document
 from pipelines.fret.prompts import PairPrompts, load_prompts
-from pipelines.fret.queries import query_id, query_prompts
+from pipelines.fret.queries import query_prompts
+from pipelines.ids import query_id
 from pipelines.recipe.graph import TITLES, build_run
 from pipelines.recipe.recipe import Recipe
 from pipelines.recipe.sizes import GIB

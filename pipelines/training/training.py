@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, cast
 from cluster.artifacts import Json
 from cluster.steps import Step, StepContext
 from cluster.storage import join
-from pipelines.corpus.sources import PYTHON_DOCUMENTATION
+from pipelines.datasets.corpus import PYTHON_DOCUMENTATION
+from pipelines.datasets.retrieval import RetrievalDataset
+from pipelines.datasets.test_sets import load_test_set, test_set_fingerprint
 from pipelines.encoders import MODEL, TRAINED
-from pipelines.evaluation.dataset import RetrievalDataset
-from pipelines.evaluation.test_set import load_test_set, test_set_fingerprint
 from pipelines.fingerprints import fingerprinted
 from pipelines.training.config import TrainingConfig
 

@@ -22,7 +22,7 @@ from pipelines.training.sharding import is_sharded
 
 if TYPE_CHECKING:
     from actors.encoder import Encoder
-    from pipelines.evaluation.dataset import RetrievalDataset
+    from pipelines.datasets.retrieval import RetrievalDataset
 
 LOSS = "validation_loss"
 NDCG = "validation_ndcg_at_10"

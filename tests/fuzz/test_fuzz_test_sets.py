@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import UserError
-from pipelines.evaluation.dataset import read_beir
-from pipelines.evaluation.folders import KINDS, read_folder
-from pipelines.evaluation.qrels import MAX_SCORE, read_qrels
-from pipelines.mixture.config import FIELDS, LabelledSet
-from pipelines.mixture.decontamination import Decontamination
-from pipelines.mixture.labelled import Reading, read_examples
+from pipelines.datasets.beir import read_beir
+from pipelines.datasets.decontamination import Decontamination
+from pipelines.datasets.folders import KINDS, read_folder
+from pipelines.datasets.labelled_examples import Reading, read_examples
+from pipelines.datasets.labelled_sets import FIELDS, LabelledSet
+from pipelines.datasets.qrels import MAX_SCORE, read_qrels
 
 WORDS = st.sampled_from(
     ["q1", "p1", "0", "Q0", "1", "-1", "1.0", "1,0", "nan", "9" * 30, "x\0", ""]
@@ -149,7 +149,7 @@ def examples_of(kind: str, path: Path) -> None:
     assert len(reading.rejects) <= reading.num_rows
 
 
-NOTHING = Decontamination([], max_overlap=0.9, max_shared_words=9)
+NOTHING = Decontamination([])
 KINDS_OF_ROWS = st.sampled_from(sorted(FIELDS.keys() - {"retrieval", "bitext"}))
 
 

@@ -13,9 +13,9 @@ from cluster.artifacts import Artifact, Json, write_shards
 from cluster.errors import TokayError
 from cluster.stages import StageResources
 from cluster.steps import Run, Step, StepContext
-from pipelines.corpus.cutting import passage_id
 from pipelines.encoders import EncoderConfig, load_encoder
-from pipelines.fret import neighbours
+from pipelines.ids import passage_id
+from pipelines.mining import candidates as mining
 from pipelines.mining.candidates import CandidatesConfig, find_candidates
 from pipelines.mining.embeddings import embed_passages
 from pipelines.records import PASSAGE, QUERY
@@ -77,7 +77,7 @@ def test_candidates_of_three_indexes_are_those_of_one_and_an_index_that_dies_end
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(neighbours, "IndexActor", DyingIndex)
+        patch.setattr(mining, "IndexActor", DyingIndex)
         told = "^step 'candidates': an actor died 4 times on nodes that are still alive"
         with pytest.raises(TokayError, match=told):
             candidates(tmp_path)

@@ -7,11 +7,10 @@ import pytest
 
 from actors.embedded import embedded_model
 from actors.encoder import Encoder
-from pipelines.evaluation.dataset import RetrievalDataset
+from pipelines.datasets.folders import TestData, read_folder
+from pipelines.datasets.mteb_tasks import make_task, quiet_mteb
+from pipelines.datasets.retrieval import RetrievalDataset
 from pipelines.evaluation.evaluate import Result, evaluate
-from pipelines.evaluation.folders import TestData, read_folder
-from pipelines.evaluation.mteb_model import quiet_mteb
-from pipelines.evaluation.tasks import make_task
 
 MINILM = "embedded:all-MiniLM-L6-v2"
 

@@ -8,8 +8,8 @@ import pytest
 
 from cluster.artifacts import Artifact, Json, write_shards
 from cluster.steps import Run, Step, StepContext
-from pipelines.corpus.cutting import passage_id
 from pipelines.fret.pairs import group_pairs
+from pipelines.ids import passage_id
 from pipelines.records import CANDIDATES, PASSAGE
 from pipelines.run.console import JsonLines
 

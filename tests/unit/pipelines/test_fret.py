@@ -9,6 +9,7 @@ import pytest
 
 from cluster.artifacts import Artifact, Json, write_shards
 from cluster.steps import Run, Step, StepContext
+from pipelines.datasets.decontamination import Decontamination
 from pipelines.fret.fret import FretConfig, make_fret
 from pipelines.records import CANDIDATES, PASSAGE
 from pipelines.run.console import JsonLines
@@ -80,7 +81,9 @@ def _fret(
             name="fret",
             config={},
             inputs=("candidates", "scores", "passages"),
-            work=lambda context: make_fret(FretConfig(**config), evaluation_queries, context),
+            work=lambda context: make_fret(
+                FretConfig(**config), Decontamination(evaluation_queries), context
+            ),
         ),
     ]
     return Run(str(folder), steps).execute(JsonLines())["fret"]
@@ -105,7 +108,7 @@ def test_every_query_keeps_its_row_and_the_first_rule_that_drops_it(fret: MakeFr
         "q3": "repeats another query",
         "q4": "nearly repeats another query",
         "q5": "repeats an evaluation query",
-        "q6": "repeats an evaluation query",
+        "q6": "shares words with an evaluation query",
         "q7": None,
     }
     metrics = artifact.manifest.metrics

@@ -1,9 +1,7 @@
 import numpy as np
-import pytest
 
 from pipelines.fret.fret import FretConfig
 from pipelines.fret.fusion import Labels, choose_labels, fuse, ranks
-from pipelines.fret.overlap import OverlapIndex, words
 
 
 def choose(**config: object) -> Labels:
@@ -64,43 +62,3 @@ def test_random_negative_is_the_same_in_every_run_and_none_is_none() -> None:
     first = choose(negative="random").negatives
     assert first == choose(negative="random").negatives and first in ([2], [3])
     assert choose(negative="none").negatives == []
-
-
-@pytest.mark.parametrize(
-    ("text", "overlap"),
-    [
-        ("How do I copy a file?", 1.0),
-        ("how do I copy a folder", 5 / 7),
-        ("completely different words", 0.0),
-    ],
-)
-def test_overlap_is_jaccard_over_words(text: str, overlap: float) -> None:
-    index = OverlapIndex(["how do i copy a FILE", "weather in Rome"], run_length=8)
-    assert index.highest(text)[0] == pytest.approx(overlap)
-
-
-def test_highest_overlap_equals_the_plain_computation() -> None:
-    draw = np.random.default_rng(0)
-    # Few words, so that many texts are equally similar and many repeat a word.
-    texts, queries = (
-        [" ".join(f"w{n}" for n in draw.integers(0, 9, size)) for size in draw.integers(0, 7, 300)]
-        for _ in range(2)
-    )
-    index = OverlapIndex(texts, run_length=8)
-
-    def plain(query: str) -> tuple[float, str]:
-        given = words(query)
-        shared = [(len(given & words(t)) / (len(given | words(t)) or 1), t) for t in texts]
-        return max((each for each in shared if each[0] > 0), default=(0.0, ""))
-
-    found = [index.highest(query) for query in queries]
-    assert found == [plain(query) for query in queries]
-    assert {0.0, 1.0} < {overlap for overlap, _ in found}
-    assert OverlapIndex([], run_length=8).highest("w1") == (0.0, "")
-
-
-def test_shared_run_of_words_is_found_whatever_surrounds_it() -> None:
-    index = OverlapIndex(["How do I copy, quickly, a large file?"], run_length=4)
-    assert index.shared_run("please copy quickly a LARGE one") is not None
-    assert index.shared_run("copy a large file quickly") is None
-    assert index.shared_run("copy") is None

@@ -8,12 +8,14 @@ import pytest
 
 from pipelines import words
 from pipelines.corpus import passages, python_documentation
-from pipelines.corpus.cutting import Document, passages_of, reject_reason
-from pipelines.fret import overlap, prompts
-from pipelines.fret.overlap import OverlapIndex
+from pipelines.corpus.cutting import passages_of, reject_reason
+from pipelines.datasets import decontamination
+from pipelines.datasets.corpus import Document
+from pipelines.datasets.decontamination import Decontamination
+from pipelines.fret import prompts
 from pipelines.report import labels
 
-MODULES = (words, passages, python_documentation, overlap, prompts, labels)
+MODULES = (words, passages, python_documentation, decontamination, prompts, labels)
 # What opens, parts and closes something, again and again.
 UNITS = [
     *(" ", "\t", "\n", "\f", "`", "*", "_", "[", "]", "(", ")", "<", ">", "=", "-", "#", "|", ":"),
@@ -106,11 +108,11 @@ def passages_and_reasons(text: str) -> object:
 
 
 def query(text: str) -> object:
-    return prompts.unfit(text[:300], text), overlap.words(text)
+    return prompts.unfit(text[:300], text), decontamination.words(text)
 
 
 def shared_run(text: str) -> object:
-    return OverlapIndex([text], 8).shared_run(text)
+    return Decontamination([text]).shared_run(text)
 
 
 @pytest.mark.parametrize("call", [prose, docstring, passages_and_reasons, query, shared_run])

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.corpus.cutting import Document, clean, cut, passages_of, reject_reason
-from pipelines.corpus.sources import Corpus, CorpusConfig
+from pipelines.corpus.cutting import clean, cut, passages_of, reject_reason
+from pipelines.datasets.corpus import Corpus, CorpusConfig, Document
 from pipelines.words import (
     MAX_WORD_CHARACTERS,
     compared_words,

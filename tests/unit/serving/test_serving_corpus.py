@@ -274,3 +274,13 @@ def test_shards_outside_of_their_folder_are_not_read(tmp_path: Path) -> None:
         (tmp_path / "run/index/manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(TokayError):
             check_corpus(str(tmp_path / "run/index"))
+
+
+def test_queries_of_a_beir_folder_are_not_served(encoder: Encoder, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for name in ("corpus", "queries"):
+        (tmp_path / "set" / f"{name}.jsonl").write_text(json.dumps({"_id": name, "text": name}))
+    assert load_corpus(str(tmp_path), encoder).passages["id"].to_pylist() == ["corpus"]
+    # Without queries it is one file of rows like others.
+    (tmp_path / "set" / "queries.jsonl").rename(tmp_path / "set" / "more.jsonl")
+    assert load_corpus(str(tmp_path), encoder).passages["id"].to_pylist() == ["corpus", "queries"]

@@ -3,14 +3,9 @@ import sys
 
 import pytest
 
-from pipelines.corpus.cutting import (
-    Document,
-    clean,
-    cut,
-    passage_id,
-    passages_of,
-    reject_reason,
-)
+from pipelines.corpus.cutting import clean, cut, passages_of, reject_reason
+from pipelines.datasets.corpus import Document
+from pipelines.ids import passage_id
 from pipelines.words import num_words
 
 WORDS = [f"word{number}" for number in range(1000)]
@@ -103,7 +98,7 @@ def test_cut_refuses_limits_that_cannot_be_met() -> None:
 
 
 def test_passage_id_is_the_same_in_another_process() -> None:
-    code = "from pipelines.corpus.cutting import passage_id; print(passage_id('a', 'b\\u00e9'))"
+    code = "from pipelines.ids import passage_id; print(passage_id('a', 'b\\u00e9'))"
     other = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.strip()

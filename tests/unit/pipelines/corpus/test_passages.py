@@ -7,8 +7,8 @@ import pytest
 
 from cluster.artifacts import Artifact
 from cluster.steps import Run, Step
-from pipelines.corpus.cutting import make_passages
-from pipelines.corpus.sources import Corpus, CorpusConfig
+from pipelines.corpus.passages import make_passages
+from pipelines.datasets.corpus import Corpus, CorpusConfig
 
 
 class Listener:

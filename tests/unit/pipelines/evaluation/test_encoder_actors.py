@@ -8,11 +8,11 @@ import pytest
 
 from actors.encoder import Encoder
 from cluster.errors import UserError
+from pipelines.datasets.folders import LabelledDataset
 from pipelines.evaluation.command import EvalOptions, _load
 from pipelines.evaluation.encoder_actors import EncoderActors
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.fingerprint import encoder_fingerprint
-from pipelines.evaluation.folders import LabelledDataset
 
 MINILM = "embedded:all-MiniLM-L6-v2"
 SHORT = EvalOptions(max_tokens=32)

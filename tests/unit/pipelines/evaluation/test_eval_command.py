@@ -7,6 +7,7 @@ import pytest
 
 from actors.encoder import Encoder, cut_layers
 from cluster.errors import UserError
+from pipelines.datasets.test_sets import TestSet
 from pipelines.evaluation.command import (
     EvalOptions,
     folder_test_set,
@@ -14,7 +15,6 @@ from pipelines.evaluation.command import (
     read_dimensions,
     run_eval,
 )
-from pipelines.evaluation.test_set import TestSet
 
 MINILM = "embedded:all-MiniLM-L6-v2"
 ENTRIES = {

@@ -18,9 +18,9 @@ import torch
 from actors.encoder import PromptTemplates
 from cluster.errors import UserError
 from cluster.plain_json import dump_json
-from pipelines.evaluation.dataset import Passage, RetrievalDataset
+from pipelines.datasets.folders import LabelledDataset
+from pipelines.datasets.retrieval import RetrievalDataset, TitledText
 from pipelines.evaluation.evaluate import Result, difference, evaluate, evaluate_at
-from pipelines.evaluation.folders import LabelledDataset
 from pipelines.evaluation.mteb_model import BrokenVectors
 
 
@@ -58,7 +58,7 @@ VECTORS = {
 }
 TINY = RetrievalDataset(
     name="tiny",
-    passages={name: Passage("", name) for name in "abc"},
+    passages={name: TitledText("", name) for name in "abc"},
     queries={"q1": "like a", "q2": "like c", "q3": "unjudged"},
     # q1 ranks a, b, c; q2 ranks c, b, a.
     qrels={"q1": {"b": 1}, "q2": {"c": 2, "a": 1}},
@@ -68,7 +68,7 @@ TINY = RetrievalDataset(
 def test_query_that_is_its_own_passage_is_not_found_by_itself() -> None:
     # As mteb measures ArguAna: the copy at the first rank is not there, and b is first.
     vectors = {"one": [1.0, 0.0], "two": [0.8, 0.6], "three": [0.0, 1.0]}
-    passages = {name: Passage("", text) for name, text in zip("abc", vectors, strict=True)}
+    passages = {name: TitledText("", text) for name, text in zip("abc", vectors, strict=True)}
     copies = RetrievalDataset(
         name="copies", passages=passages, queries={"a": "one"}, qrels={"a": {"b": 1}}
     )
@@ -141,7 +141,7 @@ def random_dataset() -> tuple[RetrievalDataset, ChosenVectors]:
     texts = [f"text {i}" for i in range(160)]
     dataset = RetrievalDataset(
         name="random",
-        passages={f"p{i}": Passage("", texts[i]) for i in range(120)},
+        passages={f"p{i}": TitledText("", texts[i]) for i in range(120)},
         queries={f"q{i}": texts[120 + i] for i in range(40)},
         qrels={
             f"q{i}": {f"p{p}": int(rng.integers(0, 4)) for p in rng.choice(120, 30, False)}
@@ -214,7 +214,7 @@ def test_evaluate_gives_titles_to_templates_and_else_puts_them_in_front(
     )
     dataset = RetrievalDataset(
         name="titled",
-        passages={"1": Passage("Head", "x"), "2": Passage("", "y")},
+        passages={"1": TitledText("Head", "x"), "2": TitledText("", "y")},
         queries={"q": "query"},
         qrels={"q": {"1": 1}},
     )
@@ -276,12 +276,12 @@ def test_importing_evaluation_imports_neither_mteb_nor_torch() -> None:
 def test_evaluate_says_nothing_and_writes_nothing(tmp_path: Path) -> None:
     code = (
         "import numpy as np\n"
-        "from pipelines.evaluation.dataset import Passage, RetrievalDataset\n"
+        "from pipelines.datasets.retrieval import TitledText, RetrievalDataset\n"
         "from pipelines.evaluation.evaluate import evaluate\n"
         "class Ones:\n"
         "    def encode_queries(self, queries, *, task): return np.ones((len(queries), 1))\n"
         "    def encode_passages(self, texts, titles=None): return np.ones((len(texts), 1))\n"
-        "evaluate(Ones(), RetrievalDataset(name='d', passages={'a': Passage('', 'x')},\n"
+        "evaluate(Ones(), RetrievalDataset(name='d', passages={'a': TitledText('', 'x')},\n"
         "    queries={'q': 'x'}, qrels={'q': {'a': 1}}))\n"
     )
     hidden = ("HF_", "XDG_", "MTEB_")

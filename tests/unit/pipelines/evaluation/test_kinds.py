@@ -10,9 +10,9 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, v_measure_score
 
-from pipelines.evaluation.dataset import Passage, RetrievalDataset
+from pipelines.datasets.folders import LabelledDataset
+from pipelines.datasets.retrieval import RetrievalDataset, TitledText
 from pipelines.evaluation.evaluate import Result, evaluate, evaluate_at
-from pipelines.evaluation.folders import LabelledDataset
 from pipelines.evaluation.items import average_precision
 
 
@@ -82,7 +82,7 @@ def test_pairs_are_scored_by_average_precision() -> None:
 
 
 def test_reranking_orders_each_querys_own_candidates() -> None:
-    passages = {f"p{i}": Passage("", text) for i, text in enumerate("bcde")}
+    passages = {f"p{i}": TitledText("", text) for i, text in enumerate("bcde")}
     data = RetrievalDataset(
         name="r",
         passages=passages,

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from actors.encoder import Encoder, PromptTemplates, cut_layers
+from pipelines.datasets.folders import LabelledDataset
+from pipelines.datasets.mteb_tasks import quiet_mteb
 from pipelines.evaluation.evaluate import Result, evaluate_at
 from pipelines.evaluation.fingerprint import encoder_fingerprint
-from pipelines.evaluation.folders import LabelledDataset
-from pipelines.evaluation.mteb_model import ModelIdentity, quiet_mteb
+from pipelines.evaluation.mteb_model import ModelIdentity
 
 MODEL = ModelIdentity(name="student", revision="0123456789abcdef", training_sets=("sts-of-old",))
 COLUMNS = {

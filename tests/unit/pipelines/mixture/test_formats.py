@@ -1,6 +1,7 @@
 import pyarrow as pa
 
-from pipelines.mixture.formats import Example, Formatter, Target
+from pipelines.datasets.labelled_examples import Example, Target
+from pipelines.mixture.formats import Formatter
 from pipelines.records import EXAMPLE
 
 

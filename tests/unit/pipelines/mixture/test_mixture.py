@@ -10,8 +10,8 @@ from cluster.artifacts import Artifact, FileEntry, Manifest, shard_path, write_s
 from cluster.errors import TooManyRejects, UserError
 from cluster.steps import StepContext
 from cluster.storage import open_storage, read_table
+from pipelines.datasets.decontamination import Decontamination
 from pipelines.mixture.config import MixtureConfig, PrefinetuningMixtureConfig, SetsConfig
-from pipelines.mixture.decontamination import Decontamination
 from pipelines.mixture.formats import Formatter
 from pipelines.mixture.mixture import make_mixture
 from pipelines.records import EXAMPLE, FRET, PASSAGE
@@ -65,7 +65,7 @@ def mixed(
     metrics = make_mixture(
         config,
         formatter=formatter,
-        decontamination=Decontamination(judged_by, max_overlap=0.8, max_shared_words=8),
+        decontamination=Decontamination(judged_by),
         batch_size=batch_size,
         epochs=epochs,
         context=context,

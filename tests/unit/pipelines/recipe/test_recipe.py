@@ -76,6 +76,14 @@ def test_base_that_leads_back_to_the_recipe_is_a_mistake(tmp_path: Path) -> None
     ("setting", "message"),
     [
         ("seds.num_seeds=7", "unknown key seds; did you mean 'seeds'?"),
+        (
+            "fret.max_overlap=1",
+            "unknown key fret.max_overlap; did you mean 'decontamination.max_overlap'?",
+        ),
+        (
+            "fret.max_shared_words=9",
+            "unknown key fret.max_shared_words; did you mean 'decontamination.max_shared_words'?",
+        ),
         ("seeds.num_sedes=7", "unknown key seeds.num_sedes; did you mean 'num_seeds'?"),
         ("seeds.num_seeds=many", "seeds.num_seeds: 'many' given"),
         ("queries.tasks=[poetry]", "accepted are question answering"),

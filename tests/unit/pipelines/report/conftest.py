@@ -14,8 +14,9 @@ import yaml
 from cluster.artifacts import Artifact, Json, write_rejects, write_shards
 from cluster.steps import Run, Step, StepContext
 from cluster.storage import open_storage
+from pipelines.datasets.decontamination import Decontamination
+from pipelines.datasets.test_sets import TestSet
 from pipelines.evaluation.evaluation import run_evaluation
-from pipelines.evaluation.test_set import TestSet
 from pipelines.fret.fret import FretConfig, make_fret
 from pipelines.records import CANDIDATES, EXAMPLE, PASSAGE, QUERY, SCORES
 from pipelines.report.write import write_report
@@ -132,7 +133,9 @@ def _steps(beir: Path, decoration: str, by_passage: Any) -> list[Step]:
     ]
 
     def fret(context: StepContext) -> dict[str, Json]:
-        return make_fret(FretConfig(), [f"How do I sort a list?{decoration}"], context)
+        return make_fret(
+            FretConfig(), Decontamination([f"How do I sort a list?{decoration}"]), context
+        )
 
     def model(context: StepContext) -> dict[str, Json]:
         context.storage.write_bytes("model/model.safetensors", b"weights")

@@ -5,12 +5,15 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from cluster.artifacts import Json
 from cluster.errors import UserError
 from cluster.storage import open_storage
+from pipelines.report.collect import collect_funnel
 from pipelines.report.examples import DROPPED
 from pipelines.report.test_sets import choose_queries
 from pipelines.report.write import write_report
@@ -236,3 +239,23 @@ def test_page_shows_no_cost_where_the_recipe_names_no_price(
     page = Path(write_report(str(run))["html"]).read_text()
     assert "What the examples cost" in page and '<th class="n">cost</th>' not in page
     assert "$0.0" not in page
+
+
+def test_funnel_counts_each_reason_of_decontamination() -> None:
+    dropped = {
+        "repeats an evaluation query": 1,
+        "nearly repeats an evaluation query": 2,
+        "shares words with an evaluation query": 4,
+        "repeats another query": 8,
+        "nearly repeats another query": 16,
+    }
+    counts = {"num_scored": 40, "num_kept": 9, "num_without_negative": 0, "dropped_by": dropped}
+    fret = SimpleNamespace(manifest=SimpleNamespace(metrics=counts))
+    run: Any = SimpleNamespace(artifacts={"fret": fret})
+    assert {row["name"]: row["count"] for row in collect_funnel(run)} == {
+        "queries scored": 40,
+        "not repeating an evaluation query": 33,
+        "not repeating another query": 25,
+        "not nearly repeating another query": 9,
+        "with a hard negative": 9,
+    }

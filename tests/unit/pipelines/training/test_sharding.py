@@ -14,7 +14,7 @@ import torch.distributed as dist
 from actors.encoder import Encoder, add_projection
 from cluster.errors import TokayError
 from cluster.storage import open_storage
-from pipelines.evaluation.dataset import Passage, RetrievalDataset
+from pipelines.datasets.retrieval import RetrievalDataset, TitledText
 from pipelines.training import gradients
 from pipelines.training.config import LoraConfig, LossConfig, TrainingConfig, ValidationConfig
 from pipelines.training.metrics import read_metrics
@@ -40,7 +40,9 @@ CONFIG = TrainingConfig(
 )
 TEST_SET = RetrievalDataset(
     name="flight",
-    passages={str(n): Passage("", text) for n, text in enumerate(("a wing", "a shock", "a gas"))},
+    passages={
+        str(n): TitledText("", text) for n, text in enumerate(("a wing", "a shock", "a gas"))
+    },
     queries={"a": "flow over a wing", "b": "gas"},
     qrels={"a": {"0": 1}, "b": {"2": 1}},
 )

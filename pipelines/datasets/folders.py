@@ -21,17 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import UserError
-from pipelines.evaluation.dataset import (
-    Passage,
-    RetrievalDataset,
-    content_hash,
-    find,
-    read_beir,
-    read_lines,
-    read_objects,
-    split_names,
-)
-from pipelines.evaluation.qrels import is_header, number
+from cluster.row_files import find_file
+from cluster.storage import Storage, open_storage
+from pipelines.datasets.beir import read_beir, read_lines, read_objects, split_names
+from pipelines.datasets.qrels import is_header, number
+from pipelines.datasets.retrieval import RetrievalDataset, TitledText, content_hash
 
 TRAIN = "train"
 Columns = Mapping[str, list[Any]]
@@ -82,28 +76,31 @@ class LabelledDataset:
         return content_hash([self.columns])
 
 
+Folder = str | Path
 TestData = RetrievalDataset | LabelledDataset
 
 
-def read_folder(kind: str, folder: str | Path, split: str = "test") -> TestData:
+def read_folder(kind: str, folder: Folder, split: str = "test") -> TestData:
     """Reads a test set of one of :data:`KINDS`.
 
     Raises:
         UserError: The kind is unknown, or a file is missing or malformed; the message names the
-            file, the line and the mend.
+            file, the line and what to do.
     """
     if kind not in KINDS:
         raise UserError(f"kind {kind!r} of a test set: accepted are {', '.join(KINDS)}")
-    if not Path(folder).is_dir() and kind != "retrieval":
-        raise UserError(f"{kind} folder {folder} does not exist; give one with {split}.* in it")
-    return KINDS[kind](Path(folder), split)
+    if kind != "retrieval" and not any(open_storage(folder).entries()):
+        raise UserError(
+            f"{kind} folder {folder} does not exist or is empty; give one with {split}.* in it"
+        )
+    return KINDS[kind](folder, split)
 
 
-def _read_pairs(kind: str) -> Callable[[Path, str], LabelledDataset]:
-    def read(folder: Path, split: str) -> LabelledDataset:
+def _read_pairs(kind: str) -> Callable[[Folder, str], LabelledDataset]:
+    def read(folder: Folder, split: str) -> LabelledDataset:
         columns: dict[str, list[Any]] = {"score": [], "sentence1": [], "sentence2": []}
-        path = _split_file(folder, split, "tsv")
-        for place, (at, line) in enumerate(read_lines(path)):
+        file = _split_file(folder, split, "tsv")
+        for place, (at, line) in enumerate(read_lines(*file)):
             fields = line.split("\t")
             score = number(fields[0])
             if len(fields) == 3 and score is None and not place and is_header(fields[0]):
@@ -111,7 +108,7 @@ def _read_pairs(kind: str) -> Callable[[Path, str], LabelledDataset]:
             if len(fields) != 3 or score is None or not math.isfinite(score):
                 raise UserError(
                     f"{at}: {line.strip()[:80]!r} is not score, sentence1 and sentence2 with tabs "
-                    "between; mend the line"
+                    "between; correct the line"
                 )
             if kind == "pairs" and score not in (0, 1):
                 raise UserError(
@@ -124,19 +121,19 @@ def _read_pairs(kind: str) -> Callable[[Path, str], LabelledDataset]:
     return read
 
 
-def _read_labels(kind: str) -> Callable[[Path, str], LabelledDataset]:
-    def read(folder: Path, split: str) -> LabelledDataset:
+def _read_labels(kind: str) -> Callable[[Folder, str], LabelledDataset]:
+    def read(folder: Folder, split: str) -> LabelledDataset:
         splits = (TRAIN, split) if kind == "classification" else (split,)
         files = {name: _split_file(folder, name, "jsonl") for name in splits}
-        read = {name: _texts_and_labels(file) for name, file in files.items()}
+        read = {name: _texts_and_labels(*file) for name, file in files.items()}
         return _labelled(kind, folder, split, read)
 
     return read
 
 
-def _texts_and_labels(path: Path) -> Columns:
+def _texts_and_labels(storage: Storage, path: str) -> Columns:
     columns: dict[str, list[Any]] = {"text": [], "label": []}
-    for at, row in read_objects(path):
+    for at, row in read_objects(storage, path):
         if (
             not isinstance(row, dict)
             or not isinstance(row.get("text"), str)
@@ -149,7 +146,7 @@ def _texts_and_labels(path: Path) -> Columns:
 
 
 def _labelled(
-    kind: str, folder: Path, split: str, columns: Mapping[str, Columns]
+    kind: str, folder: Folder, split: str, columns: Mapping[str, Columns]
 ) -> LabelledDataset:
     for name, values in columns.items():
         if not next(iter(values.values())):
@@ -158,8 +155,10 @@ def _labelled(
         # A classifier's test texts may be of one label.
         if len(set(values[what])) == 1 and (kind != "classification" or name == TRAIN):
             missing = 0 if values[what][0] else 1
-            mend = f"one pair of score {missing}" if kind == "pairs" else "two"
-            raise UserError(f"{folder}: split {name!r} has one {what} alone; give at least {mend}")
+            wanted = f"one pair of score {missing}" if kind == "pairs" else "two"
+            raise UserError(
+                f"{folder}: split {name!r} has one {what} alone; give at least {wanted}"
+            )
     if kind == "classification":
         known = set(columns[TRAIN]["label"])
         for label in columns[split]["label"]:
@@ -173,18 +172,20 @@ def _labelled(
             f"{folder}: each text of split {split!r} has a label of its own; give at least one "
             "label two texts"
         )
-    return LabelledDataset(name=folder.resolve().name, kind=kind, split=split, columns=columns)
+    return LabelledDataset(
+        name=Path(folder).resolve().name, kind=kind, split=split, columns=columns
+    )
 
 
-def _read_rerank(folder: Path, split: str) -> RetrievalDataset:
-    passages: dict[str, Passage] = {}
+def _read_rerank(folder: Folder, split: str) -> RetrievalDataset:
+    passages: dict[str, TitledText] = {}
     queries: dict[str, str] = {}
     qrels: dict[str, dict[str, int]] = {}
     num_left_out = 0
-    for place, (at, row) in enumerate(read_objects(_split_file(folder, split, "jsonl"))):
-        found = row if isinstance(row, dict) else {}
-        judged = {"positive": found.get("positive"), "negative": found.get("negative")}
-        if not isinstance(found.get("query"), str) or not all(
+    for place, (at, row) in enumerate(read_objects(*_split_file(folder, split, "jsonl"))):
+        fields = row if isinstance(row, dict) else {}
+        judged = {"positive": fields.get("positive"), "negative": fields.get("negative")}
+        if not isinstance(fields.get("query"), str) or not all(
             isinstance(texts, list) and all(isinstance(text, str) for text in texts)
             for texts in judged.values()
         ):
@@ -193,16 +194,16 @@ def _read_rerank(folder: Path, split: str) -> RetrievalDataset:
             num_left_out += 1  # as mteb does: any order of such candidates is as good
             continue
         query = f"{split}_query{place}"
-        queries[query] = found["query"]
+        queries[query] = fields["query"]
         qrels[query] = {}
         # mteb's ids: positives come first where cosines are equal.
         for what, relevance in (("positive", 1), ("negative", 0)):
-            for rank, text in enumerate(found[what]):
+            for rank, text in enumerate(fields[what]):
                 id_ = f"{'a' * relevance}{what}_{query}_{rank:05}"
-                passages[id_] = Passage("", text)
+                passages[id_] = TitledText("", text)
                 qrels[query][id_] = relevance
     return RetrievalDataset(
-        name=folder.resolve().name,
+        name=Path(folder).resolve().name,
         split=split,
         passages=passages,
         queries=queries,
@@ -214,18 +215,18 @@ def _read_rerank(folder: Path, split: str) -> RetrievalDataset:
     )
 
 
-def _split_file(folder: Path, split: str, ending: str) -> Path:
-    path = find(folder / f"{split}.{ending}")
-    if not path.is_file():
-        splits = split_names(folder, f".{ending}")
+def _split_file(folder: Folder, split: str, ending: str) -> tuple[Storage, str]:
+    storage, path = open_storage(folder), f"{split}.{ending}"
+    if find_file(storage, path) is None:
+        splits = split_names(storage, "", f".{ending}")
         raise UserError(
-            f"{folder} has no {split}.{ending}"
+            f"{folder} has no {path}"
             + (f": it has the splits {', '.join(splits)}" if splits else "; add it")
         )
-    return path
+    return storage, path
 
 
-KINDS: dict[str, Callable[[Path, str], TestData]] = {
+KINDS: dict[str, Callable[[Folder, str], TestData]] = {
     "retrieval": read_beir,
     "sts": _read_pairs("sts"),
     "pairs": _read_pairs("pairs"),

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import UserError
-from pipelines.evaluation.dataset import Passage, RetrievalDataset, read_beir
-from pipelines.evaluation.qrels import read_qrels
+from pipelines.datasets.beir import read_beir
+from pipelines.datasets.qrels import read_qrels
+from pipelines.datasets.retrieval import RetrievalDataset, TitledText
 
 
 def write_folder(folder: Path) -> Path:
@@ -36,9 +37,9 @@ def test_beir_folder_is_read(tmp_path: Path) -> None:
     dataset = read_beir(write_folder(tmp_path / "docs"))
     assert dataset.name == "docs"
     assert dataset.passages == {
-        "p1": Passage("Sorting", "sorted() returns a new list."),
-        "p2": Passage("", "len() counts."),
-        "3": Passage("", "Ünïcode"),
+        "p1": TitledText("Sorting", "sorted() returns a new list."),
+        "p2": TitledText("", "len() counts."),
+        "3": TitledText("", "Ünïcode"),
     }
     assert dataset.queries == {"q1": "order a list", "q2": "how many"}
     assert dataset.qrels == {"q1": {"p1": 2, "p2": 0}, "q2": {"p2": 1}}
@@ -210,14 +211,14 @@ def test_beir_folder_that_is_packed_is_read(tmp_path: Path) -> None:
         (folder / name).unlink()
     assert read_beir(folder).qrels == JUDGED
     (folder / "corpus.jsonl").write_text('{"_id": "p1", "text": "plain"}')
-    assert read_beir(folder).passages == {"p1": Passage("", "plain")}
+    assert read_beir(folder).passages == {"p1": TitledText("", "plain")}
     (folder / "qrels" / "test.tsv.gz").write_bytes(b"q1\tp1\t1\n")
     with pytest.raises(UserError, match=r"test\.tsv\.gz cannot be unpacked"):
         read_beir(folder)
 
 
 def test_query_that_is_its_own_passage_does_not_find_itself() -> None:
-    passages = {name: Passage("title", text) for name, text in (("a", "x y"), ("b", "z"))}
+    passages = {name: TitledText("title", text) for name, text in (("a", "x y"), ("b", "z"))}
     arguana = RetrievalDataset(
         name="a", passages=passages, queries={"a": "x  y"}, qrels={"a": {"b": 1}}
     )
@@ -236,7 +237,7 @@ def test_dataset_with_some_unknown_passages_keeps_them_and_says_so(
     with caplog.at_level(logging.WARNING):
         dataset = RetrievalDataset(
             name="part",
-            passages={"a": Passage("", "x")},
+            passages={"a": TitledText("", "x")},
             queries={"q": "x"},
             qrels={"q": {"a": 1, "gone": 1}},
         )
@@ -247,5 +248,5 @@ def test_dataset_with_some_unknown_passages_keeps_them_and_says_so(
 def test_dataset_in_memory_with_unknown_queries_is_refused() -> None:
     with pytest.raises(UserError, match="1 queries of the qrels are not among the queries"):
         RetrievalDataset(
-            name="d", passages={"a": Passage("", "x")}, queries={"q": "x"}, qrels={"r": {"a": 1}}
+            name="d", passages={"a": TitledText("", "x")}, queries={"q": "x"}, qrels={"r": {"a": 1}}
         )

@@ -11,8 +11,7 @@ from pydantic import ValidationError
 
 from cluster.errors import UserError
 from cluster.storage import open_storage
-from pipelines.corpus.cutting import Document
-from pipelines.corpus.sources import Corpus, CorpusConfig
+from pipelines.datasets.corpus import Corpus, CorpusConfig, Document
 
 
 def documents(path: object, **config: object) -> list[Document | tuple[str, str, str]]:

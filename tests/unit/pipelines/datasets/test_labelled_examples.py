@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from cluster.errors import UserError
-from pipelines.mixture.config import LabelledSet
-from pipelines.mixture.decontamination import Decontamination
-from pipelines.mixture.formats import Example
-from pipelines.mixture.labelled import Reading, read_examples
+from pipelines.datasets.decontamination import Decontamination
+from pipelines.datasets.labelled_examples import Example, Reading, read_examples
+from pipelines.datasets.labelled_sets import LabelledSet
 
 Rows = list[Any]
 
@@ -19,7 +18,7 @@ def read(
     path: Path | str, kind: str, judged_by: Sequence[str] = (), **keys: Any
 ) -> tuple[list[Example], Reading]:
     labelled = LabelledSet.model_validate({"name": "a", "kind": kind, "path": str(path), **keys})
-    judge = Decontamination(judged_by, max_overlap=0.8, max_shared_words=8)
+    judge = Decontamination(judged_by)
     reading = Reading(decontamination=judge)
     return list(read_examples(labelled, reading)), reading
 
@@ -83,7 +82,7 @@ def test_rows_that_cannot_be_read_are_rejects_with_their_place_and_reason(tmp_pa
     assert len(found) == 1 and reading.num_rows == 11
     assert [(where, why) for where, why, _ in reading.rejects] == [
         ("set.jsonl:2", "malformed JSON"),
-        ("set.jsonl:3", "no JSON object"),
+        ("set.jsonl:3", "not a JSON object"),
         ("set.jsonl:4", "no text in field 'positive'"),
         ("set.jsonl:5", "no text in field 'query'"),
         ("set.jsonl:6", "negatives are neither a text nor a list of texts"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import UserError
-from pipelines.evaluation.folders import read_folder
+from pipelines.datasets.folders import read_folder
 
 
 def write(path: Path, *rows: Any) -> Path:

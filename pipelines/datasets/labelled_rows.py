@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
 from cluster.artifacts import Json
 from cluster.errors import Reject, UserError
-from cluster.json_lines import GZIP, json_lines, text_lines, unpacked
-from cluster.parquet import open_parquet, parquet_batches
+from cluster.parquet import open_parquet, parquet_columns
+from cluster.row_files import (
+    FORMATS,
+    Row,
+    file_format,
+    find_file,
+    is_plain,
+    jsonl_rows,
+    parquet_rows,
+    tsv_rows,
+    utf8_name,
+)
 from cluster.storage import Storage, open_storage
-from pipelines.mixture.config import FIELDS, HUB, RUN_PASSAGES, LabelledSet
+from pipelines.datasets.labelled_sets import FIELDS, HUB, RUN_PASSAGES, LabelledSet
 
 if TYPE_CHECKING:
     from cluster.artifacts import Artifact
 
-Row = tuple[str, dict[str, Any]]  # where it is, and its fields by our names
-_LINES = (".jsonl", ".ndjson", ".tsv")
-_SUFFIXES = (*_LINES, *(suffix + GZIP for suffix in _LINES), ".parquet")
+_FORMATS = {**FORMATS, ".tsv": "tsv"}
+_ACCEPTED = ".jsonl, .ndjson, .tsv, .jsonl.gz, .ndjson.gz, .tsv.gz, .parquet"
 # What `datasets` may read: formats of values alone. Of others, one unpickles and several open
 # files that a row names.
 _HUB_FORMATS = ("parquet", "json", "csv", "text", "cache")
@@ -78,7 +84,7 @@ def beir_files(labelled: LabelledSet) -> tuple[str, str, str]:
     storage = open_storage(labelled.path)
     queries, own = "queries.jsonl", f"queries_{labelled.split}.jsonl"
     found = {
-        path: _plain_or_packed(storage, path)
+        path: find_file(storage, path)
         for path in ("corpus.jsonl", queries, own, f"qrels/{labelled.split}.tsv")
     }
     found[queries] = found.pop(own) or found[queries]
@@ -92,41 +98,6 @@ def beir_files(labelled: LabelledSet) -> tuple[str, str, str]:
     return corpus_path, queries_path, qrels_path
 
 
-def _plain_or_packed(storage: Storage, path: str) -> str | None:
-    return next((name for name in (path, path + GZIP) if storage.exists(name)), None)
-
-
-def file_lines(storage: Storage, path: str) -> Iterator[bytes]:
-    """Yields the lines of a file, plain or packed."""
-    return unpacked(io.BytesIO(storage.read_bytes(path)), path)
-
-
-def jsonl_rows(storage: Storage, path: str) -> Iterator[Row | Reject]:
-    """Yields the objects of a file of JSON lines."""
-    for row in json_lines(file_lines(storage, path), path):
-        if len(row) == 3 or isinstance(row[1], dict):
-            yield row
-        else:
-            yield row[0], "no JSON object", str(row[1])[:200]
-
-
-def tsv_rows(storage: Storage, path: str) -> Iterator[Row | Reject]:
-    """Yields the rows of a file with a line of column names, and tabs between; no quoting."""
-    header: list[str] = []
-    for row in text_lines(file_lines(storage, path), path):
-        if len(row) == 3:
-            yield row
-            continue
-        where, line = row
-        values = line.split("\t")
-        if not header:
-            header = values
-        elif len(values) == len(header):
-            yield where, dict(zip(header, values, strict=True))
-        else:
-            yield where, f"not {len(header)} columns", line[:200]
-
-
 def _read(labelled: LabelledSet, passages: Artifact | None) -> Iterator[Row | Reject]:
     if labelled.path == RUN_PASSAGES:
         assert passages is not None
@@ -138,20 +109,20 @@ def _read(labelled: LabelledSet, passages: Artifact | None) -> Iterator[Row | Re
         yield from _bitext_rows(labelled)
     else:
         storage, name = _file(labelled)
-        if name.endswith(".parquet"):
+        format_ = file_format(name, _FORMATS)
+        if format_ == "parquet":
             yield from _parquet_rows(labelled, storage, name)
         else:
-            is_tsv = name.removesuffix(GZIP).endswith(".tsv")
-            yield from (tsv_rows if is_tsv else jsonl_rows)(storage, name)
+            yield from (tsv_rows if format_ == "tsv" else jsonl_rows)(storage, name)
 
 
 def _file(labelled: LabelledSet) -> tuple[Storage, str]:
     """Returns the folder and the name of the set's file."""
     parent, slash, name = labelled.path.rpartition("/")
     storage = open_storage(parent or slash or ".")
-    if not name.endswith(_SUFFIXES):
+    if not file_format(name, _FORMATS):
         raise UserError(
-            f"labelled set {labelled.name!r}: {labelled.path} is no {', '.join(_SUFFIXES)} file:"
+            f"labelled set {labelled.name!r}: {labelled.path} is no {_ACCEPTED} file:"
             f" correct its path, or write {HUB}{labelled.path} for a folder that `datasets` reads"
         )
     if not storage.exists(name):
@@ -197,41 +168,14 @@ def _columns(labelled: LabelledSet) -> list[str]:
 
 
 def _parquet_rows(labelled: LabelledSet, storage: Storage, path: str) -> Iterator[Row | Reject]:
-    number = 0
-    for batch in parquet_batches(storage.read_bytes(path), _columns(labelled), path):
-        for field in batch.schema:
-            if not _is_plain(field.type):
-                raise UserError(
-                    f"labelled set {labelled.name!r}: column {field.name!r} of {path} holds"
-                    f" {field.type}; accepted are texts, numbers and lists of them"
-                )
-        for row in batch.to_pylist():
-            number += 1
-            where = f"{path}:{number}"
-            try:
-                yield where, {name: _decoded(value) for name, value in row.items()}
-            except UnicodeDecodeError:
-                yield where, "not UTF-8", repr(row)[:200]
-
-
-def _is_plain(kind: pa.DataType) -> bool:
-    """Says whether a column holds texts, numbers or lists of them."""
-    types = pa.types
-    if any(of(kind) for of in (types.is_list, types.is_large_list, types.is_fixed_size_list)):
-        return _is_plain(kind.value_type)
-    if types.is_dictionary(kind):
-        return _is_plain(kind.value_type)
-    texts = (types.is_string, types.is_large_string, types.is_string_view)
-    others = (types.is_binary, types.is_large_binary, types.is_null, types.is_decimal)
-    is_number = types.is_primitive(kind) and not types.is_temporal(kind)
-    return is_number or any(of(kind) for of in (*texts, *others))
-
-
-def _decoded(value: Any) -> Any:
-    """Returns a value whose texts may have been written as bytes."""
-    if isinstance(value, list):
-        return [_decoded(each) for each in value]
-    return value.decode() if isinstance(value, bytes) else value
+    content, columns = storage.read_bytes(path), _columns(labelled)
+    for name, kind in parquet_columns(content, path).items():
+        if name in columns and not is_plain(kind):
+            raise UserError(
+                f"labelled set {labelled.name!r}: column {name!r} of {path} holds {kind}; accepted"
+                " are texts, numbers and lists of them"
+            )
+    yield from parquet_rows(content, columns, path, utf8_name(path))
 
 
 def _hub_rows(labelled: LabelledSet) -> Iterator[Row]:

@@ -8,8 +8,8 @@ import pytest
 
 from cluster.errors import UserError
 from cluster.storage import open_storage
-from pipelines.mixture.config import LabelledSet
-from pipelines.mixture.rows import read_rows, version
+from pipelines.datasets.labelled_rows import read_rows, version
+from pipelines.datasets.labelled_sets import LabelledSet
 
 
 def pairs(path: str | Path, **keys: object) -> LabelledSet:

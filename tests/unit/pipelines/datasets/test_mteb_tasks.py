@@ -8,10 +8,9 @@ import pytest
 
 from actors.encoder import Encoder
 from cluster.errors import UserError
+from pipelines.datasets.mteb_tasks import find_mteb_task, quiet_mteb
+from pipelines.datasets.test_sets import TestSet, evaluation_queries, load_test_set
 from pipelines.evaluation.evaluate import evaluate
-from pipelines.evaluation.mteb_model import quiet_mteb
-from pipelines.evaluation.tasks import find_mteb_task
-from pipelines.evaluation.test_set import TestSet, evaluation_queries, load_test_set
 
 MINILM = "embedded:all-MiniLM-L6-v2"
 
@@ -109,7 +108,7 @@ def test_recipe_is_judged_by_the_texts_of_its_mteb_tasks(
 ) -> None:
     with quiet_mteb():
         task = getattr(import_module(f"mteb.mocks.mock_tasks.{module}"), name)()
-    monkeypatch.setattr("pipelines.evaluation.tasks.find_mteb_task", {name: task}.__getitem__)
+    monkeypatch.setattr("pipelines.datasets.mteb_tasks.find_mteb_task", {name: task}.__getitem__)
     found = evaluation_queries((TestSet(name="judged", path=name, kind="mteb"),))
     assert texts <= set(found) and found == sorted(set(found))
     # A conversation is judged by all that is said in it.

@@ -12,22 +12,55 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cluster.errors import Reject, UserError
+from cluster.row_files import file_lines, jsonl_rows
 from cluster.storage import open_storage
-from pipelines.corpus.cutting import passage_id
-from pipelines.evaluation.qrels import number, read_qrels
-from pipelines.mixture.config import LabelledSet
-from pipelines.mixture.decontamination import Decontamination
-from pipelines.mixture.formats import Example, Target
-from pipelines.mixture.rows import beir_files, file_lines, jsonl_rows, read_rows
+from pipelines.datasets.decontamination import Decontamination
+from pipelines.datasets.labelled_rows import beir_files, read_rows
+from pipelines.datasets.labelled_sets import LabelledSet
+from pipelines.datasets.qrels import number, read_qrels
+from pipelines.ids import passage_id
 
 if TYPE_CHECKING:
     from cluster.artifacts import Artifact
 
 MAX_LISTED = 100
 _UNIQUE_ID_LENGTH = 10  # hexadecimal characters: a million triples collide once or never
+
+
+class Target(NamedTuple):
+    """A positive or a negative, unformatted."""
+
+    text: str
+    title: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A training example, unformatted.
+
+    Attributes:
+        task: What the query asks for.
+        query: The query's text.
+        positive: Its target.
+        negatives: Its hard negatives.
+        query_id: Equal for equal queries.
+        positive_id: Equal for equal positives.
+        unique_id: Appended to query, positive and negatives, so that other examples' targets are
+            trivial negatives and no false ones (Gecko, for classification).
+        teacher_scores: Of the positive and of each negative; empty where nobody scored them.
+    """
+
+    task: str
+    query: str
+    positive: Target
+    negatives: tuple[Target, ...]
+    query_id: str
+    positive_id: str
+    unique_id: str = ""
+    teacher_scores: tuple[float, ...] = ()
 
 
 @dataclass(kw_only=True)

@@ -5,27 +5,46 @@ what the recipe says, or a file of it that is not what its name says, is the use
 read and what is not stands in docs/what-is-read.md.
 """
 
-import io
-import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-import pyarrow as pa
-import pyarrow.types as pt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cluster.artifacts import fingerprint
 from cluster.errors import Reject, UserError, excerpt
-from cluster.json_lines import GZIP, json_lines, unpacked
-from cluster.parquet import open_parquet, parquet_batches
-from cluster.storage import Storage, open_storage
-from pipelines.corpus.cutting import Document
+from cluster.json_lines import GZIP
+from cluster.parquet import parquet_columns
+from cluster.row_files import (
+    FORMATS,
+    Row,
+    beir_corpora,
+    file_format,
+    file_lines,
+    find_files,
+    is_beir,
+    jsonl_rows,
+    parquet_rows,
+    short,
+    suffix,
+    utf8_name,
+    without_copies,
+)
 from pipelines.fingerprints import NotFingerprinted
 
 PYTHON_DOCUMENTATION = "python-documentation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A source text: `name` is its locator in the corpus, unique and stable."""
+
+    name: str
+    title: str
+    text: str
 
 
 class CorpusConfig(BaseModel):
@@ -82,17 +101,19 @@ class Corpus:
         if PYTHON_DOCUMENTATION in (config.path, config.format):
             self.format = PYTHON_DOCUMENTATION
             return
-        self.storage, found = _find(config.path)
-        there = [file for file in found if any(fnmatch(file, p) for p in config.include)]
-        if not there:
+        self.storage, all_files = find_files(config.path)
+        if not all_files:
+            raise UserError(f"corpus {config.path} does not exist or is empty: correct corpus.path")
+        files = [file for file in all_files if any(fnmatch(file, p) for p in config.include)]
+        if not files:
             raise UserError(
-                f"corpus {config.path} has {len(found)} files and none like"
+                f"corpus {config.path} has {len(all_files)} files and none like"
                 f" {' or '.join(config.include)}: correct corpus.include"
             )
-        if self.format == "auto" and _is_beir(there):
+        if self.format == "auto" and is_beir(files):
             self.format = "beir"
-        self.files = _choose(there, self.format)
-        self.passed_over.update(map(_suffix, set(there) - set(self.files)))
+        self.files = _choose(files, self.format)
+        self.passed_over.update(map(suffix, set(files) - set(self.files)))
         self._check_files()
 
     def version(self) -> str:
@@ -119,13 +140,16 @@ class Corpus:
             return
         self._names.clear()
         for file in self.files:
-            read = {"parquet": self._parquet, "text": self._text, "jsonl": self._jsonl}
-            yield from read[_FORMATS[_suffix(file)]](file)
+            if _format(file) == "text":
+                yield self._text(file)
+                continue
+            for row in self._rows(file):
+                yield row if len(row) == 3 else self._document(row[1], row[0])
         self._check_fields()
 
     def _check_files(self) -> None:
         config = self.config
-        beside = ", ".join(f"{count} {suffix}" for suffix, count in self.passed_over.most_common(3))
+        beside = ", ".join(f"{count} {each}" for each, count in self.passed_over.most_common(3))
         if not self.files:
             what = "that looks like a corpus" if self.format == "auto" else f"of {self.format}"
             raise UserError(
@@ -134,7 +158,7 @@ class Corpus:
             )
         texts = [file for file in self.files if not _is_about(file)]
         if self.format == "auto" and {_format(file) for file in self.files} == {"text"}:
-            num_unread = sum(self.passed_over[suffix] for suffix in _DATA_SUFFIXES)
+            num_unread = sum(self.passed_over[each] for each in _DATA_SUFFIXES)
             if len(texts) < num_unread:
                 raise UserError(
                     f"corpus {config.path} holds {beside}, which are not read, beside"
@@ -163,20 +187,16 @@ class Corpus:
             (name, None) for name in names if len(self._names) < 100 or name in named
         )
 
-    def _jsonl(self, file: str) -> Iterator[Document | Reject]:
-        for row in json_lines(self._lines(file), _name(file)):
-            if len(row) == 3:
+    def _rows(self, file: str) -> Iterator[Row | Reject]:
+        config, place = self.config, f"corpus file {utf8_name(file)}"
+        if _format(file) == "jsonl":
+            for row in jsonl_rows(self.storage, file):
+                if len(row) == 2:
+                    self._note(row[1])
                 yield row
-            elif isinstance(row[1], dict):
-                self._note(row[1])
-                yield self._document(row[1], row[0])
-            else:
-                yield row[0], "not a JSON object", _short(row[1])
-
-    def _parquet(self, file: str) -> Iterator[Document | Reject]:
-        config, place = self.config, f"corpus file {_name(file)}"
+            return
         content = self.storage.read_bytes(file)
-        names = open_parquet(content, place).schema_arrow.names
+        names = parquet_columns(content, place)
         if config.text_field not in names:
             raise UserError(
                 f"{place} has no column {config.text_field!r}, only"
@@ -184,64 +204,36 @@ class Corpus:
             )
         self._note(names)
         columns = dict.fromkeys([config.text_field, config.title_field, *self._id_fields])
-        number = 0
-        for batch in parquet_batches(content, list(columns), place):
-            read = {
-                name: _values(column)
-                for name, column in zip(batch.schema.names, batch.columns, strict=True)
-            }
-            for row in range(batch.num_rows):
-                number += 1
-                fields = {name: values[row] for name, values in read.items()}
-                yield self._document(fields, f"{_name(file)}:{number}")
+        yield from parquet_rows(content, list(columns), place, utf8_name(file))
 
-    def _text(self, file: str) -> Iterator[Document | Reject]:
-        name = _name(file)
+    def _text(self, file: str) -> Document | Reject:
+        name = utf8_name(file)
         try:
-            text = b"".join(self._lines(file)).decode("utf-8-sig")
+            text = b"".join(file_lines(self.storage, file)).decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            yield name, "not UTF-8", f"byte {error.start} of {name}"
-            return
-        yield Document(name=name, title=PurePosixPath(name.removesuffix(GZIP)).stem, text=text)
-
-    def _lines(self, file: str) -> Iterator[bytes]:
-        return unpacked(io.BytesIO(self.storage.read_bytes(file)), _name(file))
+            return name, "not UTF-8", f"byte {error.start} of {name}"
+        return Document(name=name, title=PurePosixPath(name.removesuffix(GZIP)).stem, text=text)
 
     @property
     def _id_fields(self) -> list[str]:
         return [self.config.id_field] if self.config.id_field else ["_id", "id"]
 
     def _document(self, row: dict[str, Any], where: str) -> Document | Reject:
-        """Makes a document of a row; bytes are texts in UTF-8, or none."""
-        try:
-            text, title = (
-                _decoded(row.get(field))
-                for field in (self.config.text_field, self.config.title_field)
-            )
-            id_ = next((_decoded(row[f]) for f in self._id_fields if row.get(f) is not None), where)
-        except UnicodeDecodeError:
-            return where, "not UTF-8", _short(row)
+        text, title = row.get(self.config.text_field), row.get(self.config.title_field)
+        id_ = next((row[field] for field in self._id_fields if row.get(field) is not None), where)
         if not isinstance(id_, str | int | float):
-            return where, "its id is neither a text nor a number", _short(row)
-        name, title = str(id_), title if isinstance(title, str) else ""
+            return where, "its id is neither a text nor a number", short(row)
         if not isinstance(text, str):
-            return name, f"no text in field {self.config.text_field!r}", _short(row)
-        return Document(name=name, title=title, text=text)
+            return str(id_), f"no text in field {self.config.text_field!r}", short(row)
+        return Document(name=str(id_), title=title if isinstance(title, str) else "", text=text)
 
 
-_FORMATS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".md": "text",
-    ".rst": "text",
-}
+_FORMATS = {**FORMATS, ".txt": "text", ".md": "text", ".rst": "text"}
 _ACCEPTED = "a BEIR folder, .jsonl, .ndjson, .txt, .md and .rst (each may be .gz), and .parquet"
 # Formats that hold data and are not read here.
 _DATA_SUFFIXES = frozenset(
-    f".{suffix}"
-    for suffix in (
+    f".{each}"
+    for each in (
         *("arrow", "avro", "bz2", "csv", "db", "doc", "docx", "epub", "feather", "gz", "htm"),
         *("html", "json", "orc", "pdf", "pkl", "sqlite", "tar", "tgz", "tsv", "warc", "wet"),
         *("xlsx", "xml", "xz", "zip", "zst"),
@@ -250,15 +242,8 @@ _DATA_SUFFIXES = frozenset(
 _ABOUT = ("readme", "license", "licence", "copying", "notice", "citation", "changelog")
 
 
-def _suffix(file: str) -> str:
-    """Returns the end of a file's name that says what it holds, in lower case."""
-    return PurePosixPath(file.removesuffix(GZIP).lower()).suffix or PurePosixPath(file).suffix
-
-
 def _format(file: str) -> str | None:
-    suffix = _suffix(file)
-    compressed = file.endswith(GZIP) and suffix == ".parquet"
-    return None if compressed else _FORMATS.get(suffix)
+    return file_format(file, _FORMATS)
 
 
 def _is_about(file: str) -> bool:
@@ -266,81 +251,14 @@ def _is_about(file: str) -> bool:
     return _format(file) == "text" and PurePosixPath(file).name.lower().startswith(_ABOUT)
 
 
-def _is_passages(file: str) -> bool:
-    return PurePosixPath(file).name in ("corpus.jsonl", "corpus.jsonl.gz")
-
-
-def _is_beir(files: list[str]) -> bool:
-    names = {PurePosixPath(file).name.removesuffix(GZIP) for file in files}
-    return {"corpus.jsonl", "queries.jsonl"} <= names
-
-
 def _choose(files: list[str], format_: str) -> list[str]:
     """Returns the files that are read: of the format, or of every format that there is."""
     if format_ == "beir":
-        chosen = [file for file in files if _is_passages(file)]
+        chosen = beir_corpora(files)
     elif format_ == "auto":
         chosen = [file for file in files if _format(file)]
         if any(_format(file) != "text" for file in chosen):
             chosen = [file for file in chosen if not _is_about(file)]
     else:
         chosen = [file for file in files if _format(file) == format_]
-    # Of a file and its compressed copy one is enough.
-    plain = set(chosen)
-    return [
-        file for file in chosen if not file.endswith(GZIP) or file.removesuffix(GZIP) not in plain
-    ]
-
-
-def _find(path: str) -> tuple[Storage, list[str]]:
-    """Returns the folder's storage and its files, or the one file that `path` names."""
-    storage = open_storage(path)
-    files = [file for file in storage.list() if not _is_hidden(file)]
-    if files:
-        return storage, files
-    parent, _, name = storage.uri.rpartition("/")
-    folder = open_storage(parent or "/")
-    if name and folder.exists(name):
-        return folder, [name]
-    raise UserError(f"corpus {path} does not exist or is empty: correct corpus.path")
-
-
-def _is_hidden(file: str) -> bool:
-    """Says whether a system put it there: `.DS_Store`, AppleDouble's `._part.parquet`."""
-    return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(file).parts)
-
-
-def _name(file: str) -> str:
-    """Returns a file's name as UTF-8 can write it: Linux lets names be any bytes."""
-    return file.encode("utf-8", "backslashreplace").decode()
-
-
-def _values(column: pa.Array) -> list[Any]:
-    """Returns a column's values: texts as bytes, since nobody has checked that they are UTF-8."""
-    if pt.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    kind = column.type
-    if pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind):
-        return list(column.cast(pa.large_binary()).to_pylist())
-    if pt.is_binary(kind) or pt.is_large_binary(kind) or pt.is_binary_view(kind):
-        return list(column.to_pylist())
-    if pt.is_fixed_size_binary(kind) or pt.is_integer(kind) or pt.is_boolean(kind):
-        return list(column.to_pylist())
-    if pt.is_floating(kind) or pt.is_null(kind):
-        return list(column.to_pylist())
-    if pt.is_date(kind) or pt.is_timestamp(kind) or pt.is_decimal(kind):
-        return list(column.cast(pa.string()).to_pylist())
-    return [{"type": str(kind)} if valid else None for valid in column.is_valid().to_pylist()]
-
-
-def _decoded(value: Any) -> Any:
-    return value.decode() if isinstance(value, bytes) else value
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 100
-_SHORT.maxdict = 6
-
-
-def _short(value: Any) -> str:
-    return excerpt(_SHORT.repr(value))
+    return without_copies(chosen)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.artifacts import Artifact, Json
 from cluster.storage import open_storage
-from pipelines.corpus.sources import PYTHON_DOCUMENTATION
-from pipelines.evaluation.dataset import Passage, RetrievalDataset
-from pipelines.evaluation.folders import TestData, read_folder
+from pipelines.datasets.corpus import PYTHON_DOCUMENTATION
+from pipelines.datasets.folders import TestData, read_folder
+from pipelines.datasets.retrieval import RetrievalDataset, TitledText
 from pipelines.fingerprints import NotFingerprinted, fingerprinted
 from pipelines.names import SetName
 
@@ -60,8 +58,7 @@ def load_test_set(test_set: TestSet, passages: Artifact | None = None) -> TestDa
 
 
 def _load_mteb_task(name: str) -> Any:
-    from pipelines.evaluation.mteb_model import quiet_mteb
-    from pipelines.evaluation.tasks import find_mteb_task, load_mteb_data
+    from pipelines.datasets.mteb_tasks import find_mteb_task, load_mteb_data, quiet_mteb
 
     with quiet_mteb():
         task = find_mteb_task(name)
@@ -70,14 +67,8 @@ def _load_mteb_task(name: str) -> Any:
 
 
 def _read(test_set: TestSet) -> TestData:
-    storage = open_storage(test_set.path)
-    folder = getattr(storage, "folder", None)
-    with tempfile.TemporaryDirectory() as temporary:
-        if folder is None:
-            folder = Path(temporary)
-            for file in storage.list():
-                storage.download(file, folder / file)
-        return replace(read_folder(test_set.kind, folder, test_set.split), name=test_set.name)
+    data = read_folder(test_set.kind, test_set.path, test_set.split)
+    return replace(data, name=test_set.name)
 
 
 def _python_questions(test_set: TestSet, passages: Artifact) -> RetrievalDataset:
@@ -97,7 +88,7 @@ def _python_questions(test_set: TestSet, passages: Artifact) -> RetrievalDataset
         name=test_set.name,
         split=test_set.split,
         passages={
-            id_: Passage(title, text)
+            id_: TitledText(title, text)
             for id_, (title, text) in zip(table["id"].to_pylist(), texts, strict=True)
         },
         queries={q.id: q.question for q in questions if q.id in qrels},
@@ -122,7 +113,7 @@ def evaluation_queries(test_sets: tuple[TestSet, ...]) -> list[str]:
             for split in ("dev", "test"):
                 texts |= {question.question for question in load_questions(split)}
         elif test_set.kind == MTEB:
-            from pipelines.evaluation.tasks import judged_texts
+            from pipelines.datasets.mteb_tasks import judged_texts
 
             texts |= set(judged_texts(_load_mteb_task(test_set.path)))
         else:

@@ -1,0 +1,17 @@
+"""Ids that depend on content alone, so that they are the same on every machine and in every run."""
+
+from hashlib import blake2b, sha256
+
+from pipelines.words import normalized
+
+
+def passage_id(title: str, text: str) -> str:
+    """Returns 16 hexadecimal characters that depend on nothing but title and text."""
+    content = normalized(f"{title}\x1f{text}")
+    return blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def query_id(seed_id: str, number: int = 0) -> str:
+    """Returns 16 hex digits that name a seed passage's query of that number."""
+    name = f"query of {seed_id}" + (f", {number}" if number else "")
+    return sha256(name.encode()).hexdigest()[:16]
