@@ -112,7 +112,7 @@ class Corpus:
                 names, which is found out at the end.
         """
         if self.format == PYTHON_DOCUMENTATION:
-            from pipelines.corpus.python_documentation import python_documentation
+            from pipelines.demo.python_documentation import python_documentation
 
             yield from python_documentation()
             return

@@ -7,7 +7,8 @@ from types import ModuleType
 import pytest
 
 from pipelines import words
-from pipelines.corpus import passages, python_documentation
+from pipelines.corpus import passages
+from pipelines.demo import python_documentation
 from pipelines.corpus.cutting import Document, passages_of, reject_reason
 from pipelines.fret import overlap, prompts
 from pipelines.fret.overlap import OverlapIndex

@@ -1,7 +1,7 @@
 import pytest
 
 from pipelines.corpus.cutting import Passage, near_duplicates, passages_of, reject_reason
-from pipelines.corpus.python_documentation import python_documentation
+from pipelines.demo.python_documentation import python_documentation
 
 
 @pytest.fixture(scope="session")
