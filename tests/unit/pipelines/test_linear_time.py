@@ -8,8 +8,8 @@ import pytest
 
 from pipelines import words
 from pipelines.corpus import passages
-from pipelines.demo import python_documentation
 from pipelines.corpus.cutting import Document, passages_of, reject_reason
+from pipelines.demo import python_documentation
 from pipelines.fret import overlap, prompts
 from pipelines.fret.overlap import OverlapIndex
 from pipelines.report import labels
