@@ -24,21 +24,17 @@ from cluster.parquet import open_parquet, parquet_batches
 from cluster.storage import Storage, open_storage
 from pipelines.corpus.cutting import Document
 
-PYTHON_DOCUMENTATION = "python-documentation"
-
 
 class CorpusConfig(BaseModel):
     """Where the passages come from and how they are cut."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: str = Field(
-        description="a file or folder, file:// or s3:// URI, or 'python-documentation'"
-    )
+    path: str = Field(description="a file or folder, file:// or s3:// URI")
     include: tuple[str, ...] = Field(
         default=("*",), description="of a folder: files like any of these, such as 'news/*'"
     )
-    format: Literal["auto", "beir", "jsonl", "parquet", "text", "python-documentation"] = "auto"
+    format: Literal["auto", "beir", "jsonl", "parquet", "text"] = "auto"
     text_field: str = "text"
     title_field: str = "title"
     id_field: str | None = Field(default=None, description="default: _id or id, else the line")
@@ -78,9 +74,6 @@ class Corpus:
         self.passed_over: Counter[str] = Counter()
         self.format: str = config.format
         self._names: dict[str, None] = {}
-        if PYTHON_DOCUMENTATION in (config.path, config.format):
-            self.format = PYTHON_DOCUMENTATION
-            return
         self.storage, found = _find(config.path)
         there = [file for file in found if any(fnmatch(file, p) for p in config.include)]
         if not there:
@@ -96,12 +89,6 @@ class Corpus:
 
     def version(self) -> str:
         """Returns a fingerprint of the corpus's content."""
-        if self.format == PYTHON_DOCUMENTATION:
-            import sys
-            from importlib.metadata import distributions
-
-            installed = sorted({(d.metadata["Name"], d.version) for d in distributions()})
-            return fingerprint([sys.version, installed])
         return fingerprint([[file, self.storage.version(file)] for file in self.files])
 
     def documents(self) -> Iterator[Document | Reject]:
@@ -111,11 +98,6 @@ class Corpus:
             UserError: A file is not what its suffix says, or no row has a field that the recipe
                 names, which is found out at the end.
         """
-        if self.format == PYTHON_DOCUMENTATION:
-            from pipelines.demo.python_documentation import python_documentation
-
-            yield from python_documentation()
-            return
         self._names.clear()
         for file in self.files:
             read = {"parquet": self._parquet, "text": self._text, "jsonl": self._jsonl}
@@ -301,7 +283,10 @@ def _find(path: str) -> tuple[Storage, list[str]]:
     folder = open_storage(parent or "/")
     if name and folder.exists(name):
         return folder, [name]
-    raise UserError(f"corpus {path} does not exist or is empty: correct corpus.path")
+    raise UserError(
+        f"corpus {path} does not exist or is empty: correct corpus.path,"
+        " such as --set corpus.path=FOLDER"
+    )
 
 
 def _is_hidden(file: str) -> bool:

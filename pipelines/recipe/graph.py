@@ -10,7 +10,7 @@ from cluster.artifacts import Artifact, Json, fingerprint
 from cluster.steps import Run, Step, StepContext
 from cluster.storage import join, open_storage
 from pipelines.corpus.passages import choose_seeds, make_passages
-from pipelines.corpus.sources import PYTHON_DOCUMENTATION, Corpus
+from pipelines.corpus.sources import Corpus
 from pipelines.encoders import EncoderConfig, embed_passages, load_encoder
 from pipelines.evaluation.dataset import RetrievalDataset
 from pipelines.evaluation.evaluation import (
@@ -196,7 +196,7 @@ def build_run(recipe: Recipe, uri: str) -> Run:
                     "student_dtype": recipe.student.dtype,
                 },
                 inputs=(
-                    *("passages", "student", "export"),
+                    *("student", "export"),
                     *(("prefinetuning",) if recipe.prefinetuning else ()),
                 ),
                 work=evaluate,
@@ -284,8 +284,6 @@ def _training_step(name: str, mixture: str, training: TrainingConfig, recipe: Re
     inputs = [mixture, "student"]
     if name == "training" and recipe.prefinetuning:
         inputs[1] = "prefinetuning"
-    if test_set is not None and test_set.path == PYTHON_DOCUMENTATION:
-        inputs.append("passages")
 
     def train(context: StepContext) -> dict[str, Json]:
         from pipelines.training.training import train_student
@@ -293,8 +291,7 @@ def _training_step(name: str, mixture: str, training: TrainingConfig, recipe: Re
 
         start, watched = context.input(inputs[1]), None
         if test_set is not None:
-            found = load_test_set(test_set, context.inputs.get("passages"))
-            data = cast(RetrievalDataset, found)  # the recipe was checked
+            data = cast(RetrievalDataset, load_test_set(test_set))  # the recipe was checked
             watched = WatchedSet(data=data, task=test_set.task)
         return train_student(
             training,
@@ -329,7 +326,6 @@ def _test_set(test_set: TestSet) -> dict[str, Json]:
     if test_set.kind == "mteb":
         return _dump(test_set)
     row = _dump(test_set, "path")
-    if test_set.path != PYTHON_DOCUMENTATION:
-        storage = open_storage(test_set.path)
-        row["files"] = [[file, storage.version(file)] for file in storage.list()]
+    storage = open_storage(test_set.path)
+    row["files"] = [[file, storage.version(file)] for file in storage.list()]
     return row

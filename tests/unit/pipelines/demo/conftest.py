@@ -1,17 +1,24 @@
+from pathlib import Path
+
 import pytest
 
-from pipelines.corpus.cutting import Passage, near_duplicates, passages_of, reject_reason
-from pipelines.demo.python_documentation import python_documentation
+from cluster.storage import open_storage
+from pipelines.corpus.cutting import Passage
+from pipelines.corpus.passages import cut_corpus
+from pipelines.corpus.sources import Corpus, CorpusConfig
+from pipelines.demo.data import write_documents
 
 
 @pytest.fixture(scope="session")
-def documentation() -> list[Passage]:
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's documents, written once."""
+    folder = tmp_path_factory.mktemp("demo")
+    write_documents(open_storage(folder))
+    return folder / "documents.jsonl"
+
+
+@pytest.fixture(scope="session")
+def documentation(documents: Path) -> list[Passage]:
     """The demo's corpus, as the step `passages` makes it."""
-    passages = [
-        passage
-        for document in python_documentation()
-        for passage in passages_of(document, max_words=160, min_words=20)
-        if reject_reason(passage.text) is None
-    ]
-    drop = near_duplicates([passage.text for passage in passages], 0.8)
-    return [passage for row, passage in enumerate(passages) if row not in drop]
+    passages, _, _ = cut_corpus(Corpus(CorpusConfig(path=str(documents))))
+    return passages

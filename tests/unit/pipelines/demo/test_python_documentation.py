@@ -92,10 +92,3 @@ def test_python_documentation_goes_without_a_missing_module(
     assert "json.loads" in names
     assert not {name for name in names if name.startswith("sqlite3")}
     assert "sqlite3 is left out of the corpus" in caplog.text
-
-
-def test_reading_only_the_beginning_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:
-    documents = python_documentation()
-    assert next(documents).text
-    documents.close()
-    assert capfd.readouterr().err == ""
