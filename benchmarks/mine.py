@@ -67,7 +67,7 @@ def prepare(data: str, folder: Path, num_queries: int, num_passages: int) -> Non
     if (folder / "embeddings" / MANIFEST).exists():
         return
     from actors.encoder import Encoder
-    from pipelines.encoders import vector_column
+    from pipelines.mining.embeddings import vector_column
 
     texts = list(itertools.islice(windows(data), num_queries + num_passages))
     if len(texts) < num_queries + num_passages:
@@ -109,14 +109,20 @@ def finish(folder: Path) -> None:
 
 def tokay(connection: Connection, folder: Path) -> None:
     """Mines with Tokay's index actor, from Parquet to Parquet."""
+    from actors.index_actor import IndexActor
     from cluster.stages import StageResources
-    from pipelines.mining.candidates import IndexActor
+    from pipelines.mining.candidates import EmbeddingShards
 
     embeddings = open_artifact(str(folder / "embeddings"))
     queries = np.load(folder / "queries.npy", mmap_mode="r")
     positives = np.load(folder / "positives.npy")
     begin = time.perf_counter()
-    index = IndexActor(embeddings, list(embeddings.shards), 0, "auto", StageResources())
+    index = IndexActor(
+        EmbeddingShards(embeddings=embeddings, shards=embeddings.shards),
+        0,
+        "auto",
+        StageResources(),
+    )
     built = time.perf_counter() - begin
     chosen = np.empty((len(queries), NUM_NEGATIVES), np.int64)
     with tempfile.TemporaryDirectory() as target:
@@ -189,7 +195,7 @@ def sentence_transformers(connection: Connection, folder: Path) -> None:
 
 def prepare_random(folder: Path, num_queries: int, num_passages: int) -> None:
     """Writes clustered random vectors, shard by shard."""
-    from pipelines.encoders import vector_column
+    from pipelines.mining.embeddings import vector_column
 
     draw = np.random.default_rng(0)
     centres = draw.standard_normal((num_passages // 100, 384), dtype=np.float32)

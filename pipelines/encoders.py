@@ -1,25 +1,20 @@
-"""Which encoder a recipe means, and the stages that embed passages with it."""
+"""Which encoder a recipe means: its retriever, its student, or what a step saved."""
 
 from __future__ import annotations
 
-import asyncio
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from actors.templates import PromptTemplates
-from cluster.artifacts import Artifact, Json
-from cluster.stages import StageFunction, StageOutput, StageResources, run_stage
-from cluster.steps import StepContext
-from pipelines.records import EMBEDDED_PASSAGE, PASSAGE
+from cluster.artifacts import Artifact
+from cluster.storage import join
 
 if TYPE_CHECKING:
-    from actors.encoder import Encoder, Prepared
+    from actors.encoder import Encoder
+
+# Where the steps `student` and `export` leave their encoder, and where those that train do.
+MODEL, TRAINED = "model", "encoder"
 
 
 class EncoderConfig(BaseModel):
@@ -70,67 +65,17 @@ def load_encoder(config: EncoderConfig, device: str | None = None) -> Encoder:
     return encoder
 
 
-@dataclass(frozen=True, kw_only=True)
-class EmbedPassages:
-    """Passages in, passages with their embeddings out."""
+def saved_encoder(step: Artifact, student: EncoderConfig, folder: str = MODEL) -> EncoderConfig:
+    """Describes an encoder that a step saved: its folder carries its own templates.
 
-    encoder: EncoderConfig
-    resources: StageResources
-    columns: tuple[str, ...] = tuple(PASSAGE.names)
-
-    def load(self) -> StageFunction:
-        """Loads the encoder; a shard is tokenised while the one before is embedded."""
-        encoder = load_encoder(self.encoder)
-        # One thread each, so that shards take turns, and torch's own threads are started once.
-        tokenising, embedding = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-
-        def tokenise(passages: pa.Table) -> Prepared:
-            texts, titles = (passages[name].to_pylist() for name in ("text", "title"))
-            return encoder.prepare(encoder.format_passages(texts, titles))
-
-        async def embed(passages: pa.Table) -> StageOutput:
-            run = asyncio.get_running_loop().run_in_executor
-            prepared = await run(tokenising, tokenise, passages)
-            vectors = await run(embedding, encoder.encode_prepared, prepared)
-            rows = passages.append_column("embedding", vector_column(vectors))
-            return StageOutput(rows=rows.cast(EMBEDDED_PASSAGE))
-
-        return embed
-
-
-def embed_passages(
-    encoder: EncoderConfig, resources: StageResources, context: StepContext
-) -> dict[str, Json]:
-    """The work of a step that embeds every passage of the run."""
-    stage = EmbedPassages(encoder=encoder, resources=resources)
-    return run_stage(stage, context.input("passages"), context)
-
-
-def vector_column(vectors: np.ndarray) -> pa.Array:
-    """Turns float32 ``[rows, dimensions]`` into a list column."""
-    offsets = np.arange(0, vectors.size + 1, vectors.shape[1], dtype=np.int32)
-    return pa.ListArray.from_arrays(offsets, pa.array(vectors.ravel()))
-
-
-def column_vectors(column: pa.ChunkedArray) -> np.ndarray:
-    """Turns a list column back into float32 ``[rows, dimensions]``."""
-    flat = np.asarray(column.combine_chunks().flatten(), dtype=np.float32)
-    return flat.reshape(len(column), -1)
-
-
-class PassageTexts:
-    """Titles and texts by passage id, held as Arrow columns."""
-
-    def __init__(self, passages: Artifact, ids: pa.ChunkedArray | None = None) -> None:
-        """Reads the artifact's passages into memory, those with these ids if any are given."""
-        tables = passages.tables(["id", "title", "text"])
-        if ids is not None:
-            tables = (table.filter(pc.is_in(table["id"], value_set=ids)) for table in tables)
-        schema = pa.schema([PASSAGE.field(name) for name in ("id", "title", "text")])
-        self._table = pa.concat_tables([schema.empty_table(), *tables])
-        self._rows = {id_: row for row, id_ in enumerate(self._table["id"].to_pylist())}
-
-    def __getitem__(self, passage_id: str) -> tuple[str, str]:
-        """Returns (title, text); raises KeyError for an id that is not in the corpus."""
-        row = self._rows[passage_id]
-        return self._table["title"][row].as_py(), self._table["text"][row].as_py()
+    Args:
+        step: The finished step.
+        student: The recipe's student, which says how it is loaded.
+        folder: Of the step's folder.
+    """
+    return EncoderConfig(
+        model=join(step.uri, folder),
+        max_tokens=student.max_tokens,
+        dtype=student.dtype,
+        trust_remote_code=student.trust_remote_code,
+    )

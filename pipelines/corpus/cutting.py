@@ -1,4 +1,4 @@
-"""Documents become passages here: cleaned, cut, named and compared.
+"""Documents become passages here: cleaned, cut and named.
 
 Every corpus, whatever it was read from, passes through these functions, so that a passage has the
 same text and the same id on every machine and in every run. All of them are pure.
@@ -6,7 +6,7 @@ same text and the same id on every machine and in every run. All of them are pur
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
@@ -49,7 +49,7 @@ class Passage:
 
 
 def clean(text: str) -> str:
-    r"""Return `text` as paragraphs of one line each, separated by blank lines.
+    r"""Returns `text` as paragraphs of one line each, separated by blank lines.
 
     Normalises to NFC, takes out control and invisible characters, and joins the lines of a
     paragraph. Whatever Unicode calls a space or a line's end parts words, and so does the
@@ -62,7 +62,7 @@ def clean(text: str) -> str:
 
 
 def cut(text: str, *, max_words: int = 160, min_words: int = 20) -> list[str]:
-    """Cut cleaned text into pieces of at most `max_words` words.
+    """Cuts cleaned text into pieces of at most `max_words` words.
 
     Cuts at paragraph borders; inside an over-long paragraph at sentence borders; inside an
     over-long sentence at words, where spaces are if it has some. A last piece below `min_words`
@@ -98,13 +98,13 @@ def cut(text: str, *, max_words: int = 160, min_words: int = 20) -> list[str]:
 
 
 def passage_id(title: str, text: str) -> str:
-    """Return 16 hexadecimal characters that depend on nothing but title and text."""
+    """Returns 16 hexadecimal characters that depend on nothing but title and text."""
     content = normalized(f"{title}\x1f{text}")
     return blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def passages_of(document: Document, *, max_words: int = 160, min_words: int = 20) -> list[Passage]:
-    """Clean and cut a document. Unfit passages are included: see `reject_reason`."""
+    """Cleans and cuts a document. Unfit passages are included: see `reject_reason`."""
     title = " ".join(clean(document.title).split())
     return [
         Passage(
@@ -117,7 +117,7 @@ def passages_of(document: Document, *, max_words: int = 160, min_words: int = 20
 
 
 def reject_reason(text: str) -> str | None:
-    """Say why a text is unfit to be a passage, or None when it is fit."""
+    """Says why a text is unfit to be a passage, or None when it is fit."""
     num_characters = len("".join(text.split()))
     if not num_characters:
         return "empty"
@@ -128,49 +128,6 @@ def reject_reason(text: str) -> str | None:
     if sum(map(text.count, _CODE_SYMBOLS)) > 0.12 * num_characters:
         return "mostly code"
     return None
-
-
-def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> set[int]:
-    """Find the rows that repeat an earlier, kept row.
-
-    Candidates come from MinHash-LSH over word trigrams and are confirmed by the exact Jaccard
-    similarity, so nothing below the threshold is dropped.
-
-    Args:
-        texts: Passage texts; the first of a group of duplicates is the one kept.
-        threshold: Jaccard similarity of the trigram sets from which two texts are duplicates.
-
-    Returns:
-        Numbers of the rows to drop.
-
-    Raises:
-        ValueError: When `threshold` is not above 0 and at most 1.
-    """
-    from datasketch import MinHash, MinHashLSH
-
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold={threshold}: give a number above 0 and at most 1")
-    # The index is asked for a little less than the threshold, because it errs to both sides.
-    index = MinHashLSH(threshold=0.9 * threshold, num_perm=128)
-    sketches = MinHash.generator(
-        (
-            [trigram.encode("utf-8", "surrogatepass") for trigram in _trigrams(text)]
-            for text in texts
-        ),
-        num_perm=128,
-        seed=1,
-        scheme="affine32",
-    )
-    drop: set[int] = set()
-    for row, sketch in enumerate(sketches):
-        trigrams = _trigrams(texts[row])
-        if any(
-            _jaccard(trigrams, _trigrams(texts[kept])) >= threshold for kept in index.query(sketch)
-        ):
-            drop.add(row)
-        else:
-            index.insert(row, sketch)
-    return drop
 
 
 def _parts(
@@ -221,7 +178,7 @@ def _within(
 
 
 def _pack(units: Iterable[tuple[T, int]], max_words: int) -> list[list[T]]:
-    """Fills groups of at most so many words with the units in their order."""
+    """Fills groups of at most `max_words` words with the units in their order."""
     groups: list[list[T]] = []
     room = 0
     for unit, size in units:
@@ -239,13 +196,3 @@ def _even_out(previous: list[str], last: list[str], max_words: int, min_words: i
         if num_words(" ".join(rest)) < min_words or num_words(" ".join([moved, *last])) > max_words:
             return
         last.insert(0, previous.pop())
-
-
-def _trigrams(text: str) -> set[str]:
-    text = text.casefold()
-    words = [text[start:end] for start, end in word_spans(text)]
-    return {" ".join(words[start : start + 3]) for start in range(max(1, len(words) - 2))}
-
-
-def _jaccard(left: set[str], right: set[str]) -> float:
-    return len(left & right) / len(left | right)

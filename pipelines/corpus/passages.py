@@ -1,33 +1,41 @@
-"""The steps `passages` and `seeds`: what there is to search, and what the LLM writes about."""
+"""The step `passages`: the corpus cleaned, cut and deduplicated; what there is to search."""
 
-import hashlib
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.artifacts import Json, write_rejects, write_shards
 from cluster.errors import DUPLICATE, DUPLICATES, NEAR_DUPLICATE, Reject, UserError
-from cluster.steps import StepContext
-from pipelines.corpus.cutting import Passage, near_duplicates, passages_of, reject_reason
+from cluster.steps import Step, StepContext
+from pipelines.corpus.cutting import Passage, passages_of, reject_reason
+from pipelines.corpus.near_duplicates import near_duplicates
 from pipelines.corpus.sources import Corpus
+from pipelines.fingerprints import fingerprinted
 from pipelines.records import PASSAGE
+
+if TYPE_CHECKING:
+    from pipelines.recipe.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
+TITLE = "clean, cut and deduplicate the corpus"
 PASSAGES_PER_SHARD = 1024
 
 
-class SeedsConfig(BaseModel):
-    """Which passages the LLM writes about."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    num_seeds: int = Field(default=1000, ge=1)
-    seed: int = 0
-    rows_per_shard: int = Field(
-        default=32, ge=1, description="the unit of work, of resume and of retry"
+def step(recipe: Recipe) -> Step:
+    """Returns the step; raises UserError for a corpus that does not exist."""
+    corpus = Corpus(recipe.corpus)
+    return Step(
+        name="passages",
+        title=TITLE,
+        config={"corpus": fingerprinted(recipe.corpus), "version": corpus.version()},
+        inputs=(),
+        work=lambda context: make_passages(corpus, context),
+        max_reject_share=recipe.corpus.max_reject_share,
     )
 
 
@@ -98,19 +106,3 @@ def cut_corpus(
             else f"corpus {config.path} holds no documents"
         )
     return passages, rejects, num_documents
-
-
-def choose_seeds(config: SeedsConfig, context: StepContext) -> dict[str, Json]:
-    """Samples seed passages uniformly, by a hash, so that more seeds contain the fewer.
-
-    Neighbours in the corpus stay neighbours, because passages of one document share candidates.
-    """
-    passages = context.input("passages").read()
-    ids = passages["id"].to_pylist()
-
-    def draw(row: int) -> bytes:
-        return hashlib.sha256(f"{config.seed} {ids[row]}".encode()).digest()
-
-    chosen = sorted(sorted(range(len(ids)), key=draw)[: config.num_seeds])
-    write_shards(context.storage, passages.take(chosen), config.rows_per_shard)
-    return {"num_seeds": len(chosen)}

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.types as pt
@@ -23,6 +23,7 @@ from cluster.json_lines import GZIP, json_lines, unpacked
 from cluster.parquet import open_parquet, parquet_batches
 from cluster.storage import Storage, open_storage
 from pipelines.corpus.cutting import Document
+from pipelines.fingerprints import NotFingerprinted
 
 
 class CorpusConfig(BaseModel):
@@ -30,7 +31,9 @@ class CorpusConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: str = Field(description="a file or folder, file:// or s3:// URI")
+    path: Annotated[str, NotFingerprinted] = Field(
+        description="a file or folder, file:// or s3:// URI"
+    )
     include: tuple[str, ...] = Field(
         default=("*",), description="of a folder: files like any of these, such as 'news/*'"
     )
@@ -45,7 +48,7 @@ class CorpusConfig(BaseModel):
     near_duplicate_threshold: float | None = Field(
         default=0.8, gt=0, le=1, description="Jaccard similarity from which a passage is a reject"
     )
-    max_reject_share: float = Field(
+    max_reject_share: Annotated[float, NotFingerprinted] = Field(
         default=0.5, ge=0, le=1, description="of rows; more rejects stop the step"
     )
 

@@ -10,25 +10,64 @@ from typing import TYPE_CHECKING
 
 from cluster.artifacts import Artifact, Json
 from cluster.plain_json import dump_json
+from cluster.steps import Step, StepContext
 from cluster.storage import LocalStorage, Storage
+from pipelines.encoders import TRAINED, load_encoder, saved_encoder
 from pipelines.evaluation.compare import STUDENT_AFTER, averages, compare
 from pipelines.evaluation.dataset import RetrievalDataset
 from pipelines.evaluation.evaluate import evaluate_at
 from pipelines.evaluation.fingerprint import encoder_fingerprint
 from pipelines.evaluation.model_card import add_to_card, model_index, training_sets
 from pipelines.evaluation.mteb_model import ModelIdentity
-from pipelines.evaluation.test_set import TestSet, evaluation_queries, load_test_set
+from pipelines.evaluation.test_set import TestSet, load_test_set, test_set_fingerprint
+from pipelines.fingerprints import fingerprinted
 
 if TYPE_CHECKING:
     from actors.encoder import Encoder
-    from cluster.steps import StepContext
+    from pipelines.recipe.recipe import Recipe
 
-__all__ = ["TestSet", "evaluation_queries", "load_test_set", "run_evaluation"]
+TITLE = "evaluate"
 
 RESULTS = "results.json"
 # mteb's own results, in the layout of its ResultCache.
 MTEB_RESULTS = "mteb"
 CARD = "README.md"
+
+
+def step(recipe: Recipe) -> Step:
+    """Returns the step of a recipe that has test sets."""
+    student = recipe.student
+
+    def evaluate(context: StepContext) -> dict[str, Json]:
+        import torch
+
+        configs = {
+            "retriever": recipe.retriever,
+            "student_before": saved_encoder(context.input("student"), student),
+        }
+        if recipe.prefinetuning:
+            trained = context.input("prefinetuning")
+            configs["student_prefinetuned"] = saved_encoder(trained, student, TRAINED)
+        configs[STUDENT_AFTER] = saved_encoder(context.input("export"), student)
+        encoders = {name: load_encoder(config) for name, config in configs.items()}
+        try:
+            return run_evaluation(recipe.evaluation, encoders, context)
+        finally:
+            encoders.clear()
+            torch.cuda.empty_cache()  # this process lives on
+
+    first = ("prefinetuning",) if recipe.prefinetuning else ()
+    return Step(
+        name="evaluation",
+        title=TITLE,
+        config={
+            "test_sets": [test_set_fingerprint(test_set) for test_set in recipe.evaluation],
+            "retriever": fingerprinted(recipe.retriever),
+            "student_dtype": student.dtype,
+        },
+        inputs=("student", "export", *first),
+        work=evaluate,
+    )
 
 
 def run_evaluation(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cluster.artifacts import Json
 from cluster.storage import open_storage
 from pipelines.evaluation.folders import TestData, read_folder
+from pipelines.fingerprints import NotFingerprinted, fingerprinted
 from pipelines.names import SetName
 
 MTEB = "mteb"
@@ -23,7 +25,7 @@ class TestSet(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: SetName
-    path: str = Field(
+    path: Annotated[str, NotFingerprinted] = Field(
         description="a folder or URI; mteb's name (mteb), whose data is fetched before a run"
         " begins: its texts are kept out of training"
     )
@@ -91,3 +93,14 @@ def evaluation_queries(test_sets: tuple[TestSet, ...]) -> list[str]:
         else:
             texts |= set(_read(test_set).judged_texts())
     return sorted(texts)
+
+
+def test_set_fingerprint(test_set: TestSet) -> dict[str, Json]:
+    """Returns what the results depend on: a folder's files and not where it is."""
+    row = fingerprinted(test_set)
+    if test_set.kind == MTEB:
+        row["path"] = test_set.path
+    else:
+        storage = open_storage(test_set.path)
+        row["files"] = [[file, storage.version(file)] for file in storage.list()]
+    return row

@@ -4,23 +4,87 @@ Every query keeps its row, with the rule that dropped it if one did: an LLM was 
 another threshold may want it.
 """
 
+from __future__ import annotations
+
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import BaseModel, ConfigDict, Field
 
-from cluster.artifacts import Artifact, Json
-from cluster.steps import StepContext
+from cluster.artifacts import Artifact, Json, fingerprint
+from cluster.steps import Step, StepContext
 from cluster.storage import write_table
-from pipelines.corpus.cutting import near_duplicates
-from pipelines.encoders import PassageTexts
-from pipelines.fret.fusion import FretConfig, choose_labels
+from pipelines.corpus.near_duplicates import near_duplicates
+from pipelines.fingerprints import fingerprinted
+from pipelines.fret.fusion import choose_labels
 from pipelines.fret.overlap import OverlapIndex
-from pipelines.records import FRET
+from pipelines.records import FRET, PASSAGE
 
+if TYPE_CHECKING:
+    from pipelines.recipe.recipe import Recipe
+
+TITLE = "choose positives and hard negatives"
 MAX_LISTED = 100
+
+
+class FretConfig(BaseModel):
+    """How labels are chosen from the scored candidates. The defaults are Gecko's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fusion: Literal["ql+rc", "ql", "rc"] = Field(
+        default="ql+rc", description="ranks that are fused, or one of them, for ablations"
+    )
+    positive: Literal["fused", "seed"] = Field(
+        default="fused", description="the candidate that ranks highest, or the seed passage"
+    )
+    negative: Literal["lowest", "random", "none"] = Field(
+        default="lowest", description="which of the other candidates"
+    )
+    num_negatives: int = Field(
+        default=1, ge=1, description="hard negatives an example, as many as are fit; Gecko has one"
+    )
+    max_negative_similarity: float | None = Field(
+        default=None,
+        gt=0,
+        description="negatives must be less similar to the query than this share of the"
+        " positive's similarity (NV-Retriever's 0.95); Gecko has no such rule",
+    )
+    max_overlap: float = Field(
+        default=0.8,
+        gt=0,
+        le=1,
+        description="decontamination: drop queries whose words overlap more (Jaccard) with an"
+        " evaluation query",
+    )
+    max_shared_words: int = Field(
+        default=8,
+        ge=3,
+        description="decontamination: drop queries that share a run of so many words with an"
+        " evaluation query",
+    )
+    max_query_similarity: float = Field(
+        default=0.8,
+        gt=0,
+        le=1,
+        description="drop queries whose word trigrams repeat an earlier query's to this share"
+        " (Jaccard)",
+    )
+    seed: int = 0
+
+
+def step(recipe: Recipe, judged_by: list[str]) -> Step:
+    """Returns the step; `judged_by` are the texts of the run's own test sets."""
+    return Step(
+        name="fret",
+        title=TITLE,
+        config={**fingerprinted(recipe.fret), "judged_by": fingerprint(judged_by)},
+        inputs=("candidates", "scores", "passages"),
+        work=lambda context: make_fret(recipe.fret, judged_by, context),
+    )
 
 
 def make_fret(
@@ -64,6 +128,24 @@ class QueryScores:
         start = int(np.searchsorted(self._query_ids, key))
         end = int(np.searchsorted(self._query_ids, key, side="right"))
         return {row["passage_id"]: row for row in self._pairs.slice(start, end - start).to_pylist()}
+
+
+class PassageTexts:
+    """Titles and texts by passage id, held as Arrow columns."""
+
+    def __init__(self, passages: Artifact, ids: pa.ChunkedArray | None = None) -> None:
+        """Reads the artifact's passages into memory, those with these ids if any are given."""
+        tables = passages.tables(["id", "title", "text"])
+        if ids is not None:
+            tables = (table.filter(pc.is_in(table["id"], value_set=ids)) for table in tables)
+        schema = pa.schema([PASSAGE.field(name) for name in ("id", "title", "text")])
+        self._table = pa.concat_tables([schema.empty_table(), *tables])
+        self._rows = {id_: row for row, id_ in enumerate(self._table["id"].to_pylist())}
+
+    def __getitem__(self, passage_id: str) -> tuple[str, str]:
+        """Returns (title, text); raises KeyError for an id that is not in the corpus."""
+        row = self._rows[passage_id]
+        return self._table["title"][row].as_py(), self._table["text"][row].as_py()
 
 
 _PAIR = pa.schema(

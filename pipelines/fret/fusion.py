@@ -4,59 +4,17 @@ Source: "Gecko: Versatile Text Embeddings Distilled from Large Language Models",
 section 3 ("LLM-based positive and negative mining").
 """
 
+from __future__ import annotations
+
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 
-
-class FretConfig(BaseModel):
-    """How labels are chosen from the scored candidates. The defaults are Gecko's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    fusion: Literal["ql+rc", "ql", "rc"] = Field(
-        default="ql+rc", description="ranks that are fused, or one of them, for ablations"
-    )
-    positive: Literal["fused", "seed"] = Field(
-        default="fused", description="the candidate that ranks highest, or the seed passage"
-    )
-    negative: Literal["lowest", "random", "none"] = Field(
-        default="lowest", description="which of the other candidates"
-    )
-    num_negatives: int = Field(
-        default=1, ge=1, description="hard negatives an example, as many as are fit; Gecko has one"
-    )
-    max_negative_similarity: float | None = Field(
-        default=None,
-        gt=0,
-        description="negatives must be less similar to the query than this share of the"
-        " positive's similarity (NV-Retriever's 0.95); Gecko has no such rule",
-    )
-    max_overlap: float = Field(
-        default=0.8,
-        gt=0,
-        le=1,
-        description="decontamination: drop queries whose words overlap more (Jaccard) with an"
-        " evaluation query",
-    )
-    max_shared_words: int = Field(
-        default=8,
-        ge=3,
-        description="decontamination: drop queries that share a run of so many words with an"
-        " evaluation query",
-    )
-    max_query_similarity: float = Field(
-        default=0.8,
-        gt=0,
-        le=1,
-        description="drop queries whose word trigrams repeat an earlier query's to this share"
-        " (Jaccard)",
-    )
-    seed: int = 0
+if TYPE_CHECKING:
+    from pipelines.fret.fret import FretConfig
 
 
 @dataclass(frozen=True, kw_only=True)

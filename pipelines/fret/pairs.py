@@ -4,15 +4,22 @@ A passage is a candidate of many queries. Sorted so, the LLM reads it once, wher
 queries stand, and every shard brings the texts that its scoring needs.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from cluster.artifacts import Artifact, Json, shard_path
-from cluster.steps import StepContext
+from cluster.steps import Step, StepContext
 from cluster.storage import write_table
 from pipelines.records import PAIRS
+
+if TYPE_CHECKING:
+    from pipelines.recipe.recipe import Recipe
+
+TITLE = "sort what to score by passage"
 
 _ROWS = pa.schema(
     [
@@ -24,6 +31,18 @@ _ROWS = pa.schema(
         ("query", pa.string()),
     ]
 )
+
+
+def step(recipe: Recipe) -> Step:
+    """Returns the step."""
+    num_scored = recipe.scores.num_scored
+    return Step(
+        name="pairs",
+        title=TITLE,
+        config={"num_scored": num_scored},
+        inputs=("candidates", "passages"),
+        work=lambda context: group_pairs(num_scored, context),
+    )
 
 
 def group_pairs(num_scored: int, context: StepContext) -> dict[str, Json]:

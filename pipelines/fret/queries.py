@@ -1,8 +1,10 @@
 """The step `queries`: the LLM reads each seed passage and writes a task and a query for it."""
 
+from __future__ import annotations
+
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,10 +13,24 @@ from actors.engine import EngineOptions
 from actors.language_model import LanguageModel, Sampling
 from cluster.artifacts import Json
 from cluster.stages import Limit, StageFunction, StageOutput, StageResources, run_stage
-from cluster.steps import StepContext
+from cluster.steps import Step, StepContext
+from pipelines.fingerprints import NotFingerprinted, fingerprinted
+from pipelines.fret.language_models import engine_options
 from pipelines.fret.languages import is_other_language, language_code
-from pipelines.fret.prompts import STOP, Prompts, QueryPrompts, require_plain, unfit
+from pipelines.fret.prompts import (
+    STOP,
+    Prompts,
+    QueryPrompts,
+    load_prompts,
+    require_plain,
+    unfit,
+)
 from pipelines.records import PASSAGE, QUERY
+
+if TYPE_CHECKING:
+    from pipelines.recipe.recipe import Recipe
+
+TITLE = "the LLM writes queries"
 
 
 class QueriesConfig(BaseModel):
@@ -43,8 +59,32 @@ class QueriesConfig(BaseModel):
     max_query_tokens: int = Field(default=40, ge=8)
     max_passage_tokens: int = Field(default=160, ge=16)
     seed: int = 0
-    max_unusable_share: float = Field(
+    max_unusable_share: Annotated[float, NotFingerprinted] = Field(
         default=0.5, ge=0, le=1, description="the step fails when more completions are no query"
+    )
+
+
+def step(recipe: Recipe) -> Step:
+    """Returns the step."""
+    prompts = load_prompts(recipe.prompts)
+    return Step(
+        name="queries",
+        title=TITLE,
+        config={
+            "llm": fingerprinted(recipe.llm),
+            "queries": fingerprinted(recipe.queries),
+            "prompts": prompts.model_dump(mode="json", exclude={"scores"}),
+        },
+        inputs=("seeds",),
+        work=lambda context: write_queries(
+            WriteQueries(
+                config=recipe.queries,
+                prompts=query_prompts(recipe.queries, prompts),
+                engine=engine_options(recipe.llm, recipe.resources.engine),
+                resources=recipe.resources.llm.stage(),
+            ),
+            context,
+        ),
     )
 
 
@@ -127,23 +167,16 @@ def query_id(seed_id: str, number: int = 0) -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
-def write_queries(
-    config: QueriesConfig,
-    prompts: QueryPrompts,
-    engine: EngineOptions,
-    resources: StageResources,
-    context: StepContext,
-) -> dict[str, Json]:
+def write_queries(stage: WriteQueries, context: StepContext) -> dict[str, Json]:
     """Streams the seeds past the vLLM actors.
 
     Raises:
         TooManyRejects: The LLM writes more nonsense than the recipe allows.
     """
     limit = Limit(
-        share=config.max_unusable_share,
-        num_all=context.input("seeds").num_rows * config.queries_per_seed,
+        share=stage.config.max_unusable_share,
+        num_all=context.input("seeds").num_rows * stage.config.queries_per_seed,
         remedy="use another llm.model, a lower queries.temperature, or raise"
         " queries.max_unusable_share",
     )
-    stage = WriteQueries(config=config, prompts=prompts, engine=engine, resources=resources)
     return run_stage(stage, context.input("seeds"), context, limit)

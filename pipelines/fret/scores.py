@@ -1,7 +1,10 @@
 """The step `scores`: the LLM judges each query's nearest candidates twice, in one prompt."""
 
+from __future__ import annotations
+
 import asyncio
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,9 +15,16 @@ from actors.pair_scores import ScoringPrompt
 from actors.score_check import check_scores
 from cluster.artifacts import Json
 from cluster.stages import Limit, StageFunction, StageOutput, StageResources, run_stage
-from cluster.steps import StepContext
-from pipelines.fret.prompts import PairPrompts, require_plain
+from cluster.steps import Step, StepContext
+from pipelines.fingerprints import NotFingerprinted, fingerprinted
+from pipelines.fret.language_models import engine_options
+from pipelines.fret.prompts import PairPrompts, load_prompts, require_plain
 from pipelines.records import PAIRS, SCORES
+
+if TYPE_CHECKING:
+    from pipelines.recipe.recipe import Recipe
+
+TITLE = "the LLM scores each candidate"
 
 
 class ScoresConfig(BaseModel):
@@ -33,8 +43,32 @@ class ScoresConfig(BaseModel):
         default=False,
         description="two prompts a pair, nothing cached: the slow reference for the fast way",
     )
-    max_unusable_share: float = Field(
+    max_unusable_share: Annotated[float, NotFingerprinted] = Field(
         default=0.1, ge=0, le=1, description="the step fails when more pairs cannot be scored"
+    )
+
+
+def step(recipe: Recipe) -> Step:
+    """Returns the step."""
+    prompts = load_prompts(recipe.prompts)
+    return Step(
+        name="scores",
+        title=TITLE,
+        config={
+            "llm": fingerprinted(recipe.llm),
+            "scores": fingerprinted(recipe.scores),
+            "prompts": prompts.model_dump(mode="json", exclude={"tasks", "written"}),
+        },
+        inputs=("pairs",),
+        work=lambda context: score_pairs(
+            ScorePairs(
+                config=recipe.scores,
+                prompts=PairPrompts(prompts=prompts, relevance=recipe.scores.relevance),
+                engine=engine_options(recipe.llm, recipe.resources.engine),
+                resources=recipe.resources.llm.stage(),
+            ),
+            context,
+        ),
     )
 
 
@@ -107,13 +141,7 @@ class ScorePairs:
         return score
 
 
-def score_pairs(
-    config: ScoresConfig,
-    prompts: PairPrompts,
-    engine: EngineOptions,
-    resources: StageResources,
-    context: StepContext,
-) -> dict[str, Json]:
+def score_pairs(stage: ScorePairs, context: StepContext) -> dict[str, Json]:
     """Streams the passages with their queries past the vLLM actors.
 
     Raises:
@@ -121,9 +149,8 @@ def score_pairs(
     """
     pairs = context.input("pairs")
     limit = Limit(
-        share=config.max_unusable_share,
+        share=stage.config.max_unusable_share,
         num_all=pairs.manifest.metrics["num_pairs"],
         remedy="raise llm.max_model_tokens or scores.max_unusable_share",
     )
-    stage = ScorePairs(config=config, prompts=prompts, engine=engine, resources=resources)
     return run_stage(stage, pairs, context, limit)

@@ -1,29 +1,32 @@
 """The step `candidates`: each query's nearest passages, through encoder and FAISS actors."""
 
+from __future__ import annotations
+
 import asyncio
-import os
-import resource
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from actors.passage_index import IndexKind
+from actors.index_actor import INDEX_ACTORS, IndexActor
+from actors.passage_index import IndexKind, merge_top_k
 from cluster.artifacts import Artifact, FileEntry, Json
-from cluster.presence import actor_begins, clear_actors, waiting_told
+from cluster.presence import clear_actors, waiting_told
 from cluster.stages import StageFunction, StageOutput, StageResources, cause, run_stage
-from cluster.steps import StepContext
-from cluster.storage import Storage
-from pipelines.encoders import EncoderConfig, column_vectors, load_encoder
+from cluster.steps import Step, StepContext
+from pipelines.encoders import EncoderConfig, load_encoder
+from pipelines.fingerprints import fingerprinted
+from pipelines.mining.embeddings import column_vectors
 from pipelines.records import CANDIDATES, QUERY
 
-INDEX_ACTORS = "index"
-# Recall is audited on the first queries of the first searches.
-MAX_AUDITS, AUDITED_OF_EACH = 16, 32
+if TYPE_CHECKING:
+    from pipelines.recipe.recipe import Recipe
+
+TITLE = "find each query's neighbours"
 
 
 class CandidatesConfig(BaseModel):
@@ -46,113 +49,49 @@ class CandidatesConfig(BaseModel):
     )
 
 
+def step(recipe: Recipe) -> Step:
+    """Returns the step."""
+    resources = recipe.resources
+    return Step(
+        name="candidates",
+        title=TITLE,
+        config={
+            "retriever": fingerprinted(recipe.retriever),
+            **fingerprinted(recipe.candidates),
+        },
+        inputs=("queries", "embeddings"),
+        work=lambda context: find_candidates(
+            recipe.candidates,
+            recipe.retriever,
+            resources.encoder.stage(),
+            resources.index.stage(),
+            context,
+        ),
+    )
+
+
 _NO_CANDIDATES: dict[str, Any] = {"candidate_ids": [], "similarities": [], "seed_rank": None}
 
 
-class IndexActor:
-    """One FAISS index over some of the embedding shards; runs as a Ray actor."""
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingShards:
+    """Some shards of the embeddings; an `actors.index_actor.IndexedVectors`."""
 
-    def __init__(
-        self,
-        embeddings: Artifact,
-        shards: list[FileEntry],
-        first_row: int,
-        kind: IndexKind,
-        resources: StageResources,
-        notes: Storage | None = None,
-    ) -> None:
-        """Reads the shards, one at a time, and builds the index.
+    embeddings: Artifact
+    shards: Sequence[FileEntry]
 
-        Args:
-            embeddings: The artifact.
-            shards: Which of its shards.
-            first_row: Their first row in the whole.
-            kind: Of the index; `auto` goes by the vectors' bytes.
-            resources: What this actor has. Up to one CPU, it may use all cores of its node: the
-                actors that ask it wait meanwhile.
-            notes: The step's folder, where Ray's actors note that they begin.
-        """
-        import faiss
+    def __len__(self) -> int:
+        return sum(shard.num_rows or 0 for shard in self.shards)
 
-        from actors.passage_index import ApproximateIndex, PassageIndex, choose_kind, fits_gpu
+    def ids(self) -> np.ndarray:
+        """Reads the passage ids as bytes: 16 a passage instead of 100."""
+        parts = [self.embeddings.shard(shard, ["id"])["id"].to_pylist() for shard in self.shards]
+        return np.concatenate([np.array(part, dtype=np.bytes_) for part in parts])
 
-        if notes is not None:
-            actor_begins(notes, INDEX_ACTORS)
-        # Ray sets OMP_NUM_THREADS to 1 where it gives an actor one CPU or less.
-        cores = len(os.sched_getaffinity(0))
-        faiss.omp_set_num_threads(int(resources.num_cpus) if resources.num_cpus > 1 else cores)
-        self._embeddings, self._shards, self._first_row = embeddings, shards, first_row
-        num_vectors = sum(shard.num_rows or 0 for shard in shards)
-        dimensions = next(self._parts()).shape[1]
-        share = min(1.0, resources.num_gpus)
-        gpu = share > 0 and fits_gpu(num_vectors, dimensions, share)
-        self.kind = "flat" if gpu else choose_kind(kind, num_vectors, dimensions)
-        self._audited: list[tuple[np.ndarray, np.ndarray]] = []
-        self._index: PassageIndex | ApproximateIndex
-        if self.kind == "flat":
-            self._index = PassageIndex(dimensions, gpu=gpu)
-        else:
-            self._index = ApproximateIndex(dimensions, self.kind, num_vectors)
-            self._index.train(self._sample(self._index.num_training_vectors, num_vectors))
-        for part in self._parts():
-            self._index.add(part)
-        self._ids = _read_ids(embeddings, shards)
-        self._by_id = np.argsort(self._ids)
-
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns similarities float32 and rows of the whole (-1: none), both ``[queries, k]``."""
-        similarities, rows = self._index.search(queries, k)
-        if self.kind != "flat" and len(self._audited) < MAX_AUDITS:
-            self._audited.append((queries[:AUDITED_OF_EACH], rows[:AUDITED_OF_EACH]))
-        return similarities, np.where(rows < 0, -1, rows + self._first_row)
-
-    def vectors(self, ids: list[str]) -> dict[str, np.ndarray]:
-        """Returns the embeddings of those passages that this index holds."""
-        wanted = np.array(ids, dtype=self._ids.dtype)
-        places = np.searchsorted(self._ids, wanted, sorter=self._by_id)
-        rows = self._by_id[np.minimum(places, len(self._ids) - 1)]
-        held = np.flatnonzero(self._ids[rows] == wanted)
-        vectors = self._index.vectors(rows[held])
-        return {ids[place]: vector for place, vector in zip(held, vectors, strict=True)}
-
-    def audit(self) -> dict[str, Json]:
-        """Compares some of the searches with exact ones over the same shards.
-
-        Returns the kind of index, whether it is on a GPU, the mean recall, how many queries that is
-        of (0: an exact index, or nothing was asked), and this process's highest memory in bytes.
-        """
-        from actors.passage_index import exact_top_k
-
-        recalls: list[float] = []
-        if self._audited:
-            queries = np.concatenate([query for query, _ in self._audited])
-            k = self._audited[0][1].shape[1]
-            _, exact = exact_top_k(queries, self._parts(), k)
-            found = np.concatenate([rows for _, rows in self._audited])
-            recalls = [len(np.intersect1d(*pair)) / k for pair in zip(found, exact, strict=True)]
-        return {
-            "kind": self.kind,
-            "on_gpu": getattr(self._index, "on_gpu", False),
-            "recall": float(np.mean(recalls)) if recalls else 1.0,
-            "num_audited": len(recalls),
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        }
-
-    def _sample(self, num_wanted: int, num_vectors: int) -> np.ndarray:
-        """Draws about so many vectors from all shards."""
-        draw, parts = np.random.default_rng(0), self._parts()
-        share = min(1.0, num_wanted / num_vectors)
-        return np.concatenate([part[draw.random(len(part)) < share] for part in parts])
-
-    def _parts(self) -> Iterator[np.ndarray]:
-        for shard in self._shards:
-            yield column_vectors(self._embeddings.shard(shard, ["embedding"])["embedding"])
-
-
-def _read_ids(embeddings: Artifact, shards: Sequence[FileEntry]) -> np.ndarray:
-    """Returns passage ids in the order of rows, as bytes: 16 a passage instead of 100."""
-    parts = [embeddings.shard(shard, ["id"])["id"].to_pylist() for shard in shards]
-    return np.concatenate([np.array(part, dtype=np.bytes_) for part in parts])
+    def parts(self) -> Iterator[np.ndarray]:
+        """Reads the vectors, a shard at a time."""
+        for shard in self.shards:
+            yield column_vectors(self.embeddings.shard(shard, ["embedding"])["embedding"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,11 +107,9 @@ class FindCandidates:
 
     def load(self) -> StageFunction:
         """Loads the retriever and the passage ids."""
-        from actors.passage_index import merge_top_k
-
         encoder = load_encoder(self.retriever)
         embedding = ThreadPoolExecutor(1)  # while one shard is searched for, the next is embedded
-        ids = _read_ids(self.embeddings, self.embeddings.shards)
+        ids = EmbeddingShards(embeddings=self.embeddings, shards=self.embeddings.shards).ids()
 
         async def find(queries: pa.Table) -> StageOutput:
             rows = [row | _NO_CANDIDATES for row in queries.to_pylist()]
@@ -260,13 +197,11 @@ def find_candidates(
     )
     clear_actors(context.storage, INDEX_ACTORS)
     for start in range(0, len(shards), size):
-        part = shards[start : start + size]
+        part = EmbeddingShards(embeddings=embeddings, shards=shards[start : start + size])
         indexes.append(
-            actor.remote(
-                embeddings, part, first_row, config.index, index_resources, context.storage
-            )
+            actor.remote(part, first_row, config.index, index_resources, context.storage)
         )
-        first_row += sum(shard.num_rows or 0 for shard in part)
+        first_row += len(part)
     stage = FindCandidates(
         retriever=retriever,
         config=config,

@@ -1,9 +1,10 @@
 """What a recipe may say about the mixture."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from pipelines.fingerprints import NotFingerprinted
 from pipelines.names import SetName
 
 RUN_PASSAGES = "run:passages"
@@ -54,7 +55,7 @@ class LabelledSet(BaseModel):
 
     name: SetName
     kind: Kind = "pairs"
-    path: str = Field(
+    path: Annotated[str, NotFingerprinted] = Field(
         description=f"a .jsonl, .tsv or .parquet file, path or s3:// URI; for retrieval a BEIR"
         f" folder; for bitext a folder with en.txt and de.txt, whose lines are translations, and"
         f" fields {{sentence1: en, sentence2: de}}; '{HUB}NAME[:CONFIG[:SPLIT]]', of the hub or a"
@@ -133,7 +134,7 @@ class SetsConfig(BaseModel):
     validation_examples: int = Field(
         default=0, ge=0, description="held out of training, from all sets by their weights"
     )
-    max_reject_share: float = Field(
+    max_reject_share: Annotated[float, NotFingerprinted] = Field(
         default=0.1, ge=0, le=1, description="of a labelled set's rows that may be unreadable"
     )
     seed: int = 0

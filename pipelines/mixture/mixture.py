@@ -10,24 +10,107 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.artifacts import Artifact, Json, shard_path, write_rejects
+from cluster.artifacts import Artifact, Json, fingerprint, shard_path, write_rejects
 from cluster.errors import TooManyRejects, UserError
-from cluster.steps import StepContext
+from cluster.steps import Step, StepContext
 from cluster.storage import write_table
-from pipelines.mixture.config import LabelledSet, MixtureConfig, SetsConfig
+from pipelines.encoders import load_encoder, saved_encoder
+from pipelines.fingerprints import fingerprinted
+from pipelines.mixture.config import RUN_PASSAGES, LabelledSet, MixtureConfig, SetsConfig
 from pipelines.mixture.decontamination import Decontamination
 from pipelines.mixture.formats import Example, Formatter, Target
 from pipelines.mixture.labelled import MAX_LISTED, Reading, read_examples
+from pipelines.mixture.rows import version
 from pipelines.mixture.sampling import Rows, draw_batches
 from pipelines.records import EXAMPLE
 
+if TYPE_CHECKING:
+    from pipelines.recipe.recipe import Recipe
+    from pipelines.training.config import TrainingConfig
+
+TITLE = "mix the training batches"
+
 EXAMPLES_PER_SHARD = 8192
 VALIDATION = "validation/shards"
+
+
+def step(recipe: Recipe, judged_by: list[str]) -> Step:
+    """Returns the step; `judged_by` are the texts of the run's own test sets."""
+    return mixture_step("mixture", TITLE, recipe.mixture, recipe.training, recipe, judged_by)
+
+
+def mixture_step(
+    name: str,
+    title: str,
+    config: SetsConfig,
+    training: TrainingConfig,
+    recipe: Recipe,
+    judged_by: list[str],
+) -> Step:
+    """Returns a step that mixes the batches of a training.
+
+    Args:
+        name: Of the step.
+        title: What it is for.
+        config: Which sets are mixed.
+        training: How they are trained on: its batches, epochs and lengths.
+        recipe: The whole recipe: its student and its rules of decontamination.
+        judged_by: Texts of the run's own test sets.
+
+    Raises:
+        UserError: A labelled set does not exist.
+    """
+    inputs = ["student"]
+    if isinstance(config, MixtureConfig) and config.fret_weight != 0:
+        inputs.append("fret")
+    if any(labelled.path == RUN_PASSAGES for labelled in config.labelled):
+        inputs.append("passages")
+
+    def mix(context: StepContext) -> dict[str, Json]:
+        student = saved_encoder(context.input("student"), recipe.student)
+        return make_mixture(
+            config,
+            formatter=Formatter(
+                encoder=load_encoder(student, device="cpu"),
+                max_query_tokens=training.max_query_tokens,
+                max_passage_tokens=training.max_passage_tokens,
+            ),
+            decontamination=Decontamination(
+                judged_by,
+                max_overlap=recipe.fret.max_overlap,
+                max_shared_words=recipe.fret.max_shared_words,
+            ),
+            batch_size=training.batch_size,
+            epochs=training.epochs,
+            context=context,
+        )
+
+    return Step(
+        name=name,
+        title=title,
+        config={
+            "mixture": fingerprinted(config),
+            "versions": [version(labelled) for labelled in config.labelled],
+            **training.model_dump(
+                include={"batch_size", "epochs", "max_query_tokens", "max_passage_tokens"}
+            ),
+            "decontamination": {
+                "max_overlap": recipe.fret.max_overlap,
+                "max_shared_words": recipe.fret.max_shared_words,
+                "judged_by": fingerprint(judged_by),
+            }
+            if config.labelled
+            else None,
+        },
+        inputs=tuple(inputs),
+        work=mix,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from cluster.errors import UserError
+from pipelines.fingerprints import is_fingerprinted
 from pipelines.recipe.recipe import Recipe
 
 
@@ -27,12 +28,14 @@ class Key:
         accepts: Its type, as Python writes it, or the words that it may be.
         default: As YAML would have it; ``required`` where there is none.
         description: What it means; empty where its name says it.
+        fingerprinted: Whether another value makes another artifact.
     """
 
     key: str
     accepts: str
     default: str
     description: str
+    fingerprinted: bool = True
 
 
 def recipe_keys(below: str = "") -> list[Key]:
@@ -66,9 +69,9 @@ def print_keys(keys: list[Key], console: Console) -> None:
             console.print(Padding(Text(each.description), (0, 0, 0, 4)))
 
 
-def _keys(model: type[BaseModel], above: str) -> Iterator[Key]:
+def _keys(model: type[BaseModel], above: str, counts: bool = True) -> Iterator[Key]:
     for name, field in model.model_fields.items():
-        key = f"{above}{name}"
+        key, fingerprinted = f"{above}{name}", counts and is_fingerprinted(field)
         inner = _model(field.annotation)
         if inner is None:
             yield Key(
@@ -76,6 +79,7 @@ def _keys(model: type[BaseModel], above: str) -> Iterator[Key]:
                 accepts=_words(field.annotation),
                 default=_default(field),
                 description=field.description or "",
+                fingerprinted=fingerprinted,
             )
             continue
         if field.description or not isinstance(field.get_default(), BaseModel):
@@ -84,10 +88,11 @@ def _keys(model: type[BaseModel], above: str) -> Iterator[Key]:
                 accepts="list" if get_origin(field.annotation) is tuple else "the keys below",
                 default=_default(field),
                 description=field.description or "",
+                fingerprinted=fingerprinted,
             )
         origin = get_origin(field.annotation)
         member = "[]" if origin is tuple else ".NAME" if origin is dict else ""
-        yield from _keys(inner, f"{key}{member}.")
+        yield from _keys(inner, f"{key}{member}.", fingerprinted)
 
 
 def _model(annotation: Any) -> type[BaseModel] | None:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -21,23 +21,25 @@ from pydantic import (
 
 from cluster.errors import UserError, excerpt
 from cluster.stages import StageResources
-from pipelines.corpus.passages import SeedsConfig
+from pipelines.corpus.seeds import SeedsConfig
 from pipelines.corpus.sources import CorpusConfig
 from pipelines.credentials import key_with_credentials
 from pipelines.encoders import EncoderConfig
-from pipelines.evaluation.evaluation import TestSet
-from pipelines.fret.fusion import FretConfig
+from pipelines.evaluation.test_set import TestSet
+from pipelines.fingerprints import NotFingerprinted
+from pipelines.fret.fret import FretConfig
 from pipelines.fret.language_models import EngineConfig, LlmConfig
 from pipelines.fret.languages import language_code
 from pipelines.fret.prompts import WRITTEN, load_prompts
 from pipelines.fret.queries import QueriesConfig
 from pipelines.fret.scores import ScoresConfig
 from pipelines.mining.candidates import CandidatesConfig, check_index
-from pipelines.mixture.config import MixtureConfig, PrefinetuningMixtureConfig
+from pipelines.mixture.config import MixtureConfig
 from pipelines.names import RunName
 from pipelines.recipe.sizes import ModelSize
 from pipelines.recipe.variables import OWN, fill_in, is_name, unset_variables
 from pipelines.training.config import TrainingConfig
+from pipelines.training.prefinetuning import Prefinetuning
 from pipelines.training.student import StudentConfig
 from pipelines.yaml_files import MAX_BYTES, read_value, read_yaml
 
@@ -110,15 +112,6 @@ class Estimate(BaseModel):
     actor_hour_usd: float = Field(default=0.0, ge=0, description="price of an LLM actor")
 
 
-class Prefinetuning(BaseModel):
-    """The stage before fine-tuning: pairs with in-batch negatives (Gecko, section 3.1)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    mixture: PrefinetuningMixtureConfig
-    training: TrainingConfig = TrainingConfig()
-
-
 class Recipe(BaseModel):
     """A graph of steps, by the parts that configure them."""
 
@@ -128,7 +121,8 @@ class Recipe(BaseModel):
     corpus: CorpusConfig
     seeds: SeedsConfig = SeedsConfig()
     llm: LlmConfig
-    prompts: str | None = Field(
+    # The prompts themselves are in the fingerprint, wherever they lie.
+    prompts: Annotated[str | None, NotFingerprinted] = Field(
         default=None, description="a file like pipelines/fret/prompts.yaml; null: that one"
     )
     queries: QueriesConfig = QueriesConfig()
@@ -145,12 +139,12 @@ class Recipe(BaseModel):
     evaluation: tuple[TestSet, ...] = Field(
         default=(), description="the first is the headline; names must differ"
     )
-    resources: Resources = Resources()
-    estimate: Estimate = Estimate()
-    sizes: dict[str, ModelSize] = Field(
+    resources: Annotated[Resources, NotFingerprinted] = Resources()
+    estimate: Annotated[Estimate, NotFingerprinted] = Estimate()
+    sizes: Annotated[dict[str, ModelSize], NotFingerprinted] = Field(
         default={}, description="of models by name, for `tokay plan` where they are not on its disk"
     )
-    variables: tuple[str, ...] = Field(
+    variables: Annotated[tuple[str, ...], NotFingerprinted] = Field(
         default=(), description=f"of the environment, that ${{NAME}} may read beside {OWN}*"
     )
 

@@ -72,8 +72,8 @@ class ModelSize(BaseModel):
         """Reckons the bytes that a training step keeps for each token until its backward pass.
 
         What autograd saves was counted for each kind of model on a CPU, in terms of its shape; see
-        ``tests/unit/pipelines/recipe/test_sizes.py``. Left out: the mask of padded batches, one number for
-        each two tokens, and what a kernel needs for a moment.
+        ``tests/unit/pipelines/recipe/test_sizes.py``. Left out: the mask of padded batches, one
+        number for each two tokens, and what a kernel needs for a moment.
 
         Args:
             bfloat16: Under autocast; else float32.

@@ -10,7 +10,6 @@ from rich.text import Text
 from cluster.artifacts import Artifact
 from cluster.plain_json import dump_json
 from cluster.steps import Step
-from pipelines.recipe.graph import TITLES
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -56,11 +55,10 @@ class RunConsole:
         self._line("✓", step, _summary(artifact), f"{artifact.manifest.seconds_s:.1f} s")
 
     def _line(self, mark: str, step: Step, summary: str, time_text: str) -> None:
-        title = TITLES.get(step.name, step.name)
         self.console.print(
             Text.assemble(
                 (mark, "green"),
-                f" {step.name:<11} {title:<38} {summary:<34} ",
+                f" {step.name:<11} {step.title:<38} {summary:<34} ",
                 (time_text, "dim"),
             ),
             soft_wrap=True,
@@ -75,9 +73,8 @@ class StepConsole:
         self._run, self._step = run, step
         self._begin = self._last = time.monotonic()
         note = "going on where it stopped" if resumed else ""
-        title = TITLES.get(step.name, step.name)
         self._task: TaskID = run.progress.add_task(
-            f"{step.name:<11} {title}", total=None, count="", clock="", note=note
+            f"{step.name:<11} {step.title}", total=None, count="", clock="", note=note
         )
         if resumed and not run.console.is_terminal:
             run.console.print(Text(f"… {step.name}: {note}"))

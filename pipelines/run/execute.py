@@ -9,15 +9,15 @@ from cluster.artifacts import Artifact, Json
 from cluster.errors import UserError
 from cluster.session import connect
 from cluster.storage import LocalStorage, Storage, join, open_storage
+from pipelines.encoders import MODEL, TRAINED
 from pipelines.evaluation.location import Location, SavedEncoder
-from pipelines.recipe.graph import ENCODER, TITLES, build_run
+from pipelines.recipe.graph import TITLES, build_run
 from pipelines.recipe.recipe import Recipe, read_models, refuse_foreign_code
 from pipelines.report.run_folder import RECIPE, open_run_folder
 from pipelines.report.write import print_evaluation, write_report
 from pipelines.run.checks import check_recipe
 from pipelines.run.console import JsonLines, RunConsole
 from pipelines.run.fit import refuse_unfit
-from pipelines.training.student import MODEL
 from pipelines.yaml_files import write_yaml
 
 
@@ -124,7 +124,7 @@ def find_models(model: str, *, trust_remote_code: bool = False) -> dict[str, Loc
     found: dict[str, Location] = {"retriever": recipe.retriever}
     steps = {"student_before": ("student", MODEL), "student_after": ("export", MODEL)}
     if recipe.prefinetuning:
-        steps["student_prefinetuned"] = ("prefinetuning", ENCODER)
+        steps["student_prefinetuned"] = ("prefinetuning", TRAINED)
     for name, (step, folder) in steps.items():
         artifact = Artifact.open(open_storage(join(storage.uri, step)))
         if artifact is None:

@@ -5,9 +5,11 @@ lengths; those defaults are ours, chosen for a three-layer student cut from Mini
 Options beyond the paper name where they come from and are off.
 """
 
-from typing import ClassVar, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from pipelines.fingerprints import NotFingerprinted
 
 
 class LossConfig(BaseModel):
@@ -120,20 +122,6 @@ class TrainingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    # What changes the speed and not the result.
-    UNFINGERPRINTED: ClassVar[tuple[str, ...]] = (
-        "num_workers",
-        "min_workers",
-        "use_gpu",
-        "sharding",
-        "gradient_cache_tokens",
-        "gradient_checkpointing",
-        "checkpoint_every_batches",
-        "max_failures",
-        "node_resource",
-        "tracking",
-    )
-
     epochs: float = Field(default=3, gt=0)
     batch_size: int = Field(default=32, ge=2, description="examples in a batch, over all workers")
     loss: LossConfig = LossConfig()
@@ -151,13 +139,13 @@ class TrainingConfig(BaseModel):
         description="of the matrix products, weights stay float32; auto is bfloat16 where the "
         "hardware multiplies it faster",
     )
-    gradient_cache_tokens: int | Literal["auto"] | None = Field(
+    gradient_cache_tokens: Annotated[int | Literal["auto"] | None, NotFingerprinted] = Field(
         default="auto",
         description="keep the activations of only so many tokens at a time, and compute them twice"
         " (GradCache), for batches larger than memory; auto: as many as a trial finds to fit the"
         " GPU, all on a CPU. Halved where memory runs out",
     )
-    gradient_checkpointing: bool = Field(
+    gradient_checkpointing: Annotated[bool, NotFingerprinted] = Field(
         default=False, description="keep each layer's input alone, and compute the layer twice"
     )
     lora: LoraConfig | None = Field(
@@ -171,27 +159,29 @@ class TrainingConfig(BaseModel):
     )
     validation: ValidationConfig | None = None
     seed: int = 0
-    num_workers: int = Field(default=1, ge=1, description="Ray Train workers, one GPU each if any")
-    min_workers: int | None = Field(
+    num_workers: Annotated[int, NotFingerprinted] = Field(
+        default=1, ge=1, description="Ray Train workers, one GPU each if any"
+    )
+    min_workers: Annotated[int | None, NotFingerprinted] = Field(
         default=None, ge=1, description="go on with so few after losing workers; default: wait"
     )
-    use_gpu: bool = False
-    sharding: Literal["none", "fsdp2"] = Field(
+    use_gpu: Annotated[bool, NotFingerprinted] = False
+    sharding: Annotated[Literal["none", "fsdp2"], NotFingerprinted] = Field(
         default="none",
         description="fsdp2: each of several workers keeps its share of weights, gradients and"
         " optimizer state alone",
     )
-    node_resource: str | None = Field(
+    node_resource: Annotated[str | None, NotFingerprinted] = Field(
         default=None, description="custom resource that steers workers to one node type"
     )
-    checkpoint_every_batches: int = Field(
+    checkpoint_every_batches: Annotated[int, NotFingerprinted] = Field(
         default=100, ge=1, description="what a crash can cost; changes no number"
     )
-    max_failures: int = Field(
+    max_failures: Annotated[int, NotFingerprinted] = Field(
         default=2, ge=0, description="restarts from the last checkpoint after a lost worker"
     )
-    tracking: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
-        default=("tensorboard",), description="beside metrics.jsonl"
+    tracking: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], NotFingerprinted] = (
+        Field(default=("tensorboard",), description="beside metrics.jsonl")
     )
 
     @field_validator("gradient_cache_tokens")

@@ -5,28 +5,30 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from cluster.artifacts import Json
 from cluster.errors import TokayError, UserError
-from cluster.steps import StepContext
+from cluster.steps import Step, StepContext
 from cluster.storage import join
-from pipelines.encoders import EncoderConfig, load_encoder
+from pipelines.encoders import MODEL, TRAINED, EncoderConfig, load_encoder
+from pipelines.fingerprints import NotFingerprinted, fingerprinted
 
 if TYPE_CHECKING:
     from actors.encoder import Encoder
     from cluster.storage import Storage
+    from pipelines.recipe.recipe import Recipe
 
-MODEL = "model"
+TITLE = "make the student"
 MIN_PARITY = 0.9999
 
 
 class StudentConfig(EncoderConfig):
     """The encoder that training starts from."""
 
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+    dtype: Annotated[Literal["float32", "bfloat16", "float16", "auto"], NotFingerprinted] = Field(
         default="auto", description="in evaluation and index; training keeps float32 weights"
     )
     layers: tuple[int, ...] | None = Field(
@@ -50,6 +52,17 @@ class StudentConfig(EncoderConfig):
         ):
             raise ValueError("give rising indices from 0, such as [0, 2, 5]")
         return layers
+
+
+def step(recipe: Recipe) -> Step:
+    """Returns the step."""
+    return Step(
+        name="student",
+        title=TITLE,
+        config=fingerprinted(recipe.student),
+        inputs=(),
+        work=lambda context: make_student(recipe.student, context),
+    )
 
 
 def make_student(config: StudentConfig, context: StepContext) -> dict[str, Json]:
@@ -110,7 +123,7 @@ def export_student(
 
     training = context.input("training")
     trust = student.trust_remote_code
-    encoder = Encoder.load(join(training.uri, "encoder"), device="cpu", trust_remote_code=trust)
+    encoder = Encoder.load(join(training.uri, TRAINED), device="cpu", trust_remote_code=trust)
     sizes = training.manifest.config["loss"]["matryoshka_dimensions"]
     fret = context.input("fret").manifest.metrics
     sets: dict[str, int] = {}

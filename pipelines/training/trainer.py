@@ -15,6 +15,7 @@ import torch
 
 from cluster.errors import TokayError
 from cluster.storage import open_storage
+from pipelines.encoders import TRAINED
 from pipelines.training.checkpoint import (
     SOUP,
     average_weights,
@@ -37,7 +38,6 @@ from pipelines.training.validation import Validation, WatchedSet
 if TYPE_CHECKING:
     from actors.encoder import Encoder
 
-ENCODER = "encoder"
 
 T = TypeVar("T")
 
@@ -240,7 +240,7 @@ class Trainer:
             for file in sorted(Path(folder).rglob("*")):
                 if file.is_file():
                     path = file.relative_to(folder).as_posix()
-                    self._storage.upload(file, f"{ENCODER}/{path}")
+                    self._storage.upload(file, f"{TRAINED}/{path}")
 
     def _remember(self) -> None:
         if self.place.rank == 0:

@@ -1,16 +1,78 @@
-"""The steps `prefinetuning` and `training`: a mixture's batches through Ray Train."""
+"""The step `training`: the mixture's batches through Ray Train."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 from cluster.artifacts import Json
-from cluster.steps import StepContext
+from cluster.steps import Step, StepContext
 from cluster.storage import join
+from pipelines.encoders import MODEL, TRAINED
+from pipelines.evaluation.dataset import RetrievalDataset
+from pipelines.evaluation.test_set import load_test_set, test_set_fingerprint
+from pipelines.fingerprints import fingerprinted
 from pipelines.training.config import TrainingConfig
-from pipelines.training.examples import count_batches
-from pipelines.training.metrics import recent_loss
-from pipelines.training.train import train
-from pipelines.training.trainer import Job
-from pipelines.training.validation import WatchedSet
+
+if TYPE_CHECKING:
+    from pipelines.recipe.recipe import Recipe
+    from pipelines.training.validation import WatchedSet
+
+TITLE = "train the student"
+
+
+def step(recipe: Recipe) -> Step:
+    """Returns the step, which starts from the pre-finetuned student where there is one."""
+    start = ("prefinetuning", TRAINED) if recipe.prefinetuning else ("student", MODEL)
+    return training_step("training", TITLE, recipe.training, "mixture", start, recipe)
+
+
+def training_step(
+    name: str,
+    title: str,
+    config: TrainingConfig,
+    mixture: str,
+    start: tuple[str, str],
+    recipe: Recipe,
+) -> Step:
+    """Returns a step that trains the student.
+
+    Args:
+        name: Of the step.
+        title: What it is for.
+        config: The stage's configuration.
+        mixture: Name of the step whose batches are trained on.
+        start: Name of the step whose encoder is trained, and the folder where that keeps it.
+        recipe: The whole recipe: its student, and the test set that training is watched on.
+    """
+    named = config.validation.test_set if config.validation else None
+    test_set = next((each for each in recipe.evaluation if each.name == named), None)
+    before, folder = start
+
+    def work(context: StepContext) -> dict[str, Json]:
+        from pipelines.training.validation import WatchedSet
+
+        watched = None
+        if test_set is not None:
+            # The recipe was checked: it is a retrieval set.
+            data = cast(RetrievalDataset, load_test_set(test_set))
+            watched = WatchedSet(data=data, task=test_set.task)
+        return train_student(
+            config,
+            mixture=mixture,
+            student=join(context.input(before).uri, folder),
+            test_set=watched,
+            trust_remote_code=recipe.student.trust_remote_code,
+            context=context,
+        )
+
+    watched_on = {} if test_set is None else {"test_set": test_set_fingerprint(test_set)}
+    return Step(
+        name=name,
+        title=title,
+        config={**fingerprinted(config), **watched_on},
+        inputs=(mixture, before),
+        work=work,
+    )
 
 
 def train_student(
@@ -35,6 +97,11 @@ def train_student(
     Raises:
         UserError: There are no examples.
     """
+    from pipelines.training.examples import count_batches
+    from pipelines.training.metrics import recent_loss
+    from pipelines.training.train import train
+    from pipelines.training.trainer import Job
+
     examples, output = context.input(mixture).uri, context.storage.uri
     job = Job(
         config=config,

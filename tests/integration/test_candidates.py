@@ -8,14 +8,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from actors.index_actor import IndexActor
 from cluster.artifacts import Artifact, Json, write_shards
 from cluster.errors import TokayError
 from cluster.stages import StageResources
 from cluster.steps import Run, Step, StepContext
 from pipelines.corpus.cutting import passage_id
-from pipelines.encoders import EncoderConfig, embed_passages, load_encoder
+from pipelines.encoders import EncoderConfig, load_encoder
 from pipelines.fret import neighbours
-from pipelines.mining.candidates import CandidatesConfig, IndexActor, find_candidates
+from pipelines.mining.candidates import CandidatesConfig, find_candidates
+from pipelines.mining.embeddings import embed_passages
 from pipelines.records import PASSAGE, QUERY
 from pipelines.run.console import JsonLines
 

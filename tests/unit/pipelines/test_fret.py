@@ -9,8 +9,7 @@ import pytest
 
 from cluster.artifacts import Artifact, Json, write_shards
 from cluster.steps import Run, Step, StepContext
-from pipelines.fret.fret import make_fret
-from pipelines.fret.fusion import FretConfig
+from pipelines.fret.fret import FretConfig, make_fret
 from pipelines.records import CANDIDATES, PASSAGE
 from pipelines.run.console import JsonLines
 

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from pipelines.fret.fusion import FretConfig, Labels, choose_labels, fuse, ranks
+from pipelines.fret.fret import FretConfig
+from pipelines.fret.fusion import Labels, choose_labels, fuse, ranks
 from pipelines.fret.overlap import OverlapIndex, words
 
 

@@ -7,12 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from actors.index_actor import IndexActor
 from cluster.artifacts import MANIFEST, Artifact, Manifest, list_files, open_artifact, write_shards
 from cluster.errors import UserError
 from cluster.stages import StageResources
 from cluster.storage import open_storage
-from pipelines.encoders import vector_column
-from pipelines.mining.candidates import CandidatesConfig, IndexActor, check_index
+from pipelines.mining.candidates import CandidatesConfig, EmbeddingShards, check_index
+from pipelines.mining.embeddings import vector_column
 from pipelines.recipe.recipe import load_recipe
 
 NUM_ROWS, FIRST_ROW = 2000, 100
@@ -38,6 +39,10 @@ def embeddings(vectors: np.ndarray, tmp_path_factory: pytest.TempPathFactory) ->
     return open_artifact(storage.uri)
 
 
+def shards_of(embeddings: Artifact, start: int = 0, end: int | None = None) -> EmbeddingShards:
+    return EmbeddingShards(embeddings=embeddings, shards=embeddings.shards[start:end])
+
+
 @pytest.mark.parametrize(
     ("kind", "chosen", "num_audited"),
     [("auto", "flat", 0), ("ivf", "ivf", 64), ("hnsw", "hnsw", 64)],
@@ -45,7 +50,7 @@ def embeddings(vectors: np.ndarray, tmp_path_factory: pytest.TempPathFactory) ->
 def test_index_actor_finds_rows_of_the_whole_and_audits_itself(
     kind: str, chosen: str, num_audited: int, vectors: np.ndarray, embeddings: Artifact
 ) -> None:
-    actor = IndexActor(embeddings, list(embeddings.shards), FIRST_ROW, kind, StageResources())
+    actor = IndexActor(shards_of(embeddings), FIRST_ROW, kind, StageResources())
     for start in (0, 500):
         similarities, rows = actor.search(vectors[start : start + 40], 5)
         assert rows[:, 0].tolist() == list(range(FIRST_ROW + start, FIRST_ROW + start + 40))
@@ -59,7 +64,7 @@ def test_index_actor_finds_rows_of_the_whole_and_audits_itself(
 def test_index_actor_returns_the_vectors_that_it_holds(
     vectors: np.ndarray, embeddings: Artifact
 ) -> None:
-    actor = IndexActor(embeddings, list(embeddings.shards[2:4]), 600, "auto", StageResources())
+    actor = IndexActor(shards_of(embeddings, 2, 4), 600, "auto", StageResources())
     held, elsewhere = f"{700 * 7919 % NUM_ROWS:016x}", f"{5 * 7919 % NUM_ROWS:016x}"
     found = actor.vectors([elsewhere, held, "ffffffffffffffff", "0"])
     assert list(found) == [held]
@@ -72,9 +77,7 @@ def test_index_actor_takes_its_cpus_or_all_cores(
 ) -> None:
     faiss.omp_set_num_threads(1)  # as Ray leaves it, with one CPU or less
     try:
-        IndexActor(
-            embeddings, list(embeddings.shards), 0, "auto", StageResources(num_cpus=num_cpus)
-        )
+        IndexActor(shards_of(embeddings), 0, "auto", StageResources(num_cpus=num_cpus))
         assert faiss.omp_get_max_threads() == (expected or len(os.sched_getaffinity(0)))
     finally:
         faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
@@ -89,14 +92,14 @@ def test_index_actor_with_a_gpu_goes_by_what_fits_its_share(
         asked.append((num_vectors, dimensions, share))
         return len(asked) > 1
 
-    monkeypatch.setattr("actors.passage_index.fits_gpu", fits)
+    monkeypatch.setattr("actors.index_actor.fits_gpu", fits)
     monkeypatch.setattr("actors.passage_index._MAX_FLAT_BYTES", 1000)
     resources = StageResources(num_gpus=0.6)
-    shards = list(embeddings.shards)
-    assert IndexActor(embeddings, shards, 0, "auto", resources).kind == "ivf"
-    assert IndexActor(embeddings, shards, 0, "auto", resources).kind == "flat"
+    shards = shards_of(embeddings)
+    assert IndexActor(shards, 0, "auto", resources).kind == "ivf"
+    assert IndexActor(shards, 0, "auto", resources).kind == "flat"
     assert asked == [(NUM_ROWS, 32, 0.6)] * 2
-    IndexActor(embeddings, shards, 0, "auto", StageResources())
+    IndexActor(shards, 0, "auto", StageResources())
     assert len(asked) == 2
 
 

@@ -7,7 +7,6 @@ from pipelines.corpus.cutting import (
     Document,
     clean,
     cut,
-    near_duplicates,
     passage_id,
     passages_of,
     reject_reason,
@@ -139,27 +138,3 @@ def test_passages_of_number_the_parts_of_a_document() -> None:
 )
 def test_reject_reason_names_why_a_text_is_unfit(text: str, reason: str | None) -> None:
     assert reject_reason(text) == reason
-
-
-def test_near_duplicates_drop_later_copies_only() -> None:
-    original = words(0, 100)
-    edited = original.replace("word50", "changed")
-    assert near_duplicates([original, words(200, 300), edited, original.upper()]) == {2, 3}
-
-
-def test_near_duplicates_respect_the_threshold_exactly() -> None:
-    # 98 trigrams each, 95 of them shared: Jaccard 95 / 101.
-    pair = [words(0, 100), words(3, 103)]
-    assert near_duplicates(pair, threshold=95 / 101) == {1}
-    assert near_duplicates(pair, threshold=95 / 101 + 1e-9) == set()
-
-
-def test_near_duplicates_do_not_chain_through_dropped_rows() -> None:
-    # Each is like its neighbour, the last is unlike the first, which is the only one kept so far.
-    drift = [words(start, start + 100) for start in (0, 8, 16)]
-    assert near_duplicates(drift, threshold=0.8) == {1}
-
-
-def test_near_duplicates_refuse_an_impossible_threshold() -> None:
-    with pytest.raises(ValueError, match="threshold=0"):
-        near_duplicates(["a"], threshold=0)

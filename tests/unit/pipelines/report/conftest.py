@@ -14,9 +14,9 @@ import yaml
 from cluster.artifacts import Artifact, Json, write_rejects, write_shards
 from cluster.steps import Run, Step, StepContext
 from cluster.storage import open_storage
-from pipelines.evaluation.evaluation import TestSet, run_evaluation
-from pipelines.fret.fret import make_fret
-from pipelines.fret.fusion import FretConfig
+from pipelines.evaluation.evaluation import run_evaluation
+from pipelines.evaluation.test_set import TestSet
+from pipelines.fret.fret import FretConfig, make_fret
 from pipelines.records import CANDIDATES, EXAMPLE, PASSAGE, QUERY, SCORES
 from pipelines.report.write import write_report
 

@@ -7,7 +7,8 @@ import pytest
 
 from actors.encoder import Encoder, Prepared
 from cluster.stages import StageOutput, StageResources
-from pipelines.encoders import EmbedPassages, EncoderConfig, column_vectors, load_encoder
+from pipelines.encoders import EncoderConfig, load_encoder
+from pipelines.mining.embeddings import EmbedPassages, column_vectors
 from pipelines.records import PASSAGE
 
 CONFIG = EncoderConfig(model="embedded:all-MiniLM-L6-v2", passage_template="{title}: {text}")

@@ -1,0 +1,84 @@
+"""The step `embeddings`: every passage embedded by the retriever."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from cluster.artifacts import Json
+from cluster.stages import StageFunction, StageOutput, StageResources, run_stage
+from cluster.steps import Step, StepContext
+from pipelines.encoders import EncoderConfig, load_encoder
+from pipelines.fingerprints import fingerprinted
+from pipelines.records import EMBEDDED_PASSAGE, PASSAGE
+
+if TYPE_CHECKING:
+    from actors.encoder import Prepared
+    from pipelines.recipe.recipe import Recipe
+
+TITLE = "embed the passages"
+
+
+def step(recipe: Recipe) -> Step:
+    """Returns the step."""
+    resources = recipe.resources.encoder.stage()
+    return Step(
+        name="embeddings",
+        title=TITLE,
+        config=fingerprinted(recipe.retriever),
+        inputs=("passages",),
+        work=lambda context: embed_passages(recipe.retriever, resources, context),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedPassages:
+    """Passages in, passages with their embeddings out."""
+
+    encoder: EncoderConfig
+    resources: StageResources
+    columns: tuple[str, ...] = tuple(PASSAGE.names)
+
+    def load(self) -> StageFunction:
+        """Loads the encoder; a shard is tokenised while the one before is embedded."""
+        encoder = load_encoder(self.encoder)
+        # One thread each, so that shards take turns, and torch's own threads are started once.
+        tokenising, embedding = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+
+        def tokenise(passages: pa.Table) -> Prepared:
+            texts, titles = (passages[name].to_pylist() for name in ("text", "title"))
+            return encoder.prepare(encoder.format_passages(texts, titles))
+
+        async def embed(passages: pa.Table) -> StageOutput:
+            run = asyncio.get_running_loop().run_in_executor
+            prepared = await run(tokenising, tokenise, passages)
+            vectors = await run(embedding, encoder.encode_prepared, prepared)
+            rows = passages.append_column("embedding", vector_column(vectors))
+            return StageOutput(rows=rows.cast(EMBEDDED_PASSAGE))
+
+        return embed
+
+
+def embed_passages(
+    encoder: EncoderConfig, resources: StageResources, context: StepContext
+) -> dict[str, Json]:
+    """The work of a step that embeds every passage of the run."""
+    stage = EmbedPassages(encoder=encoder, resources=resources)
+    return run_stage(stage, context.input("passages"), context)
+
+
+def vector_column(vectors: np.ndarray) -> pa.Array:
+    """Turns float32 ``[rows, dimensions]`` into a list column."""
+    offsets = np.arange(0, vectors.size + 1, vectors.shape[1], dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, pa.array(vectors.ravel()))
+
+
+def column_vectors(column: pa.ChunkedArray) -> np.ndarray:
+    """Turns a list column back into float32 ``[rows, dimensions]``."""
+    flat = np.asarray(column.combine_chunks().flatten(), dtype=np.float32)
+    return flat.reshape(len(column), -1)

@@ -1,0 +1,22 @@
+"""The step `prefinetuning_mixture`: the batches of the training before the fine-tuning."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cluster.steps import Step
+from pipelines.mixture.mixture import mixture_step
+
+if TYPE_CHECKING:
+    from pipelines.recipe.recipe import Recipe
+
+TITLE = "mix the batches of pre-finetuning"
+
+
+def step(recipe: Recipe, judged_by: list[str]) -> Step:
+    """Returns the step of a recipe that has such a stage; `judged_by` as for `mixture`."""
+    first = recipe.prefinetuning
+    assert first is not None
+    return mixture_step(
+        "prefinetuning_mixture", TITLE, first.mixture, first.training, recipe, judged_by
+    )
