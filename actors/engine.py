@@ -13,11 +13,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from actors.embedded import resolve_model
 from cluster.errors import TokayError, UserError
@@ -36,38 +35,54 @@ _LESS_MEMORY = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """How the engine is started. What is None is left to vLLM.
+class LlmConfig(BaseModel):
+    """The teacher. All of this changes what it writes."""
 
-    Attributes:
-        model: Folder, hub id or ``embedded:NAME``.
-        max_model_tokens: Longest prompt and answer together, in tokens.
-        dtype: Weights and activations: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
-        enforce_eager: Do not compile: starts a minute sooner, runs slower.
-        gpu_memory_utilization: Share of the GPU's memory that vLLM may take.
-        tensor_parallel_size: GPUs (or groups of CPU cores) that share one copy of the model.
-        kv_cache_gib: Size of the KV cache; on a CPU there is no sensible default.
-        max_num_seqs: Most requests in one engine step.
-        max_num_batched_tokens: Most tokens in one engine step.
-        block_size: Tokens in one block of the KV cache; on a CPU a multiple of 32. Prefixes are
-            shared in whole blocks.
-        seed: The engine's own seed, for requests that bring none.
-        trust_remote_code: Run code that comes with the model.
-    """
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str
-    max_model_tokens: int = 2048
-    dtype: str = "auto"
-    enforce_eager: bool = False
-    gpu_memory_utilization: float = 0.9
-    tensor_parallel_size: int = 1
-    kv_cache_gib: float | None = None
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
-    block_size: int | None = None
-    seed: int = 0
-    trust_remote_code: bool = False
+    model: str = Field(description="folder, hub id or embedded:NAME")
+    dtype: Literal["auto", "float32", "float", "bfloat16", "float16", "half"] = Field(
+        default="auto", description="of weights and activations"
+    )
+    max_model_tokens: int = Field(
+        default=2048, ge=256, description="longest prompt and answer together"
+    )
+    seed: int = Field(default=0, description="of the engine, for requests that bring none")
+    trust_remote_code: bool = Field(
+        default=False,
+        description="run code that comes with it; --trust-remote-code must say it too",
+    )
+
+
+class EngineConfig(BaseModel):
+    """vLLM's own settings; None is left to vLLM."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    enforce_eager: bool = Field(
+        default=False, description="do not compile: starts a minute sooner, runs slower"
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.9, gt=0, le=1, description="share of the GPU's memory that vLLM may take"
+    )
+    tensor_parallel_size: int = Field(
+        default=1, ge=1, description="GPUs, or groups of CPU cores, that share one copy of the LLM"
+    )
+    kv_cache_gib: float | None = Field(
+        default=None, gt=0, description="of the KV cache; on a CPU vLLM has no sensible default"
+    )
+    max_num_seqs: int | None = Field(
+        default=None, ge=1, description="most requests in one engine step"
+    )
+    max_num_batched_tokens: int | None = Field(
+        default=None, ge=1, description="most tokens in one engine step"
+    )
+    block_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens in a block of the KV cache, a multiple of 32 on a CPU; prefixes are"
+        " shared in whole blocks",
+    )
 
 
 class EngineLog:
@@ -105,19 +120,19 @@ class EngineLog:
         """Returns the error that the engine's processes printed last, one about memory first."""
         with self.path.open("rb") as file:
             file.seek(max(0, self.path.stat().st_size - _LOG_BYTES))
-            found = _ERROR.findall(file.read().decode(errors="replace"))
-        reasons = [line for line in found if not _NO_REASON.search(line)]
+            messages = _ERROR.findall(file.read().decode(errors="replace"))
+        reasons = [line for line in messages if not _NO_REASON.search(line)]
         memory = [line for line in reasons if _MEMORY.search(line)]
         if memory:
             return f"{_first_sentences(memory[0])}{_LESS_MEMORY}"
         return _first_sentences(reasons[-1]) if reasons else "it gave no reason"
 
     def where(self) -> str:
-        """Says on which machine the file is, and where."""
+        """Returns the file's machine and path."""
         return f"{socket.gethostname()}:{self.path}"
 
     def delete(self) -> None:
-        """Deletes the file, which nobody will ask for."""
+        """Deletes the file, which is no longer needed."""
         self.path.unlink(missing_ok=True)
 
 
@@ -130,60 +145,52 @@ def _log_folder() -> Path | None:
     return None
 
 
-def start_engine(options: EngineOptions) -> tuple[Any, EngineLog]:
+def start_engine(llm: LlmConfig, config: EngineConfig) -> tuple[Any, EngineLog]:
     """Starts vLLM's asynchronous engine, in its own processes (half a minute to some minutes).
 
     Raises:
         UserError: The model does not exist, or vLLM refuses an option.
         TokayError: The engine does not start.
     """
-    model = resolve_model(options.model)
-    _set_environment(options)
+    model = resolve_model(llm.model)
+    _set_environment(config)
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    optional: dict[str, Any] = {
-        "max_num_seqs": options.max_num_seqs,
-        "max_num_batched_tokens": options.max_num_batched_tokens,
-        "block_size": options.block_size,
-    }
+    options: dict[str, Any] = config.model_dump(exclude={"kv_cache_gib"}, exclude_none=True)
     if current_platform.is_cpu():
         # A seeded request whose prefill is cut in two kills the CPU engine
         # ("CPU Generator does not use offset"), so there every prefill runs whole.
-        optional["enable_chunked_prefill"] = False
-        optional["max_num_batched_tokens"] = max(
-            options.max_num_batched_tokens or 0, options.max_model_tokens
+        options["enable_chunked_prefill"] = False
+        options["max_num_batched_tokens"] = max(
+            config.max_num_batched_tokens or 0, llm.max_model_tokens
         )
-    if options.kv_cache_gib is not None:
-        optional["kv_cache_memory_bytes"] = int(options.kv_cache_gib * 2**30)
+    if config.kv_cache_gib is not None:
+        options["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
     log = EngineLog()
     try:
         with log.capture():
             arguments = AsyncEngineArgs(
                 model=model,
-                max_model_len=options.max_model_tokens,
-                dtype=cast(Any, options.dtype),
-                enforce_eager=options.enforce_eager,
-                gpu_memory_utilization=options.gpu_memory_utilization,
-                tensor_parallel_size=options.tensor_parallel_size,
-                seed=options.seed,
-                trust_remote_code=options.trust_remote_code,
+                max_model_len=llm.max_model_tokens,
+                dtype=llm.dtype,
+                seed=llm.seed,
+                trust_remote_code=llm.trust_remote_code,
                 enable_prefix_caching=True,
                 disable_log_stats=True,
-                **{name: value for name, value in optional.items() if value is not None},
+                **options,
             )
             # The defaults of an engine's steps are those of offline work: 16,384 tokens and 1,024
             # sequences on an H100, where AsyncLLM alone would take 2,048 and 128.
             engine = AsyncLLM.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
     except ValueError as error:  # vLLM's word for options that do not fit the model
         log.delete()
-        raise UserError(f"vLLM refuses model {options.model!r}: {_refusal(error)}") from error
+        raise UserError(f"vLLM refuses model {llm.model!r}: {_refusal(error)}") from error
     except Exception as error:
         raise TokayError(
-            f"vLLM did not start with model {options.model!r}: {log.reason()} (its log:"
-            f" {log.where()})"
+            f"vLLM did not start with model {llm.model!r}: {log.reason()} (its log: {log.where()})"
         ) from error
     return engine, log
 
@@ -199,7 +206,7 @@ def _refusal(error: ValueError) -> str:
 
 
 def _first_sentences(text: str) -> str:
-    """Returns as many whole sentences as make a line that is read, and the first at least."""
+    """Returns the first sentence, and as many more as a short line holds."""
     first, *more = " ".join(text.split()).rstrip(".").split(". ")
     for sentence in more:
         if len(first) + len(sentence) > _MESSAGE_LENGTH:
@@ -208,8 +215,8 @@ def _first_sentences(text: str) -> str:
     return first
 
 
-def _set_environment(options: EngineOptions) -> None:
-    """Set what vLLM takes from the environment only; what the user has set stays."""
+def _set_environment(config: EngineConfig) -> None:
+    """Sets what vLLM takes from the environment only; what the user has set stays."""
     from vllm.platforms import current_platform
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -219,12 +226,12 @@ def _set_environment(options: EngineOptions) -> None:
     if not current_platform.is_cpu():
         return
     cores = sorted(os.sched_getaffinity(0))
-    size = options.tensor_parallel_size
+    size = config.tensor_parallel_size
     groups = [",".join(map(str, cores[rank::size])) for rank in range(size)]
     # vLLM's own choice leaves one core of two idle.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(groups))
     # One order of summation, however many requests share a step: the same numbers every time.
     os.environ.setdefault("VLLM_CPU_ATTN_SPLIT_KV", "0")
-    if options.enforce_eager:
+    if config.enforce_eager:
         # Eager vLLM still compiles a helper of prompt log-probabilities: 20 s, and a C++ compiler.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from actors.embedded import resolve_model
-from actors.engine import EngineLog, EngineOptions, start_engine
+from actors.engine import EngineConfig, EngineLog, LlmConfig, start_engine
 from actors.pair_scores import PairScore, PairScorer, PairTokens, ScoringPrompt
 from actors.plain_text import PlainText
 from cluster.errors import EngineDied, TokayError
@@ -67,7 +67,7 @@ class LanguageModel:
         self._on_cpu = bool(current_platform.is_cpu())
 
     @classmethod
-    def load(cls, options: EngineOptions) -> LanguageModel:
+    def load(cls, llm: LlmConfig, config: EngineConfig) -> LanguageModel:
         """Start an engine, in its own processes (half a minute to some minutes).
 
         Raises:
@@ -76,11 +76,11 @@ class LanguageModel:
         """
         from transformers import AutoTokenizer
 
-        engine, log = start_engine(options)
+        engine, log = start_engine(llm, config)
         tokenizer = AutoTokenizer.from_pretrained(
-            resolve_model(options.model), trust_remote_code=options.trust_remote_code
+            resolve_model(llm.model), trust_remote_code=llm.trust_remote_code
         )
-        return cls(engine, tokenizer, options.max_model_tokens, log)
+        return cls(engine, tokenizer, llm.max_model_tokens, log)
 
     def close(self) -> None:
         """Stop the engine and its processes."""

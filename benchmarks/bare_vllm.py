@@ -1,10 +1,10 @@
-"""vLLM's own `LLM` with Tokay's engine options: the rival of several benchmarks."""
+"""vLLM's own `LLM` with Tokay's engine settings: the rival of several benchmarks."""
 
 import os
 from typing import TYPE_CHECKING, Any
 
 from actors.embedded import resolve_model
-from actors.engine import EngineOptions
+from actors.engine import EngineConfig, LlmConfig
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -17,21 +17,21 @@ def set_environment() -> None:
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 
 
-def engine_arguments(options: EngineOptions) -> dict[str, Any]:
+def engine_arguments(llm: LlmConfig, config: EngineConfig) -> dict[str, Any]:
     """Returns the keyword arguments of `LLM` beside the model."""
     return {
-        "dtype": options.dtype,
-        "max_model_len": options.max_model_tokens,
-        "enforce_eager": options.enforce_eager,
-        "kv_cache_memory_bytes": int((options.kv_cache_gib or 0) * 2**30),
-        "max_num_seqs": options.max_num_seqs or 96,
-        "block_size": options.block_size,
+        "dtype": llm.dtype,
+        "max_model_len": llm.max_model_tokens,
+        "enforce_eager": config.enforce_eager,
+        "kv_cache_memory_bytes": int((config.kv_cache_gib or 0) * 2**30),
+        "max_num_seqs": config.max_num_seqs or 96,
+        "block_size": config.block_size,
     }
 
 
-def bare_llm(options: EngineOptions, **more: Any) -> "LLM":
+def bare_llm(llm: LlmConfig, config: EngineConfig, **more: Any) -> "LLM":
     """Starts an engine in this process."""
     set_environment()
     from vllm import LLM
 
-    return LLM(model=resolve_model(options.model), **engine_arguments(options), **more)
+    return LLM(model=resolve_model(llm.model), **engine_arguments(llm, config), **more)

@@ -16,7 +16,7 @@ from distilabel.steps import LoadDataFromDicts
 from distilabel.steps.tasks import TextGeneration
 
 from actors.embedded import resolve_model
-from actors.engine import EngineOptions
+from actors.engine import EngineConfig, LlmConfig
 from cluster.plain_json import dump_json
 
 
@@ -52,7 +52,7 @@ def main() -> None:
     """Reads the job from stdin; the answers lie in the pipeline's Parquet files."""
     job = json.load(sys.stdin)
     folder = Path(job["folder"])
-    extra = engine_arguments(EngineOptions(**job["engine"]))
+    extra = engine_arguments(LlmConfig(**job["llm"]), EngineConfig(**job["engine"]))
     dtype = extra.pop("dtype")
     with Pipeline(name="generate", cache_dir=folder) as pipeline:
         prompts = LoadDataFromDicts(
@@ -61,7 +61,7 @@ def main() -> None:
         )
         write = TextGeneration(
             llm=StampedVLLM(
-                model=resolve_model(job["engine"]["model"]),
+                model=resolve_model(job["llm"]["model"]),
                 dtype=dtype,
                 extra_kwargs=extra,
                 disable_cuda_device_placement=True,  # there is none

@@ -23,7 +23,6 @@ from bare_vllm import bare_llm
 from streamed_generation import write_step
 
 from cluster.plain_json import dump_json
-from pipelines.fret.language_models import engine_options
 from pipelines.fret.prompts import STOP, load_prompts
 from pipelines.fret.queries import query_id, query_prompts
 from pipelines.recipe.graph import build_run
@@ -36,7 +35,8 @@ def bare(connection: Connection, recipe: Recipe, passages: list[dict[str, Any]])
     from vllm import SamplingParams
 
     llm = bare_llm(
-        engine_options(recipe.llm, recipe.resources.engine),
+        recipe.llm,
+        recipe.resources.engine,
         enable_chunked_prefill=False,  # else a seeded request kills the CPU engine
         max_num_batched_tokens=recipe.llm.max_model_tokens,
     )

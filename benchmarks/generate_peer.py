@@ -21,14 +21,12 @@ import sys
 import sysconfig
 import tempfile
 import venv
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from streamed_generation import write_step
 
 from cluster.artifacts import Artifact
-from pipelines.fret.language_models import engine_options
 from pipelines.fret.prompts import STOP, load_prompts
 from pipelines.fret.queries import query_id, query_prompts
 from pipelines.recipe.graph import build_run
@@ -119,7 +117,8 @@ def main() -> None:
         seeds = build_run(recipe, f"{folder}/run").execute(JsonLines(), until="seeds")["seeds"]
         job = {
             "prompts": prompts_of(recipe, seeds),
-            "engine": asdict(engine_options(recipe.llm, recipe.resources.engine)),
+            "llm": recipe.llm.model_dump(),
+            "engine": recipe.resources.engine.model_dump(),
             "generation": {
                 "temperature": recipe.queries.temperature,
                 "max_new_tokens": recipe.queries.max_query_tokens,

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.encoder import Encoder
-from actors.engine import EngineOptions
+from actors.engine import EngineConfig, LlmConfig
 from actors.language_model import LanguageModel, Sampling
 from actors.passage_index import PassageIndex
 from pipelines.corpus.cutting import Passage, passages_of
@@ -158,13 +158,8 @@ async def main() -> None:
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     llm = LanguageModel.load(
-        EngineOptions(
-            model=options.model,
-            max_model_tokens=2048,
-            enforce_eager=not options.compile,
-            kv_cache_gib=2,
-            block_size=32,
-        )
+        LlmConfig(model=options.model),
+        EngineConfig(enforce_eager=not options.compile, kv_cache_gib=2, block_size=32),
     )
     try:
         bench = make_bench(

@@ -25,17 +25,15 @@ import numpy as np
 import psutil
 from bare_vllm import bare_llm
 
-from actors.engine import EngineOptions
+from actors.engine import EngineConfig, LlmConfig
 from actors.language_model import LanguageModel
 from actors.pair_scores import ScoringPrompt
 from cluster.plain_json import dump_json
 from pipelines.fret.fusion import ranks
 from pipelines.fret.prompts import PairPrompts, load_prompts
 
-ENGINE = EngineOptions(
-    model="embedded:SmolLM2-135M-Instruct",
-    dtype="bfloat16",
-    max_model_tokens=1024,
+LLM = LlmConfig(model="embedded:SmolLM2-135M-Instruct", dtype="bfloat16", max_model_tokens=1024)
+ENGINE = EngineConfig(
     enforce_eager=True,
     gpu_memory_utilization=0.4,  # both engines are on one GPU
     kv_cache_gib=2,
@@ -70,7 +68,7 @@ def find_pairs(folder: str, num_pairs: int) -> list[tuple[int, ScoringPrompt]]:
 def tokay(connection: Connection) -> None:
     """Scores lists of pairs with Tokay's engine."""
     loop = asyncio.new_event_loop()
-    llm = LanguageModel.load(ENGINE)
+    llm = LanguageModel.load(LLM, ENGINE)
     connection.send(None)
     while True:
         pairs = connection.recv()
@@ -84,7 +82,7 @@ def naive(connection: Connection) -> None:
     """Scores lists of pairs as vLLM's own examples would."""
     from vllm import SamplingParams
 
-    llm = bare_llm(ENGINE, gpu_memory_utilization=ENGINE.gpu_memory_utilization)
+    llm = bare_llm(LLM, ENGINE, gpu_memory_utilization=ENGINE.gpu_memory_utilization)
     tokenizer = llm.get_tokenizer()
 
     def ids(text: str) -> list[int]:

@@ -6,29 +6,20 @@ from pathlib import Path
 
 from cluster.artifacts import Artifact
 from cluster.session import connect, disconnect
-from cluster.stages import Stage, StageFunction, StageResources, run_stage
+from cluster.stages import Stage, StageFunction, run_stage
 from cluster.steps import StepContext
 from cluster.storage import open_storage
-from pipelines.fret.language_models import engine_options
 from pipelines.fret.prompts import load_prompts
 from pipelines.fret.queries import WriteQueries, query_prompts
 from pipelines.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stamped:
+class Stamped(Stage):
     """A stage that notes when its engine is up."""
 
     stage: Stage
     stamp: str
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return self.stage.columns
-
-    @property
-    def resources(self) -> StageResources:
-        return self.stage.resources
 
     def load(self) -> StageFunction:
         transform = self.stage.load()
@@ -50,21 +41,18 @@ def write_step(recipe: Recipe, seeds: Artifact, folder: Path) -> tuple[float, in
     that were written.
     """
     stamp = folder / "engine-is-up"
-    stage = Stamped(
-        stage=WriteQueries(
-            config=recipe.queries,
-            prompts=query_prompts(recipe.queries, load_prompts()),
-            engine=engine_options(recipe.llm, recipe.resources.engine),
-            resources=recipe.resources.llm.stage(),
-        ),
-        stamp=str(stamp),
+    write = WriteQueries(
+        config=recipe.queries,
+        prompts=query_prompts(recipe.queries, load_prompts()),
+        llm=recipe.llm,
+        engine=recipe.resources.engine,
+        resources=recipe.resources.llm,
     )
+    stage = Stamped(stage=write, stamp=str(stamp), columns=write.columns, resources=write.resources)
     folder.mkdir(parents=True)
     storage = open_storage(str(folder))
     connect(folder / "logs")
-    metrics = run_stage(
-        stage, seeds, StepContext(storage=storage, inputs={}, run=storage, progress=Quiet())
-    )
+    metrics = run_stage(stage, seeds, StepContext(storage=storage, inputs={}, progress=Quiet()))
     disconnect()
     end = max(file.stat().st_mtime for file in folder.glob("shards/*.parquet"))
     return end - float(stamp.read_text(encoding="utf-8")), int(metrics["num_written_tokens"])

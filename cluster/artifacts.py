@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import pyarrow as pa
 from pydantic import Field, TypeAdapter, ValidationError
 
-from cluster.errors import ArtifactError, Reject, StorageError, excerpt
+from cluster.errors import ArtifactError, OtherFormat, Reject, StorageError, excerpt
 from cluster.plain_json import dump_json
 from cluster.storage import (
     LocalStorage,
@@ -31,6 +31,7 @@ from cluster.storage import (
 )
 
 MANIFEST = "manifest.json"
+FORMAT = 2  # of a run's folders; raised with each change that this code could not read
 MAX_DEPTH = 100  # of JSON
 REJECT_SCHEMA = pa.schema([("id", pa.string()), ("reason", pa.string()), ("text", pa.string())])
 
@@ -60,19 +61,22 @@ class Manifest:
     metrics: dict[str, Json] = field(default_factory=dict)
     seconds_s: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
 
     def to_json(self) -> bytes:
-        """Returns the manifest as indented JSON; a figure that is no number becomes null."""
+        """Returns the manifest as indented JSON; NaN and the infinities become null."""
         return dump_json(asdict(self), indent=1, sort_keys=True).encode()
 
     @classmethod
     def from_json(cls, content: bytes, uri: str) -> "Manifest":
-        """Reads a manifest, which may be anybody's.
+        """Reads a manifest, which anybody may have written.
 
         Raises:
-            ArtifactError: It is none, or names a file that lies elsewhere than in its folder.
+            ArtifactError: It is not a manifest, or names a file outside its folder.
+            OtherFormat: Another version of Tokay wrote it.
         """
         fields = parse_object(content, uri)
+        check_format(fields, uri)
         try:
             manifest = _MANIFEST.validate_python(fields, extra="forbid")
             for entry in manifest.files:
@@ -98,7 +102,7 @@ def parse_object(content: bytes, uri: str) -> dict[str, Json]:
     """Reads a JSON object of ours, which somebody else may have written.
 
     Raises:
-        ArtifactError: It is none, or nested too deeply to be one of ours.
+        ArtifactError: It is not one, or nested too deeply to be one of ours.
     """
     try:
         fields = _plain(json.loads(content))
@@ -107,6 +111,17 @@ def parse_object(content: bytes, uri: str) -> dict[str, Json]:
     except (ValueError, RecursionError) as error:
         raise _no_manifest(uri, error) from error
     return fields
+
+
+def check_format(fields: dict[str, Json], uri: str) -> None:
+    """Raises OtherFormat for a manifest or a note on begun work that another version wrote."""
+    given = fields.get("format", 1)  # the first had no number
+    if "fingerprint" in fields and given != FORMAT:
+        raise OtherFormat(
+            f"{excerpt(uri)} is of format {excerpt(repr(given), 20)}, and this version of Tokay"
+            f" reads format {FORMAT}: make the run anew, in another folder or with --fresh; a model"
+            " in its export/model can still be used by that folder's own path"
+        )
 
 
 def _plain(value: Json, depth: int = 0) -> Json:
@@ -139,7 +154,7 @@ class Artifact:
         """Returns the artifact in this folder, or None where no manifest says it is finished.
 
         Raises:
-            ArtifactError: The manifest is none, or a symbolic link leads out of the folder.
+            ArtifactError: The manifest is not valid, or the folder holds a symbolic link.
         """
         try:
             content = storage.read_bytes(MANIFEST)
@@ -244,7 +259,7 @@ def write_shards(storage: Storage, table: pa.Table, rows_per_shard: int) -> None
 def write_rejects(storage: Storage, rejects: list[Reject], number: int = 0) -> None:
     """Writes (id, reason, text) rows as reject shard `number`; nothing if there are none.
 
-    They take any string: half a surrogate pair is written as its escape, such as \\ud83d.
+    They take any string: a lone surrogate is written as its escape, such as \\ud83d.
     """
     if rejects:
         columns = [[_writable(text) for text in column] for column in zip(*rejects, strict=True)]
@@ -257,7 +272,7 @@ def _writable(text: str) -> str:
 
 
 def list_files(storage: Storage) -> tuple[FileEntry, ...]:
-    """Describes every file of a step folder but its manifest and its notes on work under way."""
+    """Describes every file of a step folder except its manifest and notes on unfinished work."""
     paths = [p for p in storage.list() if p != MANIFEST and not p.startswith("work/")]
     with ThreadPoolExecutor(max_workers=8) as pool:
         return tuple(pool.map(lambda path: describe_file(storage, path), paths))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 Reject = tuple[str, str, str]  # id, reason, text
 DUPLICATE, NEAR_DUPLICATE = "duplicate", "near-duplicate"
-DUPLICATES = (DUPLICATE, NEAR_DUPLICATE)  # reasons of rejects that are no bad rows
+DUPLICATES = (DUPLICATE, NEAR_DUPLICATE)  # reasons of rejects that are not bad rows
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -14,8 +14,8 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 def excerpt(value: object, max_characters: int = 200) -> str:
     """Returns a value's text on one line that any terminal can show, cut at `max_characters`.
 
-    For whatever comes from outside, above all in errors: control characters and halves of
-    surrogate pairs become U+FFFD.
+    For whatever comes from outside, above all in errors: control characters and lone surrogates
+    become U+FFFD.
     """
     line = _UNPRINTABLE.sub("\ufffd", " ".join(str(value).split()))
     return line if len(line) <= max_characters else line[: max_characters - 1].rstrip() + "…"
@@ -28,7 +28,7 @@ class TokayError(Exception):
 
 
 class UserError(TokayError):
-    """The user's mistake, told by what was given, what is accepted and what to do; exit code 2."""
+    """The user's mistake: what was given, what is accepted and what to do; exit code 2."""
 
     exit_code = 2
 
@@ -41,6 +41,12 @@ class ArtifactError(TokayError):
     """An artifact whose files do not agree with its manifest."""
 
 
+class OtherFormat(ArtifactError):
+    """An artifact that another version of Tokay wrote, in a format that this one does not read."""
+
+    exit_code = 2
+
+
 class TooManyRejects(TokayError):
     """A step gave up because more rows were bad than the recipe allows."""
 
@@ -48,7 +54,7 @@ class TooManyRejects(TokayError):
     def of(
         cls, step: str, reasons: Counter[str], examples: Sequence[Reject], limit: str
     ) -> "TooManyRejects":
-        """Tells the commonest reasons and three examples.
+        """Returns the error with the commonest reasons and three examples.
 
         Args:
             step: Its name.
@@ -70,7 +76,7 @@ class TooManyRejects(TokayError):
 
 
 class EngineDied(TokayError):
-    """The engine that a stage works with is gone; the stage must be loaded anew."""
+    """The engine that a stage works with is gone; the stage must be loaded again."""
 
 
 class ScoresDiffer(TokayError):

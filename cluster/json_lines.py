@@ -1,6 +1,6 @@
 """Lines and JSON from anywhere, perhaps packed, with a reason for whatever cannot be read.
 
-Python's reader takes more than JSON (`NaN`, a key twice, half of a surrogate pair) and raises
+Python's reader takes more than JSON (`NaN`, a key twice, a lone surrogate) and raises
 `RecursionError` for what is nested deeply; the readers here do neither.
 """
 
@@ -28,7 +28,7 @@ def parse_json(content: bytes) -> Any:
     """Returns the value of one JSON text in UTF-8.
 
     Raises:
-        ValueError: The text is none, in a few words.
+        ValueError: It is not one; the message says why in a few words.
     """
     try:
         text = content.decode("utf-8-sig")
@@ -112,7 +112,7 @@ def text_lines(lines: Iterable[bytes], place: str) -> Iterator[tuple[str, str] |
 
 
 def is_text(value: Any) -> bool:
-    """Says whether a JSON value can be written as UTF-8: half a surrogate pair cannot."""
+    """Says whether a JSON value can be written as UTF-8: a lone surrogate cannot."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -123,11 +123,11 @@ def is_text(value: Any) -> bool:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(pairs) > _MAX_KEYS:
         raise _Unaccepted(f"a JSON object of {len(pairs)} keys (accepted are {_MAX_KEYS})")
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise _Unaccepted(f"the key {twice[:80]!r} twice in one JSON object")
-    return found
+    return fields
 
 
 def _no_number(name: str) -> float:

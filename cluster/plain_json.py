@@ -9,7 +9,7 @@ from typing import Any
 
 
 def dump_json(value: Any, **options: Any) -> str:
-    """Returns a value as JSON, in which a number that is none (NaN, an infinity) is null.
+    """Returns a value as JSON, in which NaN and the infinities are null.
 
     Args:
         value: What `json.dumps` takes.

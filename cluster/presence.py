@@ -1,8 +1,8 @@
-"""Which of a step's actors are there: told while some are waited for, counted when they die.
+"""Which of a step's actors run: missing ones are reported, and deaths are counted.
 
-Ray starts a dead actor anew, for ever. That is right for a lost node, and never ends where an actor
+Ray restarts a dead actor for ever. That is right for a lost node, but never ends where an actor
 runs out of memory over the same shard each time. So every actor notes in its step's folder where it
-begins; from its own notes it sees how often it died, and on which nodes.
+starts; from its own notes it sees how often it died, and on which nodes.
 """
 
 import json
@@ -22,7 +22,7 @@ _LOOK_EVERY_S = 5.0
 
 
 def actor_begins(notes: Storage, kind: str) -> None:
-    """Notes that this Ray actor begins; first in its constructor, which each restart runs.
+    """Notes that this Ray actor starts; called first in its constructor, which each restart runs.
 
     Args:
         notes: The step's folder.
@@ -55,31 +55,31 @@ def clear_actors(notes: Storage, kind: str) -> None:
 
 
 @contextmanager
-def waiting_told(
+def report_waiting(
     context: StepContext,
     kind: str,
     wanted: int,
     needs: Mapping[str, float],
     done: Callable[[], tuple[float, float | None]] = lambda: (0, None),
 ) -> Iterator[None]:
-    """Tells the step's progress, until the block ends, which actors have no place, and since when.
+    """Reports to the step's progress, until the block ends, which actors wait for a place.
 
     Args:
         context: The step's.
         kind: Of the actors.
-        wanted: How many there should be.
+        wanted: How many actors there should be.
         needs: What each asks Ray for, by Ray's names.
         done: Returns how far the step is, and of how much.
     """
     ended = threading.Event()
 
     def look() -> None:
-        since, told = time.monotonic(), ""
+        since, reported = time.monotonic(), ""
         while not ended.wait(_LOOK_EVERY_S):
             try:
-                missing = wanted - _num_there(context.storage, kind)
+                missing = wanted - _num_running(context.storage, kind)
             except StorageError:
-                continue  # the actors will tell, if it lasts
+                continue  # the actors will fail with it, if it lasts
             note = ""
             if missing > 0:
                 waited_s = time.monotonic() - since
@@ -87,9 +87,9 @@ def waiting_told(
                 note = f"waiting for {missing} of {wanted} actors ({_places(needs)}): {duration}"
             else:
                 since = time.monotonic()
-            if note != told:
+            if note != reported:
                 context.progress.update(*done(), note)
-                told = note
+                reported = note
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
@@ -100,7 +100,7 @@ def waiting_told(
         thread.join()
 
 
-def _num_there(notes: Storage, kind: str) -> int:
+def _num_running(notes: Storage, kind: str) -> int:
     """Counts the actors that have begun on a node that is alive."""
     alive = _alive_nodes()
     lives = [_lives(notes, path) for path in notes.list(join(_FOLDER, kind))]
@@ -125,16 +125,16 @@ def _places(needs: Mapping[str, float]) -> str:
     """Says what an actor asks for, and how much of that the cluster has now."""
     import ray
 
-    there = ray.cluster_resources()
+    total = ray.cluster_resources()
     each = ", ".join(f"{amount:g} {name}" for name, amount in needs.items() if amount)
-    has = ", ".join(f"{there.get(name, 0):g} {name}" for name, amount in needs.items() if amount)
+    has = ", ".join(f"{total.get(name, 0):g} {name}" for name, amount in needs.items() if amount)
     return f"each {each}; the cluster has {has}"
 
 
 def _exit_reason(worker_id: str) -> str:
-    """Returns what Ray noted of a worker's end; Ray tells it nowhere but in its state API.
+    """Returns what Ray noted of a worker's end, which only its state API gives.
 
-    That needs the dashboard, which a Ray on this machine alone has not.
+    That API needs the dashboard, which a local Ray does not have; so its source is read instead.
     """
     from ray._private.state import state
     from ray.core.generated import gcs_pb2

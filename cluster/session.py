@@ -122,11 +122,11 @@ def _configure_ray_data() -> None:
     from ray.data.context import ShuffleStrategy
 
     context = DataContext.get_current()
-    # Of tasks, which a lost node makes anew; the default's aggregator actors do not come back.
+    # Made of tasks, which run again after a lost node; the default's aggregator actors do not.
     context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # Else a step ends that waits half an hour for nodes, or for the first shard of a large model.
+    # Else a step fails that waits half an hour for nodes, or for the first shard of a large model.
     context.execution_no_progress_timeout_s = -1
 
 
@@ -149,8 +149,8 @@ def _private_temporary_folder() -> str:
     parent = folder.parent
     with contextlib.suppress(FileExistsError):
         parent.mkdir(mode=0o700)
-    found = parent.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+    status = parent.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise UserError(
             f"{parent} is not a folder of yours alone (mode 700), as Ray's files need: move it"
             " away, or set TMPDIR to another folder"

@@ -7,18 +7,19 @@ object store stays empty; and a shard computed twice (a lost node, a killed run)
 
 import asyncio
 import json
-import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
 
-from cluster import errors
 from cluster.artifacts import Artifact, FileEntry, Json, shard_path, write_rejects
-from cluster.errors import Reject, TokayError, TooManyRejects
-from cluster.presence import MAX_DEATHS, actor_begins, clear_actors, waiting_told
+from cluster.errors import EngineDied, Reject, TokayError, TooManyRejects
+from cluster.presence import MAX_DEATHS, actor_begins, clear_actors, report_waiting
+from cluster.ray_errors import reported_error
 from cluster.steps import StepContext
 from cluster.storage import Storage, read_table, write_table
 
@@ -26,24 +27,24 @@ TALLY = b"tokay.tally"
 _ACTORS = "stage"
 
 
-@dataclass(frozen=True, kw_only=True)
-class StageResources:
-    """What each actor of a stage needs; changes no number, so it is in no fingerprint.
+class StageResources(BaseModel):
+    """What each actor of a stage needs; changes no number, so it is in no fingerprint."""
 
-    Attributes:
-        num_actors: Actors at most. The pool starts with one and grows to what the cluster has;
-            where they go to one type of node, with all, so that those nodes are sent for at once.
-        num_cpus: Logical CPUs an actor.
-        num_gpus: GPUs an actor.
-        node_resource: Custom resource that steers actors to one node type of the cluster.
-        shards_in_flight: Shards an actor works on at once, so that an engine never idles.
-    """
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    num_actors: int = 1
-    num_cpus: float = 1.0
-    num_gpus: float = 0.0
-    node_resource: str | None = None
-    shards_in_flight: int = 1
+    num_actors: int = Field(
+        default=1,
+        ge=1,
+        description="at most; the pool starts with one, with node_resource with all",
+    )
+    num_cpus: float = Field(default=1.0, ge=0, description="an actor")
+    num_gpus: float = Field(default=0.0, ge=0, description="an actor")
+    node_resource: str | None = Field(
+        default=None, description="custom resource of the nodes that may have such actors"
+    )
+    shards_in_flight: int = Field(
+        default=2, ge=1, description="shards at work at once in an actor, so that it never idles"
+    )
 
     @property
     def custom(self) -> dict[str, float]:
@@ -78,20 +79,24 @@ class StageOutput:
 StageFunction = Callable[[pa.Table], Awaitable[StageOutput]]
 
 
-class Stage(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Stage(ABC):
     """A frozen, picklable description of one transformation.
 
-    An input row gives one output row, or `rows_per_row` of them where a stage has that property.
+    Attributes:
+        columns: The columns it reads.
+        resources: What each actor needs.
     """
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns it reads."""
+    columns: tuple[str, ...]
+    resources: StageResources
 
     @property
-    def resources(self) -> StageResources:
-        """What each actor needs."""
+    def rows_per_row(self) -> int:
+        """Output rows, rejects among them, for each input row."""
+        return 1
 
+    @abstractmethod
     def load(self) -> StageFunction:
         """Loads models, once in each actor, and returns the transformation of a shard."""
 
@@ -134,9 +139,9 @@ def run_stage(
     context.progress.update(num_done, source.num_rows, "starting actors" if todo else "")
     if todo:
         resources = stage.resources
-        most = min(resources.num_actors, len(todo))
+        max_actors = min(resources.num_actors, len(todo))
         # Ray Data asks for nodes by CPUs and GPUs alone; actors that wait name theirs.
-        fewest = most if resources.node_resource else 1
+        min_actors = max_actors if resources.node_resource else 1
         references = ray.data.from_items(
             [{"path": shard.path} for shard in todo], override_num_blocks=len(todo)
         )
@@ -145,8 +150,8 @@ def run_stage(
             fn_constructor_args=(stage, source, context.storage),
             batch_size=1,
             compute=ActorPoolStrategy(
-                min_size=fewest,
-                max_size=most,
+                min_size=min_actors,
+                max_size=max_actors,
                 max_tasks_in_flight_per_actor=2 * resources.shards_in_flight,
                 max_concurrent_calls_per_actor=resources.shards_in_flight,
             ),
@@ -156,8 +161,8 @@ def run_stage(
         )
         clear_actors(context.storage, _ACTORS)
         try:
-            with waiting_told(
-                context, _ACTORS, fewest, resources.needs, lambda: (num_done, source.num_rows)
+            with report_waiting(
+                context, _ACTORS, min_actors, resources.needs, lambda: (num_done, source.num_rows)
             ):
                 for result in results.iter_rows():
                     num_done += result["num_rows"]
@@ -165,7 +170,7 @@ def run_stage(
                     tally.add(result["tally"])
                     tally.check(limit, context)
         except ray.exceptions.RayError as error:
-            raise cause(error) from error
+            raise reported_error(str(error), "an actor failed") from error
     return {**tally.metrics, **tally.highest}
 
 
@@ -180,7 +185,7 @@ class _Tally:
 
     @staticmethod
     def of(output: StageOutput) -> bytes:
-        """Returns a shard's own, as JSON."""
+        """Returns the tally of one shard, as JSON."""
         refused = [*output.rejects, *output.unusable]
         reasons = Counter(reason for _, reason, _ in refused)
         rows = {
@@ -192,7 +197,7 @@ class _Tally:
         return json.dumps(rows, allow_nan=False).encode()
 
     def add(self, content: bytes) -> None:
-        """Adds a shard's."""
+        """Adds the tally of one shard."""
         rows = json.loads(content)
         self.metrics.update(rows.get("metrics", {}))
         for name, value in rows.get("highest", {}).items():
@@ -228,7 +233,7 @@ class _ShardWorker:
         # In threads, so that other shards in flight go on meanwhile.
         table = await asyncio.to_thread(self.source.shard, shard, list(self.stage.columns))
         output = await self._transformed(table)
-        expected = table.num_rows * getattr(self.stage, "rows_per_row", 1)
+        expected = table.num_rows * self.stage.rows_per_row
         if output.rows.num_rows + len(output.rejects) != expected:
             raise TokayError(
                 f"{type(self.stage).__name__} lost rows of {path}: {expected} expected,"
@@ -241,14 +246,14 @@ class _ShardWorker:
         yield {"num_rows": [table.num_rows], "tally": [tally]}
 
     async def _transformed(self, table: pa.Table) -> StageOutput:
-        """Transforms a shard; loads the stage anew when its engine has died, MAX_DEATHS times."""
+        """Transforms a shard; loads the stage again when its engine has died, MAX_DEATHS times."""
         while True:
             transform = self.transform
             try:
                 return await transform(table)
-            except errors.EngineDied:
+            except EngineDied:
                 async with self.reloading:
-                    if self.transform is transform:  # of the shards in flight the first sees to it
+                    if self.transform is transform:  # the first of the shards in flight reloads
                         self.num_deaths += 1
                         if self.num_deaths > MAX_DEATHS:
                             raise
@@ -257,21 +262,3 @@ class _ShardWorker:
 
 def _number(shard: FileEntry) -> int:
     return int(shard.path.removeprefix("shards/").removesuffix(".parquet"))
-
-
-def cause(error: BaseException) -> TokayError:
-    """Finds our own error in what Ray reports, or makes one line of Ray's last.
-
-    Ray keeps the exception of a failed task as a text within a text, and of an actor that could not
-    start nothing but the text.
-    """
-    reports = [str(error), str(getattr(error, "cause", ""))]
-    own = [match for report in reports for match in _OWN_ERROR.findall(report)]
-    if own:
-        name, message = own[-1]
-        kind: type[TokayError] = getattr(errors, name, TokayError)
-        return kind(message.strip())
-    return TokayError(f"an actor failed: {str(error).strip().splitlines()[-1]}")
-
-
-_OWN_ERROR = re.compile(r"^\s*cluster\.errors\.(\w+): (.*)$", re.MULTILINE)

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from cluster.artifacts import (
+    FORMAT,
     MANIFEST,
     Artifact,
     Json,
     Manifest,
+    check_format,
     fingerprint,
     library_versions,
     list_files,
@@ -43,11 +45,10 @@ class Progress(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class StepContext:
-    """What a step's work may touch: its own folder, its finished inputs, the run's folder."""
+    """What a step's work may touch: its own folder and its finished inputs."""
 
     storage: Storage
     inputs: dict[str, Artifact]
-    run: Storage
     progress: Progress
 
     def input(self, name: str) -> Artifact:
@@ -78,13 +79,13 @@ class Step:
 
 
 class RunListener(Protocol):
-    """Told of every step, so that a console can show it."""
+    """Hears of every step, so that a console can show it."""
 
     def step_found(self, step: Step, artifact: Artifact) -> None:
         """The step was finished by an earlier run."""
 
     def step_begins(self, step: Step, resumed: bool) -> Progress:
-        """The step starts; `resumed` says that unfinished work of it was found."""
+        """The step starts; `resumed` says that an earlier run began it."""
 
     def step_done(self, step: Step, artifact: Artifact) -> None:
         """The step's manifest is written."""
@@ -143,9 +144,9 @@ class Run:
         """Runs every step that is not done, in order, and returns the artifacts.
 
         Args:
-            listener: Told of every step.
+            listener: Hears of every step.
             until: The last step to run; all by default.
-            rebuild: Makes steps of another configuration anew instead of refusing.
+            rebuild: Makes steps of another configuration again instead of refusing them.
 
         Raises:
             UserError: A step was made by another configuration, `until` is no step, another
@@ -165,7 +166,7 @@ class Run:
         return artifacts
 
     def steps_until(self, until: str | None) -> tuple[Step, ...]:
-        """Returns the steps up to the one that is named, or all; raises UserError if it is none."""
+        """Returns the steps up to the named one, or all; raises UserError for an unknown name."""
         names = [step.name for step in self.steps]
         if until is not None and until not in names:
             raise UserError(
@@ -184,10 +185,10 @@ class Run:
                 )
 
     def check_folder(self) -> None:
-        """Raises UserError if the folder holds files and is no run; touches nothing."""
+        """Raises UserError if the folder holds files but is not a run; touches nothing."""
         if (
             self.storage.exists(MARKER)
-            or any(map(self._is_ours, self.steps))  # a run of before there were markers
+            or any(map(self._is_ours, self.steps))  # a run from before there were markers
             or all(name == LOCK for name in self.storage.entries())
         ):
             return
@@ -197,11 +198,11 @@ class Run:
         )
 
     def delete_steps(self) -> None:
-        """Deletes the folders of all steps, once it is sure that all of them are ours.
+        """Deletes the folders of all steps, once all of them are known to be ours.
 
         Raises:
-            UserError: Another process is at work in this folder, it is no run, or a step's folder
-                holds files that no step has made; nothing was deleted.
+            UserError: Another process is at work in this folder, it is not a run, or a step's
+                folder holds files that no step has made; nothing was deleted.
         """
         with self.alone():
             for step in self.steps:
@@ -272,11 +273,11 @@ class Run:
         )
 
     def _delete(self, step: Step) -> None:
-        """Deletes a step's folder; a half-deleted one is known for ours, and for no result."""
+        """Deletes a step's folder; a half-deleted one is recognised as ours, and as no result."""
         storage = self.step_storage(step)
         if not any(storage.entries()):
             return
-        storage.write_bytes(BEGUN, json.dumps({"fingerprint": "", "config": {}}).encode())
+        storage.write_bytes(BEGUN, _begun_note("", {}))
         for path in [MANIFEST, *storage.list()]:
             if path != BEGUN:
                 storage.delete(path)
@@ -288,21 +289,18 @@ class Run:
         state = self.state(step)
         storage = self.step_storage(step)
         if state == "done":
-            found = self.artifact(step)
-            assert found is not None
-            listener.step_found(step, found)
-            return found
+            finished = self.artifact(step)
+            assert finished is not None
+            listener.step_found(step, finished)
+            return finished
         if state in ("changed", "waiting"):
             self._delete(step)
         _delete_unfinished(storage)
-        begun = {"fingerprint": self.fingerprint(step), "config": step.config}
-        storage.write_bytes(BEGUN, json.dumps(begun, sort_keys=True).encode())
+        storage.write_bytes(BEGUN, _begun_note(self.fingerprint(step), step.config))
         progress = listener.step_begins(step, state == "unfinished")
         start = time.perf_counter()
         inputs = {name: artifacts[name] for name in step.inputs}
-        metrics = step.work(
-            StepContext(storage=storage, inputs=inputs, run=self.storage, progress=progress)
-        )
+        metrics = step.work(StepContext(storage=storage, inputs=inputs, progress=progress))
         artifact = self._finish(step, storage, metrics, time.perf_counter() - start)
         listener.step_done(step, artifact)
         return artifact
@@ -330,7 +328,7 @@ class Run:
                 Counter(reason for _, reason, _ in rejects),
                 rejects[:3],
                 f"accepted is a share of {step.max_reject_share} of {num_all}: look at"
-                f" {join(storage.uri, 'rejects')}, mend the input or raise max_reject_share",
+                f" {join(storage.uri, 'rejects')}, correct the input or raise max_reject_share",
             )
         storage.write_bytes(MANIFEST, manifest.to_json())
         storage.delete("work")
@@ -341,7 +339,10 @@ class Run:
             content = self.step_storage(step).read_bytes(BEGUN)
         except FileNotFoundError:
             return None
-        return parse_object(content, join(self.step_storage(step).uri, BEGUN))
+        place = join(self.step_storage(step).uri, BEGUN)
+        fields = parse_object(content, place)
+        check_format(fields, place)
+        return fields
 
     def _difference(self, step: Step) -> str:
         artifact = self.artifact(step)
@@ -356,6 +357,11 @@ class Run:
         if not changes:
             return "an earlier step differs"
         return ", ".join(changes[:3]) + (f" and {len(changes) - 3} more" if changes[3:] else "")
+
+
+def _begun_note(fingerprint: str, config: Json) -> bytes:
+    note = {"format": FORMAT, "fingerprint": fingerprint, "config": config}
+    return json.dumps(note, sort_keys=True).encode()
 
 
 def _delete_unfinished(storage: Storage) -> None:

@@ -80,27 +80,27 @@ def open_storage(uri: str | Path) -> Storage:
             is empty, `.` or `..`.
     """
     text = str(uri)
-    found = _URI.fullmatch(text)
-    if not found:
+    parts = _URI.fullmatch(text)
+    if not parts:
         return LocalStorage(Path(text))
-    scheme, host, path = found[1].lower(), found[2], found[3]
+    scheme, host, path = parts[1].lower(), parts[2], parts[3]
     if "@" in (host or ""):  # not repeated: errors reach logs
         raise StorageError(
             "the storage URI holds credentials, which logs would show: leave them out, and give"
             " them to the machine by its environment or an instance profile"
         )
-    told = f"storage {excerpt(text)!r}"
+    given = f"storage {excerpt(text)!r}"
     if scheme == "file":
         if host not in (None, "", "localhost"):
-            raise StorageError(f"{told}: write file:///{excerpt(host + path)}, or a path")
+            raise StorageError(f"{given}: write file:///{excerpt(host + path)}, or a path")
         return LocalStorage(Path(unquote(path)))
     if scheme == "s3":
         if not host:
-            raise StorageError(f"{told} names no bucket: write s3://BUCKET/PREFIX")
+            raise StorageError(f"{given} names no bucket: write s3://BUCKET/PREFIX")
         prefix = path[1:].rstrip("/")
-        return S3Storage(host, prefix and checked_path(prefix, told))
+        return S3Storage(host, prefix and checked_path(prefix, given))
     raise StorageError(
-        f"{told} has the scheme {scheme!r}: accepted are a folder, file:// and s3:// (a folder of"
+        f"{given} has the scheme {scheme!r}: accepted are a folder, file:// and s3:// (a folder of"
         " that name is written with ./ before it)"
     )
 
@@ -233,7 +233,7 @@ class LocalStorage:
 
 
 def _raise_unless_gone(error: OSError) -> None:
-    """Lets no folder that cannot be read pass for an empty one."""
+    """Raises an error of `os.walk`, so that an unreadable folder does not pass for an empty one."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error
 
@@ -257,7 +257,7 @@ def _replacing(target: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-_LOCAL_MENDS = {
+_LOCAL_REMEDIES = {
     errno.ENOTDIR: "a part of this path is a file: give a path below folders only",
     errno.EEXIST: "a part of this path is a file: give a path below folders only",
     errno.ENOENT: "this file system makes no folders there: give another path",
@@ -283,15 +283,15 @@ def _local_errors(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise _refusal(path, error) from error
-    except ValueError as error:  # half a surrogate pair, a zero byte
+    except ValueError as error:  # a lone surrogate, a zero byte
         raise StorageError(f"cannot use {excerpt(path)}: it is no name of a file") from error
 
 
 def _refusal(path: Path, error: OSError) -> StorageError:
-    mend = _LOCAL_MENDS.get(
+    remedy = _LOCAL_REMEDIES.get(
         error.errno or 0, "check that its owner and permissions let you read and write it"
     )
-    return StorageError(f"cannot use {excerpt(path, 300)}: {excerpt(error.strerror)}; {mend}")
+    return StorageError(f"cannot use {excerpt(path, 300)}: {excerpt(error.strerror)}; {remedy}")
 
 
 _S3_ATTEMPTS = 8
@@ -329,8 +329,8 @@ class S3Storage:
         for attempt in range(1, _S3_ATTEMPTS + 1):
             with _s3_errors(self._uri(path)):
                 try:
-                    found = self.client.get_object(Bucket=self.bucket, Key=self._key(path))
-                    return found["Body"].read()
+                    response = self.client.get_object(Bucket=self.bucket, Key=self._key(path))
+                    return response["Body"].read()
                 # botocore repeats a request that was refused, not one whose answer breaks off.
                 except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
                     if attempt == _S3_ATTEMPTS:
@@ -413,7 +413,7 @@ class S3Storage:
 
 
 _S3_RIGHTS = "give this identity s3:GetObject, PutObject, ListBucket and DeleteObject on it"
-_S3_MENDS = {
+_S3_REMEDIES = {
     "NoSuchBucket": "create the bucket or correct its name",
     "AccessDenied": _S3_RIGHTS,
     "403": _S3_RIGHTS,
@@ -432,9 +432,9 @@ def _s3_errors(uri: str) -> Iterator[None]:
         code = str(error.response.get("Error", {}).get("Code", ""))
         if code in ("NoSuchKey", "404", "NotFound"):
             raise FileNotFoundError(uri) from error
-        mend = _S3_MENDS.get(code, "check the bucket, the region and the credentials")
-        raise StorageError(f"cannot use {excerpt(uri, 300)}: {excerpt(code)}; {mend}") from error
-    except UnicodeEncodeError as error:  # half a surrogate pair
+        remedy = _S3_REMEDIES.get(code, "check the bucket, the region and the credentials")
+        raise StorageError(f"cannot use {excerpt(uri, 300)}: {excerpt(code)}; {remedy}") from error
+    except UnicodeEncodeError as error:  # a lone surrogate
         raise StorageError(f"cannot use {excerpt(uri, 300)}: it is no name of an object") from error
     except (BotoCoreError, Boto3Error) as error:
         raise StorageError(

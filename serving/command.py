@@ -20,6 +20,7 @@ import typer
 from actors.embedded import PREFIX, resolve_model
 from cluster.artifacts import Artifact
 from cluster.errors import TokayError, UserError, excerpt
+from cluster.ray_errors import reported_error
 from cluster.storage import join, open_storage
 from serving.app import ServeOptions
 from serving.protocol import RequestLimits
@@ -264,7 +265,7 @@ def start(options: ServeOptions, *, host: str, port: int) -> None:
     """Runs the application on the connected Ray cluster; returns when it answers.
 
     Raises:
-        TokayError: The replicas could not start; a UserError where the user can mend it.
+        TokayError: The replicas could not start; or the error of ours that one of them raised.
     """
     from ray import serve as ray_serve
 
@@ -318,10 +319,7 @@ def _cause() -> TokayError:
 
     application = ray_serve.status().applications["tokay"]
     report = [application.message, *(each.message for each in application.deployments.values())]
-    kind, _, message = "\n".join(report).strip().splitlines()[-1].partition(": ")
-    if kind in ("cluster.errors.UserError", "cluster.errors.StorageError"):
-        return UserError(message)
-    return TokayError(f"the server did not start: {kind}: {message}")
+    return reported_error("\n".join(report), "the server did not start")
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

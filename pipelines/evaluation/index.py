@@ -20,7 +20,7 @@ def step(recipe: Recipe) -> Step:
 
     def embed(context: StepContext) -> dict[str, Json]:
         student = saved_encoder(context.input("export"), recipe.student)
-        return embed_passages(student, recipe.resources.encoder.stage(), context)
+        return embed_passages(student, recipe.resources.encoder, context)
 
     return Step(
         name="index",

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from actors.engine import EngineOptions
+from actors.engine import EngineConfig, LlmConfig
 from actors.language_model import LanguageModel, Sampling
 from cluster.artifacts import Json
-from cluster.stages import Limit, StageFunction, StageOutput, StageResources, run_stage
+from cluster.stages import Limit, Stage, StageFunction, StageOutput, run_stage
 from cluster.steps import Step, StepContext
 from pipelines.fingerprints import NotFingerprinted, fingerprinted
-from pipelines.fret.language_models import engine_options
 from pipelines.fret.languages import is_other_language, language_code
 from pipelines.fret.prompts import (
     STOP,
@@ -80,8 +79,9 @@ def step(recipe: Recipe) -> Step:
             WriteQueries(
                 config=recipe.queries,
                 prompts=query_prompts(recipe.queries, prompts),
-                engine=engine_options(recipe.llm, recipe.resources.engine),
-                resources=recipe.resources.llm.stage(),
+                llm=recipe.llm,
+                engine=recipe.resources.engine,
+                resources=recipe.resources.llm,
             ),
             context,
         ),
@@ -89,7 +89,7 @@ def step(recipe: Recipe) -> Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WriteQueries:
+class WriteQueries(Stage):
     """Seed passages in, queries out; a completion that is no query keeps its row, and the reason.
 
     So the ids of everything after it do not depend on what an LLM happens to write.
@@ -97,8 +97,8 @@ class WriteQueries:
 
     config: QueriesConfig
     prompts: QueryPrompts
-    engine: EngineOptions
-    resources: StageResources
+    llm: LlmConfig
+    engine: EngineConfig
     columns: tuple[str, ...] = tuple(PASSAGE.names)
 
     @property
@@ -110,7 +110,7 @@ class WriteQueries:
         """Starts the engine."""
         config, ask = self.config, self.prompts
         code = language_code(config.language) if config.language else None
-        llm = LanguageModel.load(self.engine)
+        llm = LanguageModel.load(self.llm, self.engine)
         require_plain(ask.prompts, llm)
         sampling = Sampling(
             temperature=config.temperature,

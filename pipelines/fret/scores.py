@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from actors.engine import EngineOptions
+from actors.engine import EngineConfig, LlmConfig
 from actors.language_model import LanguageModel
 from actors.pair_scores import ScoringPrompt
 from actors.score_check import check_scores
 from cluster.artifacts import Json
-from cluster.stages import Limit, StageFunction, StageOutput, StageResources, run_stage
+from cluster.stages import Limit, Stage, StageFunction, StageOutput, run_stage
 from cluster.steps import Step, StepContext
 from pipelines.fingerprints import NotFingerprinted, fingerprinted
-from pipelines.fret.language_models import engine_options
 from pipelines.fret.prompts import PairPrompts, load_prompts, require_plain
 from pipelines.records import PAIRS, SCORES
 
@@ -64,8 +63,9 @@ def step(recipe: Recipe) -> Step:
             ScorePairs(
                 config=recipe.scores,
                 prompts=PairPrompts(prompts=prompts, relevance=recipe.scores.relevance),
-                engine=engine_options(recipe.llm, recipe.resources.engine),
-                resources=recipe.resources.llm.stage(),
+                llm=recipe.llm,
+                engine=recipe.resources.engine,
+                resources=recipe.resources.llm,
             ),
             context,
         ),
@@ -73,19 +73,19 @@ def step(recipe: Recipe) -> Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScorePairs:
+class ScorePairs(Stage):
     """Passages with their queries in, the LLM's scores of each pair out."""
 
     config: ScoresConfig
     prompts: PairPrompts
-    engine: EngineOptions
-    resources: StageResources
+    llm: LlmConfig
+    engine: EngineConfig
     columns: tuple[str, ...] = tuple(PAIRS.names)
 
     def load(self) -> StageFunction:
         """Starts the engine; its first pairs are scored both ways before anything is."""
         config = self.config
-        llm = LanguageModel.load(self.engine)
+        llm = LanguageModel.load(self.llm, self.engine)
         require_plain(self.prompts.prompts, llm)
         checking, difference = asyncio.Lock(), None
 

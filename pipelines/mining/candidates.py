@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from actors.index_actor import INDEX_ACTORS, IndexActor
 from actors.passage_index import IndexKind, merge_top_k
 from cluster.artifacts import Artifact, FileEntry, Json
-from cluster.presence import clear_actors, waiting_told
-from cluster.stages import StageFunction, StageOutput, StageResources, cause, run_stage
+from cluster.presence import clear_actors, report_waiting
+from cluster.ray_errors import reported_error
+from cluster.stages import Stage, StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import Step, StepContext
 from pipelines.encoders import EncoderConfig, load_encoder
 from pipelines.fingerprints import fingerprinted
@@ -63,8 +64,8 @@ def step(recipe: Recipe) -> Step:
         work=lambda context: find_candidates(
             recipe.candidates,
             recipe.retriever,
-            resources.encoder.stage(),
-            resources.index.stage(),
+            resources.encoder,
+            resources.index,
             context,
         ),
     )
@@ -95,14 +96,13 @@ class EmbeddingShards:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FindCandidates:
+class FindCandidates(Stage):
     """Queries in, queries with their nearest passages out, the seed always among them."""
 
     retriever: EncoderConfig
     config: CandidatesConfig
     embeddings: Artifact
     indexes: list[Any]  # handles of IndexActor
-    resources: StageResources
     columns: tuple[str, ...] = tuple(QUERY.names)
 
     def load(self) -> StageFunction:
@@ -211,12 +211,12 @@ def find_candidates(
     )
     try:
         # They have their places before the encoders come: each of those would wait for all of them.
-        with waiting_told(context, INDEX_ACTORS, len(indexes), index_resources.needs):
+        with report_waiting(context, INDEX_ACTORS, len(indexes), index_resources.needs):
             ray.get([index.__ray_ready__.remote() for index in indexes])
         metrics = run_stage(stage, context.input("queries"), context)
         audits = ray.get([index.audit.remote() for index in indexes])
     except ray.exceptions.RayError as error:
-        raise cause(error) from error
+        raise reported_error(str(error), "an actor failed") from error
     finally:
         for index in indexes:
             ray.kill(index)

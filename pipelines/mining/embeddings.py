@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.artifacts import Json
-from cluster.stages import StageFunction, StageOutput, StageResources, run_stage
+from cluster.stages import Stage, StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import Step, StepContext
 from pipelines.encoders import EncoderConfig, load_encoder
 from pipelines.fingerprints import fingerprinted
@@ -26,7 +26,7 @@ TITLE = "embed the passages"
 
 def step(recipe: Recipe) -> Step:
     """Returns the step."""
-    resources = recipe.resources.encoder.stage()
+    resources = recipe.resources.encoder
     return Step(
         name="embeddings",
         title=TITLE,
@@ -37,11 +37,10 @@ def step(recipe: Recipe) -> Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedPassages:
+class EmbedPassages(Stage):
     """Passages in, passages with their embeddings out."""
 
     encoder: EncoderConfig
-    resources: StageResources
     columns: tuple[str, ...] = tuple(PASSAGE.names)
 
     def load(self) -> StageFunction:

@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from actors.engine import EngineConfig, LlmConfig
 from cluster.errors import UserError, excerpt
 from cluster.stages import StageResources
 from pipelines.corpus.seeds import SeedsConfig
@@ -28,7 +29,6 @@ from pipelines.encoders import EncoderConfig
 from pipelines.evaluation.test_set import TestSet
 from pipelines.fingerprints import NotFingerprinted
 from pipelines.fret.fret import FretConfig
-from pipelines.fret.language_models import EngineConfig, LlmConfig
 from pipelines.fret.languages import language_code
 from pipelines.fret.prompts import WRITTEN, load_prompts
 from pipelines.fret.queries import QueriesConfig
@@ -46,39 +46,15 @@ from pipelines.yaml_files import MAX_BYTES, read_value, read_yaml
 GpuUser = Literal["llm", "encoder", "index", "training"]
 
 
-class ActorResources(BaseModel):
-    """What each actor of a kind needs; see `cluster.stages.StageResources`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    num_actors: int = Field(
-        default=1,
-        ge=1,
-        description="at most; the pool starts with one, with node_resource with all",
-    )
-    num_cpus: float = Field(default=1.0, ge=0, description="an actor")
-    num_gpus: float = Field(default=0.0, ge=0, description="an actor")
-    node_resource: str | None = Field(
-        default=None, description="custom resource of the nodes that may have such actors"
-    )
-    shards_in_flight: int = Field(
-        default=2, ge=1, description="shards at work at once in an actor, so that it never idles"
-    )
-
-    def stage(self) -> StageResources:
-        """Returns it as the runner knows it."""
-        return StageResources(**self.model_dump())
-
-
 class Resources(BaseModel):
     """Where the work runs. Nothing here changes a number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    llm: ActorResources = ActorResources(shards_in_flight=4)
+    llm: StageResources = StageResources(shards_in_flight=4)
     engine: EngineConfig = EngineConfig()
-    encoder: ActorResources = ActorResources()
-    index: ActorResources = ActorResources()
+    encoder: StageResources = StageResources()
+    index: StageResources = StageResources()
     gpu_memory_gib: float | dict[GpuUser, float] | None = Field(
         default=None,
         description="of one GPU, as torch sees it (an L4 22, an L40S 44, an H100 79), or of one for"
@@ -160,7 +136,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _index_for_its_gpus(self) -> "Recipe":
-        check_index(self.candidates, self.resources.index.stage())
+        check_index(self.candidates, self.resources.index)
         return self
 
     @model_validator(mode="after")

@@ -118,6 +118,8 @@ def find_models(model: str, *, trust_remote_code: bool = False) -> dict[str, Loc
     storage = open_storage(model)
     if not storage.exists(RECIPE):
         return {model: model}
+    # First, since a run of another format may have another recipe too.
+    Artifact.open(open_storage(join(storage.uri, "export")))
     place = join(storage.uri, RECIPE)
     recipe = read_models(storage.read_bytes(RECIPE), place)
     refuse_foreign_code(recipe, place, trust_remote_code, ("retriever", "student"))

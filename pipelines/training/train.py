@@ -6,8 +6,10 @@ import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from traceback import format_exception
 
-from cluster.errors import TokayError, UserError
+from cluster.errors import TokayError
+from cluster.ray_errors import reported_error
 from cluster.steps import Progress
 from cluster.storage import Storage, open_storage
 from pipelines.training.checkpoint import WORK
@@ -85,16 +87,12 @@ def _worker_resources(config: TrainingConfig) -> dict[str, float]:
 
 
 def _cause(error: BaseException) -> TokayError:
-    """Returns what a person is told: the first worker's own reason."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for rank, failure in sorted(failures.items()):
-        causes = [failure, getattr(failure, "cause", None), failure.__cause__]
-        for cause in causes:
-            if isinstance(cause, UserError):
-                return cause
-        reason = str(failure).strip().splitlines()
-        return TokayError(f"training failed on worker {rank}: {reason[-1] if reason else failure}")
-    return TokayError(f"training failed: {' '.join(str(error).split())}")
+    """Returns the reason of the first worker that has one of ours, or else of the first."""
+    failures = sorted(getattr(error, "worker_failures", {}).items(), reverse=True)
+    # Not of the error's own text, which Ray cuts in its middle.
+    reports = [line for _, failure in failures for line in format_exception(failure)]
+    where = f" on worker {failures[-1][0]}" if failures else ""
+    return reported_error("".join(reports) or str(error), f"training failed{where}")
 
 
 def _note(rows: Sequence[MetricsRow]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.engine import EngineOptions
+from actors.engine import EngineConfig, LlmConfig
 from actors.language_model import LanguageModel
 from actors.pair_scores import PairScore, ScoringPrompt
 from actors.score_check import check_scores
@@ -85,15 +85,10 @@ def engine(request: pytest.FixtureRequest, model: Path) -> Iterator[tuple[Any, S
     patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1" if runner == "v2" else "0")
     loop = asyncio.new_event_loop()
     llm = LanguageModel.load(
-        EngineOptions(
-            model=str(model),
-            dtype=dtype,
-            max_model_tokens=512,
-            enforce_eager=True,
-            gpu_memory_utilization=0.3,
-            kv_cache_gib=0.5,
-            block_size=BLOCK,
-        )
+        LlmConfig(model=str(model), dtype=dtype, max_model_tokens=512),
+        EngineConfig(
+            enforce_eager=True, gpu_memory_utilization=0.3, kv_cache_gib=0.5, block_size=BLOCK
+        ),
     )
 
     def run(work: Any) -> Any:
@@ -176,12 +171,8 @@ def test_an_engine_without_memory_says_which_key_to_lower(model: Path):
     held = torch.empty(torch.cuda.mem_get_info()[0] * 9 // 10, dtype=torch.uint8, device="cuda")
     with pytest.raises(TokayError, match=r"gpu_memory_utilization") as error:
         LanguageModel.load(
-            EngineOptions(
-                model=str(model),
-                max_model_tokens=512,
-                enforce_eager=True,
-                gpu_memory_utilization=0.5,
-            )
+            LlmConfig(model=str(model), max_model_tokens=512),
+            EngineConfig(enforce_eager=True, gpu_memory_utilization=0.5),
         )
     assert "\n" not in str(error.value)
     del held

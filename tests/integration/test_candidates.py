@@ -44,7 +44,7 @@ def candidates(folder: Path) -> Artifact:
         {"id": f"q{n}", "seed_id": IDS[n], "task": "search result", "query": TEXTS[n].lower()}
         for n in range(4)
     ]
-    one, index = StageResources(), StageResources(num_actors=3, num_cpus=0)
+    one, index = StageResources(shards_in_flight=1), StageResources(num_actors=3, num_cpus=0)
     steps = [
         Step(name="passages", config={}, inputs=(), work=written(passages, PASSAGE)),
         Step(name="queries", config={}, inputs=(), work=written(queries, QUERY)),

@@ -17,7 +17,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 
 from cluster.artifacts import Artifact, write_shards
 from cluster.errors import EngineDied, TokayError, TooManyRejects, UserError
-from cluster.stages import Limit, StageFunction, StageOutput, StageResources, run_stage
+from cluster.stages import Limit, Stage, StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import Run, Step, StepContext
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -41,7 +41,7 @@ class Silent:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Square:
+class Square(Stage):
     """Squares n, refuses multiples of 10, notes each shard that it worked on."""
 
     notes: str
@@ -136,6 +136,25 @@ def test_stage_keeps_shard_numbers_rejects_and_metrics(ray_session: None, tmp_pa
     assert len(squares.shards) == NUM_ROWS // ROWS_PER_SHARD
     assert squares.rejects()["reason"].to_pylist() == ["round number"] * 6
     assert squares.manifest.metrics == {"num_seen": NUM_ROWS}
+
+
+class Twice(Square):
+    """Gives each row twice."""
+
+    @property
+    def rows_per_row(self) -> int:
+        return 2
+
+    def load(self) -> StageFunction:
+        async def repeat(table: pa.Table) -> StageOutput:
+            return StageOutput(rows=pa.concat_tables([table] * 2))
+
+        return repeat
+
+
+def test_stage_may_give_several_rows_for_each(ray_session: None, tmp_path: Path) -> None:
+    squares = make_run(tmp_path, Twice(notes="")).execute(Silent())["squares"]
+    assert squares.num_rows == 2 * NUM_ROWS
 
 
 def test_stage_that_loses_a_row_fails(ray_session: None, tmp_path: Path) -> None:
@@ -303,7 +322,7 @@ def come(missing, has):
         time.sleep(0.1)
     cluster.add_node(num_cpus=1, num_gpus=1, resources={"llm": 1})
 
-resources = StageResources(num_actors=2, num_cpus=1, node_resource="llm")
+resources = StageResources(num_actors=2, num_cpus=1, node_resource="llm", shards_in_flight=1)
 stage = Square(notes=f"{folder}/notes", seconds_a_shard=0.5, resources=resources)
 running = threading.Thread(target=lambda: make_run(folder, stage).execute(listener), daemon=True)
 running.start()

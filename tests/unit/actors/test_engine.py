@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from actors.embedded import embedded_model
-from actors.engine import EngineLog, EngineOptions, start_engine
+from actors.engine import EngineConfig, EngineLog, LlmConfig, start_engine
 from cluster.errors import TokayError, UserError
 
 MODEL = "embedded:SmolLM2-135M-Instruct"
@@ -39,10 +39,12 @@ due to an exception in a background process. See stack trace for root cause.
 def refused() -> Any:
     """Returns the one line for options that do not fit the model; no engine is started."""
 
-    def refuse(**options: Any) -> str:
-        given = {"model": MODEL, "max_model_tokens": 512, "enforce_eager": True, "kv_cache_gib": 1}
+    def refuse(max_model_tokens: int = 512, **settings: Any) -> str:
+        llm = LlmConfig(model=MODEL, max_model_tokens=max_model_tokens)
+        # Unchecked, so that it is vLLM that refuses.
+        config = EngineConfig.model_construct(enforce_eager=True, kv_cache_gib=1, **settings)
         with pytest.raises(UserError) as error:
-            start_engine(EngineOptions(**{**given, **options}))
+            start_engine(llm, config)
         return str(error.value)
 
     return refuse
@@ -72,7 +74,7 @@ def test_the_engine_gets_the_defaults_of_offline_work(monkeypatch: pytest.Monkey
         return object()
 
     monkeypatch.setattr(AsyncLLM, "from_engine_args", started)
-    _, log = start_engine(EngineOptions(model=MODEL, max_model_tokens=640))
+    _, log = start_engine(LlmConfig(model=MODEL, max_model_tokens=640), EngineConfig())
     log.delete()
     assert seen == {"usage_context": UsageContext.LLM_CLASS, "length": 640}
 
@@ -130,11 +132,9 @@ def test_a_ray_workers_engine_logs_beside_the_worker(tmp_path: Path):
 @pytest.mark.slow
 def test_an_engine_that_does_not_start_is_one_line_with_its_reason_and_its_log():
     embedded_model(MODEL)
-    options = EngineOptions(
-        model=MODEL, max_model_tokens=256, enforce_eager=True, kv_cache_gib=10_000
-    )
+    llm = LlmConfig(model=MODEL, max_model_tokens=256)
     with pytest.raises(TokayError) as error:
-        start_engine(options)
+        start_engine(llm, EngineConfig(enforce_eager=True, kv_cache_gib=10_000))
     message = str(error.value)
     assert "less than requested memory for kv (10000.0 GiB)" in message
     assert "lower resources.engine" in message

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from actors.embedded import embedded_model
-from actors.engine import EngineOptions
+from actors.engine import EngineConfig, LlmConfig
 from actors.language_model import LanguageModel, Sampling
 from actors.pair_scores import PairScore, ScoringPrompt, mean_relevance
 from pipelines.fret.fusion import fuse
@@ -37,14 +37,8 @@ class Running:
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self.llm = LanguageModel.load(
-            EngineOptions(
-                model=MODEL,
-                dtype="float32",
-                max_model_tokens=256,
-                enforce_eager=True,
-                kv_cache_gib=0.5,
-                block_size=32,
-            )
+            LlmConfig(model=MODEL, dtype="float32", max_model_tokens=256),
+            EngineConfig(enforce_eager=True, kv_cache_gib=0.5, block_size=32),
         )
 
     def __call__(self, work: Coroutine[Any, Any, Any]) -> Any:

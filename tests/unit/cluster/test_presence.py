@@ -61,10 +61,10 @@ def test_actor_is_there_while_its_last_node_is(nodes: Nodes, notes: Storage) -> 
     for nodes.actor, nodes.here in (("1", "a"), ("2", "b"), ("2", "a"), ("3", "b")):
         actor_begins(notes, "stage")
     actor_begins(notes, "index")
-    assert presence._num_there(notes, "stage") == 3
+    assert presence._num_running(notes, "stage") == 3
     nodes.alive = {"a"}
-    assert presence._num_there(notes, "stage") == 2
+    assert presence._num_running(notes, "stage") == 2
     clear_actors(notes, "stage")
-    assert presence._num_there(notes, "stage") == 0
+    assert presence._num_running(notes, "stage") == 0
     nodes.alive = {"b"}
-    assert presence._num_there(notes, "index") == 1
+    assert presence._num_running(notes, "index") == 1

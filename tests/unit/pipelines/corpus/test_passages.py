@@ -7,7 +7,7 @@ import pytest
 
 from cluster.artifacts import Artifact
 from cluster.steps import Run, Step
-from pipelines.corpus.passages import make_passages
+from pipelines.corpus.cutting import make_passages
 from pipelines.corpus.sources import Corpus, CorpusConfig
 
 

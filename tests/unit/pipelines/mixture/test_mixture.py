@@ -60,7 +60,6 @@ def mixed(
     context = StepContext(
         storage=open_storage(tmp_path / "mixture"),
         inputs={name: artifact(tmp_path / name, table) for name, table in inputs.items()},
-        run=open_storage(tmp_path),
         progress=Silent(),
     )
     metrics = make_mixture(

@@ -24,7 +24,7 @@ class Quiet:
 
 def context(folder: Path, **inputs: Artifact) -> StepContext:
     storage = open_storage(folder)
-    return StepContext(storage=storage, inputs=inputs, run=storage, progress=Quiet())
+    return StepContext(storage=storage, inputs=inputs, progress=Quiet())
 
 
 def artifact(folder: Path, config: dict[str, Json], metrics: dict[str, Json]) -> Artifact:
