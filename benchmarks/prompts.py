@@ -2,10 +2,11 @@
 
     python benchmarks/prompts.py FOLDER [--seeds 120] [--task "question answering"] ...
 
-FOLDER is in BEIR's layout, or `python-documentation`. For each task's prompt the table shows, of
-all seeds, the share whose query is unusable and the share whose query brings its seed back as the
-retriever's first, or among its first ten; then the mean number of words, and the share of queries
-that repeat the last word of the passage's title (a query in a searcher's own words does not).
+FOLDER is a corpus, such as the demo's runs/demo/data/documents.jsonl. For each task's prompt the
+table shows, of all seeds, the share whose query is unusable and the share whose query brings its
+seed back as the retriever's first, or among its first ten; then the mean number of words, and the
+share of queries that repeat the last word of the passage's title (a query in a searcher's own words
+does not).
 The second table shows how often QL, RC and their fusion put the seed first among the retriever's
 nearest candidates, beside the retriever itself.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -42,10 +43,31 @@ def make_passages(corpus: Corpus, context: StepContext) -> dict[str, Json]:
     """Cleans, cuts and deduplicates the corpus; duplicates are rejects that are no bad rows."""
     import icu4py
 
-    config = corpus.config
     if corpus.passed_over and corpus.format == "auto":
         left = ", ".join(f"{count} {suffix}" for suffix, count in corpus.passed_over.most_common(5))
-        log.warning("of corpus %s these files are not read: %s", config.path, left)
+        log.warning("of corpus %s these files are not read: %s", corpus.config.path, left)
+    passages, rejects, num_documents = cut_corpus(corpus, context.progress.update)
+    rows = {name: [getattr(passage, name) for passage in passages] for name in PASSAGE.names}
+    write_shards(context.storage, pa.table(rows, schema=PASSAGE), PASSAGES_PER_SHARD)
+    write_rejects(context.storage, rejects)
+    return {
+        "num_documents": num_documents,
+        "num_passages": len(passages),
+        "num_duplicates": sum(reason in DUPLICATES for _, reason, _ in rejects),
+        "files_passed_over": dict(corpus.passed_over),
+        "icu_version": icu4py.icu_version,  # its dictionaries decide where words end
+    }
+
+
+def cut_corpus(
+    corpus: Corpus, progress: Callable[[float, float | None, str], None] = lambda *_: None
+) -> tuple[list[Passage], list[Reject], int]:
+    """Returns a corpus's passages in their order, what was refused, and how many documents it has.
+
+    Raises:
+        UserError: No passage is left.
+    """
+    config = corpus.config
     passages: list[Passage] = []
     rejects: list[Reject] = []
     ids: set[str] = set()
@@ -68,9 +90,9 @@ def make_passages(corpus: Corpus, context: StepContext) -> dict[str, Json]:
             else:
                 rejects.append((passage.source, reason, passage.text[:200]))
         if num_documents % 100 == 0:
-            context.progress.update(num_documents, None, f"{len(passages)} passages")
+            progress(num_documents, None, f"{len(passages)} passages")
     if config.near_duplicate_threshold is not None:
-        context.progress.update(num_documents, None, "near-duplicates")
+        progress(num_documents, None, "near-duplicates")
         drop = near_duplicates([p.text for p in passages], config.near_duplicate_threshold)
         rejects += [
             (passages[r].source, NEAR_DUPLICATE, passages[r].text[:200]) for r in sorted(drop)
@@ -83,13 +105,4 @@ def make_passages(corpus: Corpus, context: StepContext) -> dict[str, Json]:
             if rejects
             else f"corpus {config.path} holds no documents"
         )
-    rows = {name: [getattr(passage, name) for passage in passages] for name in PASSAGE.names}
-    write_shards(context.storage, pa.table(rows, schema=PASSAGE), PASSAGES_PER_SHARD)
-    write_rejects(context.storage, rejects)
-    return {
-        "num_documents": num_documents,
-        "num_passages": len(passages),
-        "num_duplicates": sum(reason in DUPLICATES for _, reason, _ in rejects),
-        "files_passed_over": dict(corpus.passed_over),
-        "icu_version": icu4py.icu_version,  # its dictionaries decide where words end
-    }
+    return passages, rejects, num_documents

@@ -35,8 +35,6 @@ from cluster.row_files import (
 )
 from pipelines.fingerprints import NotFingerprinted
 
-PYTHON_DOCUMENTATION = "python-documentation"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
@@ -53,12 +51,12 @@ class CorpusConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: Annotated[str, NotFingerprinted] = Field(
-        description="a file or folder, file:// or s3:// URI, or 'python-documentation'"
+        description="a file or folder, file:// or s3:// URI"
     )
     include: tuple[str, ...] = Field(
         default=("*",), description="of a folder: files like any of these, such as 'news/*'"
     )
-    format: Literal["auto", "beir", "jsonl", "parquet", "text", "python-documentation"] = "auto"
+    format: Literal["auto", "beir", "jsonl", "parquet", "text"] = "auto"
     text_field: str = "text"
     title_field: str = "title"
     id_field: str | None = Field(default=None, description="default: _id or id, else the line")
@@ -98,12 +96,12 @@ class Corpus:
         self.passed_over: Counter[str] = Counter()
         self.format: str = config.format
         self._names: dict[str, None] = {}
-        if PYTHON_DOCUMENTATION in (config.path, config.format):
-            self.format = PYTHON_DOCUMENTATION
-            return
         self.storage, all_files = find_files(config.path)
         if not all_files:
-            raise UserError(f"corpus {config.path} does not exist or is empty: correct corpus.path")
+            raise UserError(
+                f"corpus {config.path} does not exist or is empty: correct corpus.path,"
+                " such as --set corpus.path=FOLDER"
+            )
         files = [file for file in all_files if any(fnmatch(file, p) for p in config.include)]
         if not files:
             raise UserError(
@@ -118,12 +116,6 @@ class Corpus:
 
     def version(self) -> str:
         """Returns a fingerprint of the corpus's content."""
-        if self.format == PYTHON_DOCUMENTATION:
-            import sys
-            from importlib.metadata import distributions
-
-            installed = sorted({(d.metadata["Name"], d.version) for d in distributions()})
-            return fingerprint([sys.version, installed])
         return fingerprint([[file, self.storage.version(file)] for file in self.files])
 
     def documents(self) -> Iterator[Document | Reject]:
@@ -133,11 +125,6 @@ class Corpus:
             UserError: A file is not what its suffix says, or no row has a field that the recipe
                 names, which is found out at the end.
         """
-        if self.format == PYTHON_DOCUMENTATION:
-            from pipelines.corpus.python_documentation import python_documentation
-
-            yield from python_documentation()
-            return
         self._names.clear()
         for file in self.files:
             if _format(file) == "text":

@@ -7,11 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cluster.artifacts import Artifact, Json
+from cluster.artifacts import Json
 from cluster.storage import open_storage
-from pipelines.datasets.corpus import PYTHON_DOCUMENTATION
 from pipelines.datasets.folders import TestData, read_folder
-from pipelines.datasets.retrieval import RetrievalDataset, TitledText
 from pipelines.fingerprints import NotFingerprinted, fingerprinted
 from pipelines.names import SetName
 
@@ -26,8 +24,8 @@ class TestSet(BaseModel):
 
     name: SetName
     path: Annotated[str, NotFingerprinted] = Field(
-        description="a folder or URI; 'python-documentation' (retrieval); mteb's name (mteb), whose"
-        " data is fetched before a run begins: its texts are kept out of training"
+        description="a folder or URI; mteb's name (mteb), whose data is fetched before a run"
+        " begins: its texts are kept out of training"
     )
     kind: Literal["retrieval", "sts", "pairs", "classification", "clustering", "rerank", "mteb"] = (
         "retrieval"
@@ -39,8 +37,8 @@ class TestSet(BaseModel):
     )
 
 
-def load_test_set(test_set: TestSet, passages: Artifact | None = None) -> TestData | Any:
-    """Reads a test set; that of the Python documentation is asked of the run's own passages.
+def load_test_set(test_set: TestSet) -> TestData | Any:
+    """Reads a test set.
 
     Returns:
         What :func:`pipelines.evaluation.evaluate.evaluate` takes; of an mteb task its data is
@@ -51,9 +49,6 @@ def load_test_set(test_set: TestSet, passages: Artifact | None = None) -> TestDa
     """
     if test_set.kind == MTEB:
         return _load_mteb_task(test_set.path)
-    if test_set.path == PYTHON_DOCUMENTATION:
-        assert passages is not None
-        return _python_questions(test_set, passages)
     return _read(test_set)
 
 
@@ -71,48 +66,18 @@ def _read(test_set: TestSet) -> TestData:
     return replace(data, name=test_set.name)
 
 
-def _python_questions(test_set: TestSet, passages: Artifact) -> RetrievalDataset:
-    from pipelines.demo.questions import load_questions
-
-    table = passages.read()
-    ids = dict(zip(table["source"].to_pylist(), table["id"].to_pylist(), strict=True))
-    texts = zip(table["title"].to_pylist(), table["text"].to_pylist(), strict=True)
-    qrels = {}
-    questions = load_questions(test_set.split)
-    for question in questions:
-        # Another Python or package version may lack an entry; a question with none is left out.
-        answers = {ids[source]: 1 for source in question.answers if source in ids}
-        if answers:
-            qrels[question.id] = answers
-    return RetrievalDataset(
-        name=test_set.name,
-        split=test_set.split,
-        passages={
-            id_: TitledText(title, text)
-            for id_, (title, text) in zip(table["id"].to_pylist(), texts, strict=True)
-        },
-        queries={q.id: q.question for q in questions if q.id in qrels},
-        qrels=qrels,
-    )
-
-
 def evaluation_queries(test_sets: tuple[TestSet, ...]) -> list[str]:
     """Returns every text that the run is judged by and must not be trained on.
 
-    Queries, and the texts of the evaluated split of other kinds; of the Python documentation the
-    questions of both splits. The data of mteb's own tasks is fetched for it before anything is run.
+    Queries, and the texts of the evaluated split of other kinds. The data of mteb's own tasks is
+    fetched for it before anything is run.
 
     Raises:
         UserError: A test set does not exist or is malformed, or mteb's data cannot be had.
     """
     texts: set[str] = set()
     for test_set in test_sets:
-        if test_set.path == PYTHON_DOCUMENTATION:
-            from pipelines.demo.questions import load_questions
-
-            for split in ("dev", "test"):
-                texts |= {question.question for question in load_questions(split)}
-        elif test_set.kind == MTEB:
+        if test_set.kind == MTEB:
             from pipelines.datasets.mteb_tasks import judged_texts
 
             texts |= set(judged_texts(_load_mteb_task(test_set.path)))
@@ -126,7 +91,7 @@ def test_set_fingerprint(test_set: TestSet) -> dict[str, Json]:
     row = fingerprinted(test_set)
     if test_set.kind == MTEB:
         row["path"] = test_set.path
-    elif test_set.path != PYTHON_DOCUMENTATION:
+    else:
         storage = open_storage(test_set.path)
         row["files"] = [[file, storage.version(file)] for file in storage.list()]
     return row

@@ -12,7 +12,9 @@ from rich.text import Text
 
 from cluster.errors import TokayError
 from cluster.session import disconnect, free_port
-from cluster.storage import open_storage
+from cluster.steps import Run
+from cluster.storage import join, open_storage
+from pipelines.demo.data import write_documents, write_test_set
 from pipelines.recipe.recipe import load_recipe
 from pipelines.run.execute import execute, log_folder
 
@@ -23,9 +25,15 @@ START_LIMIT_S = 120.0
 def run_demo(
     storage: str, settings: list[str], rebuild: bool, fresh: bool, console: Console
 ) -> None:
-    """Runs the demo's recipe, shows what it learnt, and asks the endpoint."""
+    """Writes the demo's data, runs its recipe on them, shows the result, and asks the endpoint."""
     begin = time.monotonic()
+    data = open_storage(join(storage, "data"))
+    os.environ["TOKAY_DEMO"] = data.uri  # the recipe reads it
     recipe = load_recipe(str(files("pipelines") / "demo" / "demo.yaml"), settings)
+    console.print("reading the documentation of this Python environment ...", style="dim")
+    with Run(storage, ()).alone():  # refuses a folder that is no run's
+        written = write_documents(data), write_test_set(data, recipe.corpus)
+    console.print(Text("; ".join(written)), soft_wrap=True)
     execute(recipe, storage, console, rebuild=rebuild, fresh=fresh)
     disconnect()  # the endpoint gets both cores
     _ask_endpoint(storage, console)

@@ -65,7 +65,7 @@ def step(recipe: Recipe) -> Step:
             "retriever": fingerprinted(recipe.retriever),
             "student_dtype": student.dtype,
         },
-        inputs=("passages", "student", "export", *first),
+        inputs=("student", "export", *first),
         work=evaluate,
     )
 
@@ -78,7 +78,7 @@ def run_evaluation(
     mteb's results stand in the folder ``mteb`` beside it, from where a step that was broken off
     takes what it had measured; ``README.md`` is the export's model card with the results in it.
     """
-    data = [load_test_set(test_set, context.input("passages")) for test_set in test_sets]
+    data = [load_test_set(test_set) for test_set in test_sets]
     card = _card(context.input("export"))
     models = {
         name: ModelIdentity(

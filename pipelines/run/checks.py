@@ -20,7 +20,6 @@ from actors.embedded import find_model, is_hub_id, refuse_missing
 from actors.encoder_folder import read_folder
 from cluster.errors import UserError
 from cluster.storage import open_storage
-from pipelines.datasets.corpus import PYTHON_DOCUMENTATION
 from pipelines.fret.prompts import WRITTEN
 from pipelines.mixture.config import SetsConfig
 from pipelines.recipe.recipe import Recipe
@@ -132,14 +131,6 @@ def _check_keys(recipe: Recipe) -> None:
             raise UserError(
                 f"{key}training.validation has nothing to look at: set"
                 f" {key}mixture.validation_examples or {key}training.validation.test_set"
-            )
-    for number, test_set in enumerate(recipe.evaluation):
-        if test_set.path != PYTHON_DOCUMENTATION or test_set.kind == "mteb":
-            continue
-        if test_set.kind != "retrieval" or test_set.split not in ("dev", "test"):
-            raise UserError(
-                f"evaluation.{number}: {PYTHON_DOCUMENTATION} of kind {test_set.kind!r} and split"
-                f" {test_set.split!r} given; it is of kind 'retrieval' with splits 'dev' and 'test'"
             )
 
 

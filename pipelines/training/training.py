@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, cast
 from cluster.artifacts import Json
 from cluster.steps import Step, StepContext
 from cluster.storage import join
-from pipelines.datasets.corpus import PYTHON_DOCUMENTATION
 from pipelines.datasets.retrieval import RetrievalDataset
 from pipelines.datasets.test_sets import load_test_set, test_set_fingerprint
 from pipelines.encoders import MODEL, TRAINED
@@ -48,18 +47,15 @@ def training_step(
     named = config.validation.test_set if config.validation else None
     test_set = next((each for each in recipe.evaluation if each.name == named), None)
     before, folder = start
-    inputs = [mixture, before]
-    if test_set is not None and test_set.path == PYTHON_DOCUMENTATION:
-        inputs.append("passages")
 
     def work(context: StepContext) -> dict[str, Json]:
         from pipelines.training.validation import WatchedSet
 
         watched = None
         if test_set is not None:
-            data = load_test_set(test_set, context.inputs.get("passages"))
             # The recipe was checked: it is a retrieval set.
-            watched = WatchedSet(data=cast(RetrievalDataset, data), task=test_set.task)
+            data = cast(RetrievalDataset, load_test_set(test_set))
+            watched = WatchedSet(data=data, task=test_set.task)
         return train_student(
             config,
             mixture=mixture,
@@ -74,7 +70,7 @@ def training_step(
         name=name,
         title=title,
         config={**fingerprinted(config), **watched_on},
-        inputs=tuple(inputs),
+        inputs=(mixture, before),
         work=work,
     )
 

@@ -63,14 +63,14 @@ def assert_linear() -> Callable[..., None]:
         tail: str = "",
         size: int = 8000,
     ) -> None:
-        for _ in range(4):  # another process may have the caches
+        for _ in range(8):  # another process may have the caches
             long = head + unit * (4 * size // len(unit)) + tail
             taken = seconds(call, long)
             if taken < 0.004:  # of a megabyte: four seconds at most, were it quadratic
                 return
             text = head + unit * (size // len(unit)) + tail
             ratio = taken / max(seconds(call, text), 1e-6)
-            if ratio < 9:  # linear: 4, quadratic: 16
+            if ratio < 10:  # linear: 4, quadratic: 16
                 return
         raise AssertionError(f"{call} takes {ratio:.0f} times as long for 4 times {unit!r}")
 

@@ -7,15 +7,16 @@ from types import ModuleType
 import pytest
 
 from pipelines import words
-from pipelines.corpus import passages, python_documentation
+from pipelines.corpus import cutting
 from pipelines.corpus.cutting import passages_of, reject_reason
 from pipelines.datasets import decontamination
 from pipelines.datasets.corpus import Document
 from pipelines.datasets.decontamination import Decontamination
+from pipelines.demo import python_documentation
 from pipelines.fret import prompts
 from pipelines.report import labels
 
-MODULES = (words, passages, python_documentation, decontamination, prompts, labels)
+MODULES = (words, cutting, python_documentation, decontamination, prompts, labels)
 # What opens, parts and closes something, again and again.
 UNITS = [
     *(" ", "\t", "\n", "\f", "`", "*", "_", "[", "]", "(", ")", "<", ">", "=", "-", "#", "|", ":"),

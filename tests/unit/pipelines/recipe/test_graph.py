@@ -13,6 +13,10 @@ from pipelines.recipe.recipe import load_recipe
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "corpus.jsonl").write_text(json.dumps({"title": "Bees", "text": "They dance."}))
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"query": "a", "positive": "b"}))
+    (tmp_path / "beir" / "qrels").mkdir(parents=True)
+    for name in ("corpus", "queries"):
+        (tmp_path / "beir" / f"{name}.jsonl").write_text(json.dumps({"_id": "a", "text": "b"}))
+    (tmp_path / "beir" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\na\ta\t1")
     return tmp_path
 
 
@@ -59,7 +63,7 @@ def test_mixture_is_another_when_a_set_or_a_limit_of_tokens_is(folder: Path) -> 
 def test_precision_of_the_student_changes_what_is_computed_with_it_and_no_training(
     folder: Path,
 ) -> None:
-    asked = "evaluation=[{name: demo, path: python-documentation}]"
+    asked = f"evaluation=[{{name: demo, path: {folder}/beir}}]"
     dtypes = ("float32", "bfloat16")
     made = {dtype: run(folder, asked, f"student.dtype={dtype}") for dtype in dtypes}
     changed = {

@@ -146,7 +146,8 @@ def test_command_answers_a_mistake_with_one_line_and_exit_code_two(tmp_path: Pat
     )
     assert answer.returncode == 2
     assert answer.stderr.strip().splitlines() == [
-        "tokay: corpus /no/such/corpus does not exist or is empty: correct corpus.path"
+        "tokay: corpus /no/such/corpus does not exist or is empty: correct corpus.path, such as"
+        " --set corpus.path=FOLDER"
     ]
     assert "Traceback" not in answer.stdout
 

@@ -94,10 +94,6 @@ def test_recipe_that_comes_with_tokay_has_nothing_to_be_told(name: str, no_hub: 
         (["mixture.fret_only_tasks=[poetry]"], "mixture.fret_only_tasks: ['poetry'] given, and"),
         (["training.validation={}"], "training.validation has nothing to look at: set mixture."),
         (["training.tracking=[mlflow]"], "training.tracking names mlflow, which is not installed"),
-        (
-            ["evaluation=[{name: a, path: python-documentation, split: train}]"],
-            "evaluation.0: python-documentation of kind 'retrieval' and split 'train' given",
-        ),
     ],
 )
 def test_mistake_that_a_step_would_find_is_told_before(

@@ -121,7 +121,8 @@ def test_plan_command_prints_what_is_unknown_and_why(nowhere: Path) -> None:
     assert (told.returncode, told.stderr) == (0, "")
     lines = [line.strip() for line in told.stdout.splitlines()]
     assert any("LLM: weights" in line and line.endswith("yes") for line in lines)
-    why = "corpus corpus does not exist or is empty: correct corpus.path"
+    why = "corpus corpus does not exist or is empty: correct corpus.path, such as --set"
+    why += " corpus.path=FOLDER"
     assert f"LLM tokens and cost are unknown: {why}" in lines
     assert json.loads(answer("cluster", "--json").stdout)["llm_actor_hours"] is None
     wrong = answer("gpu", "--set", "seds.num_seeds=1")

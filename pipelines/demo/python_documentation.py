@@ -111,8 +111,8 @@ _DEFINED = re.compile(r"^((?:(?:class )?[\w.]+(?:\(.*\))?\n){1,30})\n(?=   \S)",
 """Terms on lines of their own, before the indented text that defines them."""
 
 
-def python_documentation() -> Iterator[Document]:
-    """Yield the documentation of this environment, in an order that does not change.
+def python_documentation() -> list[Document]:
+    """Returns the documentation of this environment, in an order that does not change.
 
     It is read in a fresh interpreter: Ray replaces `print` and others their warnings' functions,
     and the corpus must not depend on what the caller has imported.
@@ -122,16 +122,8 @@ def python_documentation() -> Iterator[Document]:
     """
     # -P: a module in the caller's folder must not stand in for one of the standard library.
     command = [sys.executable, "-P", "-m", __name__]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as reader:
-        assert reader.stdout is not None
-        try:
-            for line in reader.stdout:
-                yield Document(**json.loads(line))
-        except GeneratorExit:  # the caller has read enough
-            reader.kill()
-            raise
-    if reader.returncode:
-        raise subprocess.CalledProcessError(reader.returncode, command)
+    lines = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines()
+    return [Document(**json.loads(line)) for line in lines]
 
 
 def _documents() -> Iterator[Document]:
@@ -177,22 +169,22 @@ def _names(signatures: str) -> str:
 
 
 def _entries(module_name: str, shelf: _Shelf, seen: set[int]) -> Iterator[tuple[str, object]]:
-    """Yield a module, its public members and their methods, each object once."""
+    """Yields a module, its public members and their methods, each object once."""
     module = _imported(module_name)
     if module is None:
         return
     prefix = "" if module_name == "builtins" else f"{module_name}."
-    found: list[tuple[str, object]] = [(module_name, module)] if prefix else []
+    entries: list[tuple[str, object]] = [(module_name, module)] if prefix else []
     for name, value in _public(module):
-        found.append((prefix + name, value))
+        entries.append((prefix + name, value))
         if shelf.methods and inspect.isclass(value) and id(value) not in seen:
-            found += _methods(prefix + name, value, vars(value))
+            entries += _methods(prefix + name, value, vars(value))
     for path in _METHODS_OF.get(module_name, ()):
         owner = attrgetter(path)(module)
         # Inherited ones count: pandas defines most of DataFrame's in private base classes.
         members = {name: inspect.getattr_static(owner, name) for name in dir(owner)}
-        found += _methods(prefix + path, owner, members)
-    for name, value in found:
+        entries += _methods(prefix + path, owner, members)
+    for name, value in entries:
         if id(value) not in seen:
             seen.add(id(value))
             yield name, value
@@ -234,7 +226,7 @@ def _methods(
 
 
 def _docstring_prose(value: object) -> list[str]:
-    """Summary, description and the parameters' prose; no signature, examples or references."""
+    """Returns the prose of summary, description and parameters; no signature, no examples."""
     doc = getattr(value, "__doc__", None)
     if not isinstance(doc, str) or (not inspect.isclass(value) and doc is type(value).__doc__):
         return []
@@ -268,7 +260,7 @@ def _parameters(section: str) -> list[str]:
 
 
 def _prose(text: str) -> list[str]:
-    """Paragraphs of running text: code, grammar, tables and version remarks are left out."""
+    """Returns paragraphs of running text, without code, grammar, tables and version remarks."""
     kept: list[str] = []
     hidden_below: int | None = None
     for block in re.split(r"\n[ \t]*\n", text):
@@ -290,7 +282,7 @@ def _prose(text: str) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Cleaned text without doctest sessions, heading rules and the mark-up around words."""
+    """Returns cleaned text without doctest sessions, heading rules and the mark-up around words."""
     text = _RULE.sub("", _DOCTEST.sub("", text))
     text = _EMPHASIS.sub(r"\2", _LITERAL.sub(r"\2", _ROLE.sub(_linked, text)))
     return clean(_CITATION.sub("", text))
@@ -320,13 +312,13 @@ def _first_words(paragraphs: list[str], max_words: int) -> str:
 
 
 def _distributions() -> Iterator[Document]:
-    found: dict[str, PackageMetadata] = {}
+    installed: dict[str, PackageMetadata] = {}
     for distribution in distributions():
         name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
-        found.setdefault(name, distribution.metadata)
+        installed.setdefault(name, distribution.metadata)
     # Tokay's own description would change the corpus with every edit of its README.
-    for name in sorted(set(found) - {"", "tokay"}):
-        metadata = found[name]
+    for name in sorted(set(installed) - {"", "tokay"}):
+        metadata = installed[name]
         summary = " ".join((metadata["Summary"] or "").split())
         body = metadata["Description"] or ""
         paragraphs = _prose(_without_markup(body))
@@ -350,7 +342,7 @@ _SPANS = tuple(
 
 
 def _linked(match: re.Match[str]) -> str:
-    """The text of a link, without the space before its target."""
+    """Returns the text of a link, without the space before its target."""
     return match[1].rstrip() if match[2] else match[1]
 
 
@@ -391,7 +383,7 @@ def _without_markup(text: str) -> str:
 
 
 def _without(text: str, opening: re.Pattern[str], closing: re.Pattern[str]) -> str:
-    """The text without the spans that are opened and closed again."""
+    """Returns the text without the spans that are opened and closed again."""
     kept: list[str] = []
     position = 0
     while (start := opening.search(text, position)) and (end := closing.search(text, start.end())):
@@ -401,5 +393,5 @@ def _without(text: str, opening: re.Pattern[str], closing: re.Pattern[str]) -> s
 
 
 if __name__ == "__main__":
-    for found in _documents():
-        print(json.dumps(asdict(found)))
+    for document in _documents():
+        print(json.dumps(asdict(document)))

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from pipelines.corpus.cutting import Passage, reject_reason
-from pipelines.corpus.python_documentation import (
+from pipelines.demo.python_documentation import (
     _documents,
     _plain,
     _Shelf,
@@ -85,17 +85,10 @@ def test_python_documentation_goes_without_a_missing_module(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     shelf = _Shelf(modules="sqlite3 json", min_words=0, max_words=100, methods=False)
-    monkeypatch.setattr("pipelines.corpus.python_documentation._SHELVES", (shelf,))
+    monkeypatch.setattr("pipelines.demo.python_documentation._SHELVES", (shelf,))
     monkeypatch.setitem(sys.modules, "sqlite3", None)
     with caplog.at_level(logging.WARNING):
         names = {document.name for document in _documents()}
     assert "json.loads" in names
     assert not {name for name in names if name.startswith("sqlite3")}
     assert "sqlite3 is left out of the corpus" in caplog.text
-
-
-def test_reading_only_the_beginning_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:
-    documents = python_documentation()
-    assert next(documents).text
-    documents.close()
-    assert capfd.readouterr().err == ""
