@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from actors.encoder import Encoder, PromptTemplates
+from actors.encoder import Encoder
 from actors.encoder_files import no_progress_bars, read_projection
 from actors.encoder_folder import read_folder
+from actors.templates import PromptTemplates
+from actors.vectors import unit
 
 SERVED = "the endpoint's passes"
 SENTENCE_TRANSFORMERS = "sentence-transformers"
@@ -29,11 +31,19 @@ _SERVED_PASS_TOKENS = 512
 
 @dataclass(frozen=True, kw_only=True)
 class ParityText:
-    """A text, the kind that errors name, and the role whose prompt it carries, if any."""
+    """A text, the kind that errors name, and the role whose prompt it carries, if any.
+
+    Attributes:
+        kind: What is difficult about it.
+        text: As a user has it.
+        role: ``query`` or ``document``, as sentence-transformers calls them.
+        title: Of a document.
+    """
 
     kind: str
     text: str
-    role: str | None = None  # query or document
+    role: str | None = None
+    title: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +69,7 @@ DIFFICULT = (
     ParityText(kind="prompt-carrying", text="Setae on their toes cling.", role="document"),
     ParityText(kind="prompt-carrying", text="", role="query"),
     ParityText(kind="prompt-carrying", text="", role="document"),
+    ParityText(kind="titled", text="Setae cling.", role="document", title="Toes of lizards"),
 )
 
 
@@ -88,7 +99,8 @@ def check_parity(
     for size in dimensions:
         export.check_dimensions(size)
     trained = trained or export
-    known = [(each, _written(each, trained.templates, task)) for each in texts]
+    templates = trained.templates
+    known = [(each, _written(each, templates, task)) for each in texts]
     # A tokenizer without special tokens makes nothing of nothing, and each library its own of that.
     known = [
         (each, text) for each, text in known if export.tokenizer(text, verbose=False)["input_ids"]
@@ -98,9 +110,11 @@ def check_parity(
     written = [text for _, text in known]
     with torch.no_grad():
         expected = trained.embed(written).cpu().numpy()
-    found = {
+    by_way = {
         EXPORT: export.encode(written),
-        SENTENCE_TRANSFORMERS: _by_sentence_transformers(folder, known, trust_remote_code),
+        SENTENCE_TRANSFORMERS: _by_sentence_transformers(
+            folder, known, templates, trust_remote_code
+        ),
         TRANSFORMERS: _by_transformers(folder, export.pooling, written, trust_remote_code),
         SERVED: _as_served(export, written),
     }
@@ -112,7 +126,7 @@ def check_parity(
             dimensions=size,
             cosine=float(_cosines(expected[:, :size], vectors[:, :size])[kinds == kind].min()),
         )
-        for way, vectors in found.items()
+        for way, vectors in by_way.items()
         for kind in dict.fromkeys(kinds.tolist())
         for size in dict.fromkeys([export.dimensions, *dimensions])
     ]
@@ -121,12 +135,13 @@ def check_parity(
 def _written(text: ParityText, templates: PromptTemplates, task: str) -> str:
     if text.role == "query":
         return templates.format_query(text.text, task=task)
-    return templates.format_passage(text.text) if text.role == "document" else text.text
+    if text.role == "document":
+        return templates.format_passage(text.text, text.title)
+    return text.text
 
 
 def _cosines(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
-    return np.asarray((ours * theirs).sum(1) / norms)
+    return np.asarray((unit(ours) * unit(theirs)).sum(1))
 
 
 def _as_served(encoder: Encoder, texts: list[str]) -> np.ndarray:
@@ -136,9 +151,16 @@ def _as_served(encoder: Encoder, texts: list[str]) -> np.ndarray:
 
 
 def _by_sentence_transformers(
-    folder: str | Path, known: Sequence[tuple[ParityText, str]], trust_remote_code: bool
+    folder: str | Path,
+    known: Sequence[tuple[ParityText, str]],
+    templates: PromptTemplates,
+    trust_remote_code: bool,
 ) -> np.ndarray:
-    """Embeds texts as they are written, and by the prompt's name where the folder has one."""
+    """Embeds texts as they are written, and by the prompt's name where the folder has one.
+
+    A prompt stands before a text and has no place for a title: it cannot say what a template with
+    such a place does, and where there is none the user joins title and text.
+    """
     from sentence_transformers import SentenceTransformer
 
     with no_progress_bars():
@@ -149,8 +171,10 @@ def _by_sentence_transformers(
         model.encode([text for _, text in known], prompt="", show_progress_bar=False)
     )
     for place, (each, _) in enumerate(known):
-        if each.role and model.prompts.get(each.role):
-            vectors[place] = model.encode(each.text, prompt_name=each.role, show_progress_bar=False)
+        if not model.prompts.get(each.role) or (each.title and templates.has_title):
+            continue
+        text = PromptTemplates().format_passage(each.text, each.title)
+        vectors[place] = model.encode(text, prompt_name=each.role, show_progress_bar=False)
     return vectors
 
 
