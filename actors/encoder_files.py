@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from actors.encoder_folder import EncoderFolder
 from actors.encoder_format import MAX_TOKENS, Dense
+from actors.kernels.packing import first_position
 from actors.model_files import (
     brief,
     check_no_pointer,
@@ -25,7 +26,6 @@ from actors.model_files import (
     read_object,
     weight_files,
 )
-from actors.packing import first_position
 from actors.templates import PromptTemplates
 from cluster.errors import UserError
 

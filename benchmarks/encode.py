@@ -25,9 +25,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from actors.encoder import Encoder, cut_layers, native_bfloat16
+from actors.encoder import Encoder
 from actors.encoder_files import no_progress_bars
+from actors.kernels.linear import native_bfloat16
 from cluster.plain_json import dump_json
+from pipelines.training.layers import cut_layers
 
 MODEL = "embedded:all-MiniLM-L6-v2"
 LAYERS = {"6 layers": range(6), "3 layers": (0, 2, 5)}

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from actors.dropout import draw_kept, scaled
-from actors.flash import can_flash, flash_attention
+from actors.kernels.dropout import draw_kept, scaled
+from actors.kernels.flash import can_flash, flash_attention
 
 ATTENTION = "tokay_packed"
 # Kinds of transformers whose code hands keyword arguments down to the attention and whose

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from actors.text_encoder import TextEncoder
 from cluster.errors import UserError
 from cluster.plain_json import dump_json
 from pipelines.credentials import key_with_credentials
@@ -21,10 +22,9 @@ from pipelines.encoders import EncoderConfig, load_encoder
 from pipelines.evaluation.bootstrap import Estimate
 from pipelines.evaluation.compare import averages, compare
 from pipelines.evaluation.evaluate import Result, evaluate_at
-from pipelines.evaluation.fingerprint import encoder_fingerprint
 from pipelines.evaluation.location import Location, SavedEncoder
 from pipelines.evaluation.model_card import training_sets
-from pipelines.evaluation.mteb_model import ModelIdentity, TextEncoder, quiet_mteb
+from pipelines.evaluation.mteb_model import ModelIdentity, quiet_mteb
 from pipelines.evaluation.tasks import find_mteb_task
 from pipelines.evaluation.test_set import MTEB, TestSet, load_test_set
 from pipelines.screen import Screen
@@ -194,8 +194,8 @@ def _identify(name: str, location: Location, encoder: TextEncoder) -> ModelIdent
     card = Path(folder.model if isinstance(folder, EncoderConfig) else folder) / "README.md"
     return ModelIdentity(
         name=name,
-        revision=encoder_fingerprint(encoder),
-        num_parameters=getattr(encoder, "num_parameters", None),
+        revision=encoder.fingerprint,
+        num_parameters=encoder.num_parameters,
         training_sets=training_sets(card.read_text(encoding="utf-8")) if card.is_file() else (),
     )
 
@@ -205,7 +205,7 @@ def _loaded(location: Location, options: EvalOptions) -> Iterator[TextEncoder]:
     if options.num_actors == 1:
         yield _load(location, options)
         return
-    from pipelines.evaluation.encoder_actors import EncoderActors
+    from actors.encoder_actor import EncoderActors
 
     actors = EncoderActors(partial(_load, location, options), options.num_actors)
     with quiet_mteb():

@@ -16,16 +16,15 @@ from typing import Any
 
 import numpy as np
 
+from actors.text_encoder import CHUNK_TEXTS, TextEncoder
 from cluster.plain_json import dump_json
 from pipelines.evaluation.bootstrap import NUM_RESAMPLES, Estimate, bootstrap
 from pipelines.evaluation.dataset import RetrievalDataset
 from pipelines.evaluation.folders import LabelledDataset, TestData
 from pipelines.evaluation.items import Sample, overhear
 from pipelines.evaluation.mteb_model import (
-    CHUNK_TEXTS,
     ModelIdentity,
     MtebEncoder,
-    TextEncoder,
     TextVectors,
     check_dimensions,
     quiet_mteb,
@@ -211,7 +210,7 @@ def evaluate_at(
         prompt = evaluation_prompt(metadata.type, name)
         if task is not None:
             prompt = EvaluationPrompt(task=task, symmetric=prompt.symmetric)
-        full = getattr(encoder, "dimensions", None)
+        full = encoder.dimensions
         for size in dimensions:
             check_dimensions(size, full)
         sizes = dict.fromkeys(None if size == full else size for size in dimensions)

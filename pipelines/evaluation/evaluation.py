@@ -14,7 +14,6 @@ from cluster.storage import LocalStorage, Storage
 from pipelines.evaluation.compare import STUDENT_AFTER, averages, compare
 from pipelines.evaluation.dataset import RetrievalDataset
 from pipelines.evaluation.evaluate import evaluate_at
-from pipelines.evaluation.fingerprint import encoder_fingerprint
 from pipelines.evaluation.model_card import add_to_card, model_index, training_sets
 from pipelines.evaluation.mteb_model import ModelIdentity
 from pipelines.evaluation.test_set import TestSet, evaluation_queries, load_test_set
@@ -44,7 +43,7 @@ def run_evaluation(
     models = {
         name: ModelIdentity(
             name=name,
-            revision=encoder_fingerprint(encoder),
+            revision=encoder.fingerprint,
             num_parameters=encoder.num_parameters,
             training_sets=training_sets(card) if name == STUDENT_AFTER else (),
         )

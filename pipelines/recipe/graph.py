@@ -33,7 +33,8 @@ from pipelines.mixture.mixture import make_mixture
 from pipelines.mixture.rows import version
 from pipelines.recipe.recipe import Recipe
 from pipelines.training.config import TrainingConfig
-from pipelines.training.student import MODEL, export_student, make_student
+from pipelines.training.export import export_student
+from pipelines.training.student import MODEL, make_student
 
 # What a step is for, as the console and the report say it.
 TITLES = {
