@@ -44,7 +44,8 @@ from actors.kernels.packing import (
 )
 from actors.templates import PromptTemplates
 from actors.text_encoder import TextEncoder
-from cluster.errors import TokayError, UserError
+from actors.vectors import BrokenVectors
+from cluster.errors import UserError
 
 # Activations of 2048 tokens stay in a CPU's cache: 1.4 times the speed of 8192 for MiniLM.
 _BATCH_TOKENS = {"cpu": 2048}
@@ -188,7 +189,7 @@ class Encoder(TextEncoder):
         return int(cast(int, size))
 
     def check_dimensions(self, dimensions: int) -> None:
-        """Raises UserError unless vectors can be cut to so many dimensions."""
+        """Raises UserError unless vectors can be cut to this number of dimensions."""
         if not 1 <= dimensions <= self.dimensions:
             raise UserError(f"dimensions {dimensions}: accepted are 1 to {self.dimensions}")
 
@@ -232,7 +233,7 @@ class Encoder(TextEncoder):
             for module, training in modes:
                 module.training = training
         if not np.isfinite(vectors).all():
-            raise TokayError(
+            raise BrokenVectors(
                 f"the encoder {cast(Any, self.model.config).name_or_path!r} gives vectors that are"
                 f" no numbers in {self.model.dtype}: its weights are broken, or too large for it"
             )

@@ -84,21 +84,18 @@ class EncoderActors(TextEncoder):
         pairs = zip(texts, titles or [None] * len(texts), strict=True)
         return self._encode([Text(text, None, title) for text, title in pairs])
 
-    def chunk_texts(self, num_texts: int) -> int:
-        """Returns how many of so many texts to give to an actor at once."""
-        share = math.ceil(num_texts / (_CHUNKS_EACH * len(self._actors)))
-        return min(CHUNK_TEXTS, max(_MIN_CHUNK_TEXTS, share))
-
-    def encode_chunks(self, chunks: Sequence[Sequence[Text]]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields each chunk's number and vectors as soon as an actor is done with it."""
+    def encode_chunks(self, texts: Sequence[Text]) -> Iterator[tuple[Sequence[Text], np.ndarray]]:
+        """Yields texts of one role and task with their vectors as an actor is done with them."""
         from ray.util import ActorPool
 
-        pool = ActorPool(self._actors)
-        results = pool.map_unordered(
+        share = math.ceil(len(texts) / (_CHUNKS_EACH * len(self._actors)))
+        size = min(CHUNK_TEXTS, max(_MIN_CHUNK_TEXTS, share))
+        chunks = [texts[start : start + size] for start in range(0, len(texts), size)]
+        results = ActorPool(self._actors).map_unordered(
             lambda actor, work: actor.encode.remote(*work), list(enumerate(chunks))
         )
         for number, vectors in results:
-            yield number, np.array(vectors)  # a copy: the object store is small
+            yield chunks[number], np.array(vectors)  # a copy: the object store is small
 
     def close(self) -> None:
         """Ends the actors."""
@@ -108,10 +105,10 @@ class EncoderActors(TextEncoder):
             ray.kill(actor)
 
     def _encode(self, texts: list[Text]) -> np.ndarray:
-        size = self.chunk_texts(len(texts))
-        chunks = [texts[start : start + size] for start in range(0, len(texts), size)]
-        parts = dict(self.encode_chunks(chunks))
-        return np.concatenate([parts[number] for number in range(len(chunks))])
+        vectors: dict[Text, np.ndarray] = {}
+        for chunk, rows in self.encode_chunks(texts):
+            vectors |= zip(chunk, rows, strict=True)
+        return np.stack([vectors[text] for text in texts])
 
 
 class _EncoderActor:
@@ -135,5 +132,5 @@ class _EncoderActor:
             for name in ("dimensions", "num_parameters", "fingerprint")
         }
 
-    def encode(self, number: int, texts: list[Text]) -> tuple[int, np.ndarray]:
+    def encode(self, number: int, texts: Sequence[Text]) -> tuple[int, np.ndarray]:
         return number, self._encoder.encode_texts(texts)

@@ -31,19 +31,12 @@ _SERVED_PASS_TOKENS = 512
 
 @dataclass(frozen=True, kw_only=True)
 class ParityText:
-    """A text, the kind that errors name, and the role whose prompt it carries, if any.
-
-    Attributes:
-        kind: What is difficult about it.
-        text: As a user has it.
-        role: ``query`` or ``document``, as sentence-transformers calls them.
-        title: Of a document.
-    """
+    """A text, the kind that errors name, and the role whose prompt it carries, if any."""
 
     kind: str
     text: str
-    role: str | None = None
-    title: str | None = None
+    role: str | None = None  # query or document
+    title: str | None = None  # of a document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +92,7 @@ def check_parity(
     for size in dimensions:
         export.check_dimensions(size)
     trained = trained or export
-    templates = trained.templates
-    known = [(each, _written(each, templates, task)) for each in texts]
+    known = [(each, _written(each, trained.templates, task)) for each in texts]
     # A tokenizer without special tokens makes nothing of nothing, and each library its own of that.
     known = [
         (each, text) for each, text in known if export.tokenizer(text, verbose=False)["input_ids"]
@@ -112,9 +104,7 @@ def check_parity(
         expected = trained.embed(written).cpu().numpy()
     by_way = {
         EXPORT: export.encode(written),
-        SENTENCE_TRANSFORMERS: _by_sentence_transformers(
-            folder, known, templates, trust_remote_code
-        ),
+        SENTENCE_TRANSFORMERS: _by_sentence_transformers(folder, known, trust_remote_code),
         TRANSFORMERS: _by_transformers(folder, export.pooling, written, trust_remote_code),
         SERVED: _as_served(export, written),
     }
@@ -151,15 +141,11 @@ def _as_served(encoder: Encoder, texts: list[str]) -> np.ndarray:
 
 
 def _by_sentence_transformers(
-    folder: str | Path,
-    known: Sequence[tuple[ParityText, str]],
-    templates: PromptTemplates,
-    trust_remote_code: bool,
+    folder: str | Path, known: Sequence[tuple[ParityText, str]], trust_remote_code: bool
 ) -> np.ndarray:
     """Embeds texts as they are written, and by the prompt's name where the folder has one.
 
-    A prompt stands before a text and has no place for a title: it cannot say what a template with
-    such a place does, and where there is none the user joins title and text.
+    A prompt has no place for a title, which users of sentence-transformers write themselves.
     """
     from sentence_transformers import SentenceTransformer
 
@@ -171,10 +157,8 @@ def _by_sentence_transformers(
         model.encode([text for _, text in known], prompt="", show_progress_bar=False)
     )
     for place, (each, _) in enumerate(known):
-        if not model.prompts.get(each.role) or (each.title and templates.has_title):
-            continue
-        text = PromptTemplates().format_passage(each.text, each.title)
-        vectors[place] = model.encode(text, prompt_name=each.role, show_progress_bar=False)
+        if each.role and not each.title and model.prompts.get(each.role):
+            vectors[place] = model.encode(each.text, prompt_name=each.role, show_progress_bar=False)
     return vectors
 
 

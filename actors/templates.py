@@ -48,11 +48,6 @@ class PromptTemplates:
         before, after = _around(self.query, task=task)
         return before + text + after
 
-    @property
-    def has_title(self) -> bool:
-        """Whether the passage template has a place for the title."""
-        return _names(self.passage, "title")
-
     def format_passage(self, text: str, title: str | None = None) -> str:
         """Returns the passage as the encoder reads it.
 
@@ -61,11 +56,12 @@ class PromptTemplates:
         A missing title reads ``none`` where the template names it (``title: {title}``), as in
         EmbeddingGemma. Elsewhere it is left out, with the blanks that it leaves at the beginning.
         """
-        if title and not self.has_title:
+        has_place = _names(self.passage, "title")
+        if title and not has_place:
             text = f"{title} {text}"
         missing = _NO_TITLE if "title:" in self.passage else ""
         before, after = _around(self.passage, title=title or missing)
-        if not title and self.has_title:
+        if not title and has_place:
             before = before.lstrip()
         return before + text + after
 

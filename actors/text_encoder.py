@@ -55,14 +55,8 @@ class TextEncoder(ABC):
             return self.encode_queries(plain, task=texts[0].task)
         return self.encode_passages(plain, [each.title for each in texts])
 
-    def chunk_texts(self, num_texts: int) -> int:
-        """Returns how many of so many texts :meth:`encode_chunks` should be given in a chunk."""
-        return CHUNK_TEXTS
-
-    def encode_chunks(self, chunks: Sequence[Sequence[Text]]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields each chunk's number and vectors as soon as they are made, in any order."""
-        for number, chunk in enumerate(chunks):
-            yield number, self.encode_texts(chunk)
-
-    def close(self) -> None:  # noqa: B027
-        """Frees what the encoder holds outside this process."""
+    def encode_chunks(self, texts: Sequence[Text]) -> Iterator[tuple[Sequence[Text], np.ndarray]]:
+        """Yields texts of one role and task with their vectors, some at a time, in any order."""
+        for start in range(0, len(texts), CHUNK_TEXTS):
+            chunk = texts[start : start + CHUNK_TEXTS]
+            yield chunk, self.encode_texts(chunk)

@@ -2,6 +2,12 @@
 
 import numpy as np
 
+from cluster.errors import TokayError
+
+
+class BrokenVectors(TokayError):
+    """A model gives vectors that are no numbers."""
+
 
 def unit(vectors: np.ndarray) -> np.ndarray:
     """Returns ``[n, dimensions]`` with every row brought to length 1; a row of zeros stays one."""
@@ -17,7 +23,7 @@ def shorten(vectors: np.ndarray, dimensions: int) -> np.ndarray:
         dimensions: How many to keep.
 
     Returns:
-        float32 ``[n, dimensions]``, unit length; a row of zeros stays one. Vectors that have just
-        so many dimensions are returned as they are.
+        float32 ``[n, dimensions]``, unit length; a row of zeros stays one. Vectors that have that
+        many dimensions already are returned as they are.
     """
     return vectors if dimensions == vectors.shape[1] else unit(vectors[:, :dimensions])

@@ -87,13 +87,13 @@ def mixed_texts(data: Path, num_texts: int) -> list[str]:
         kinds[name, "title"] = [row["title"] for row in passages if row.get("title")]
     if not kinds:
         raise SystemExit(f"{data}: no */corpus.jsonl is in it; give a folder of BEIR folders")
-    for found in kinds.values():
-        rng.shuffle(found)
+    for texts in kinds.values():
+        rng.shuffle(texts)
     drawn: dict[str, None] = {}
     for place in range(max(map(len, kinds.values()))):
-        for found in kinds.values():
-            if place < len(found) and found[place].strip():
-                drawn[found[place]] = None
+        for texts in kinds.values():
+            if place < len(texts) and texts[place].strip():
+                drawn[texts[place]] = None
     return list(drawn)[:num_texts]
 
 

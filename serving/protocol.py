@@ -98,12 +98,14 @@ def _check_input(given: Any) -> Any:
 
 
 def _check_title(given: Any) -> Any:
-    """Accepts a string or a list of strings; pydantic would note every wrong item of a million."""
-    if given is None or type(given) is str:
+    """Accepts a string or a list of strings, in one pass as above."""
+    if (
+        given is None
+        or type(given) is str
+        or (type(given) is list and {*map(type, given)} <= {str})
+    ):
         return given
-    if type(given) is list and {type(item) for item in given} <= {str}:
-        return given
-    raise ValueError("must be a string, or a list with one string for each input")
+    raise ValueError("give a string, or a list with one string for each input")
 
 
 class _Request(BaseModel):
@@ -123,7 +125,9 @@ class EmbeddingRequest(_Request):
         " this model's tokenizer, without special tokens), or lists of token ids"
     )
     model: StrictStr
-    dimensions: StrictInt | None = Field(None, description="Keep the first so many, renormalised")
+    dimensions: StrictInt | None = Field(
+        None, description="Keep the first ones, this many, renormalised"
+    )
     encoding_format: Literal["float", "base64"] | None = None
     user: str | None = None
     input_type: Role | None = Field(

@@ -111,7 +111,7 @@ def run_eval(
     test_sets: Sequence[TestSet],
     options: EvalOptions | None = None,
 ) -> list[dict[str, Any]]:
-    """Measures models on test sets and prints what it found.
+    """Measures models on test sets and prints the results.
 
     Args:
         models: Name -> model folder, hub id, ``embedded:NAME`` or endpoint ``http(s)://HOST/v1``.
@@ -169,12 +169,12 @@ def run_eval(
     compared, means = compare(results), averages(results)
     notes = {each.name: list(each.notes) for each in data if getattr(each, "notes", ())}
     if options.as_json:
-        found = {"results": rows, "differences": compared, "averages": means, "notes": notes}
-        print(dump_json(found, indent=2))
+        document = {"results": rows, "differences": compared, "averages": means, "notes": notes}
+        print(dump_json(document, indent=2))
     else:
         _print_tables(results, compared, means)
-        for dataset, told in notes.items():
-            Screen().print(Text(f"{dataset}: {'; '.join(told)}", style="dim"), soft_wrap=True)
+        for dataset, lines in notes.items():
+            Screen().print(Text(f"{dataset}: {'; '.join(lines)}", style="dim"), soft_wrap=True)
     return rows
 
 
@@ -276,8 +276,8 @@ def _print_tables(
                 console.print(_difference(row))
         for result in measured:
             if result.reason:
-                told = f"{result.model} ({result.dimensions}) has no score: {result.reason}"
-                console.print(Text(told), soft_wrap=True)
+                line = f"{result.model} ({result.dimensions}) has no score: {result.reason}"
+                console.print(Text(line), soft_wrap=True)
     if any(not _unknown(result.score) for result in results):
         console.print("In brackets: 95 % bootstrap intervals.", style="dim")
     if any(result.seen for result in results):

@@ -193,7 +193,7 @@ class EndpointEncoder(TextEncoder):
 def _read_vector(given: list[float] | str) -> np.ndarray:
     """Returns float32 `[dimensions]`; empty where it is none."""
     if isinstance(given, list):
-        with np.errstate(over="ignore"):  # what float32 cannot hold is found as not finite
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused
             return np.array(given, np.float32)
     try:
         return np.frombuffer(base64.b64decode(given, validate=True), "<f4").astype(np.float32)

@@ -23,13 +23,9 @@ from typing import Any
 import numpy as np
 
 from actors.text_encoder import Text, TextEncoder
-from actors.vectors import shorten
+from actors.vectors import BrokenVectors, shorten
 from cluster.errors import UserError
 from pipelines.evaluation.prompts import EvaluationPrompt, evaluation_prompt
-
-
-class BrokenVectors(UserError):
-    """A model gives vectors that are no numbers."""
 
 
 def check_dimensions(asked: int | None, there: int | None) -> None:
@@ -73,12 +69,10 @@ class TextVectors:
         """Returns float32 ``[texts, dimensions]``, in the order given."""
         new = sorted({each for each in texts if each not in self._known}, key=_length, reverse=True)
         self._on_progress(len(texts) - len(new))
-        size = self.encoder.chunk_texts(len(new))
-        chunks = [new[start : start + size] for start in range(0, len(new), size)]
         started = time.perf_counter()
-        for place, vectors in self.encoder.encode_chunks(chunks):
-            self._known |= zip(chunks[place], vectors, strict=True)
-            self._on_progress(len(vectors))
+        for chunk, vectors in self.encoder.encode_chunks(new):
+            self._known |= zip(chunk, vectors, strict=True)
+            self._on_progress(len(chunk))
         self.seconds_s += time.perf_counter() - started
         self.num_texts += len(new)
         vectors = np.stack([self._known[each] for each in texts])

@@ -57,8 +57,8 @@ def add_projection(encoder: Encoder, dimensions: int, seed: int = 0) -> None:
     Args:
         encoder: Changed in place.
         dimensions: Of the vectors from now on.
-        seed: Of the random weights. They are orthogonal, so that similarities are kept as far as
-            so many dimensions can.
+        seed: Of the random weights. They are orthogonal, which keeps similarities as well as that
+            number of dimensions can.
     """
     weights = next(encoder.model.parameters())
     size = int(cast(Any, encoder.model.config).hidden_size)

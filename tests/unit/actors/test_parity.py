@@ -101,16 +101,6 @@ def test_titles_reach_sentence_transformers(passage: str, tmp_path: Path):
         assert ours @ theirs > 0.99999
 
 
-def test_prompt_that_hides_a_title_is_found(tmp_path: Path):
-    student = small(PromptTemplates(passage="passage: {text}"))
-    student.save(tmp_path, model_card="")
-    path = tmp_path / "config_sentence_transformers.json"
-    path.write_text(path.read_text().replace("passage: ", "passage. "))
-    texts = [ParityText(kind="titled", text="lift", role="document", title="Wings")]
-    (found,) = [each for each in check_parity(tmp_path, texts) if each.cosine < 0.9999]
-    assert found.way == "sentence-transformers"
-
-
 def test_damaged_projection_is_found(student: Encoder, tmp_path: Path):
     student.save(tmp_path, model_card="")
     file = tmp_path / "2_Dense/model.safetensors"

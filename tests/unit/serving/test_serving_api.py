@@ -182,8 +182,16 @@ def test_input_type_applies_the_templates(
         ({"input": "a", "title": "b", "input_type": "query"}, "title", "needs input_type"),
         ({"input": ["a", "b"], "title": "c", "input_type": "passage"}, "title", "1 titles and"),
         ({"input": "a", "title": [], "input_type": "passage"}, "title", "0 titles and input 1"),
-        ({"input": "a", "title": 1, "input_type": "passage"}, "title", "title: must be a string"),
-        ({"input": "a", "title": [None], "input_type": "passage"}, "title", "one string for each"),
+        (
+            {"input": "a", "title": 1, "input_type": "passage"},
+            "title",
+            "title: give a string, or a list",
+        ),
+        (
+            {"input": "a", "title": [None], "input_type": "passage"},
+            "title",
+            "title: give a string, or a list",
+        ),
         ({"input": None}, "input", "a list of strings"),
         ({"input": ["a", None]}, "input", "a list of strings"),
         ({"input": ["a"], "dimensions": True}, "dimensions", "integer"),

@@ -17,12 +17,12 @@ import torch
 
 from actors.templates import PromptTemplates
 from actors.text_encoder import TextEncoder
+from actors.vectors import BrokenVectors
 from cluster.errors import UserError
 from cluster.plain_json import dump_json
 from pipelines.evaluation.dataset import Passage, RetrievalDataset
 from pipelines.evaluation.evaluate import Result, difference, evaluate, evaluate_at
 from pipelines.evaluation.folders import LabelledDataset
-from pipelines.evaluation.mteb_model import BrokenVectors
 
 
 class ChosenVectors(TextEncoder):
