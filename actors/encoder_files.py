@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from actors.encoder_folder import EncoderFolder
 from actors.encoder_format import MAX_TOKENS, Dense
+from actors.kernels.packing import first_position
 from actors.model_files import (
     brief,
     check_no_pointer,
@@ -25,7 +26,6 @@ from actors.model_files import (
     read_object,
     weight_files,
 )
-from actors.packing import first_position
 from actors.templates import PromptTemplates
 from cluster.errors import UserError
 
@@ -98,22 +98,22 @@ def load_transformer(folder: EncoderFolder, *, dtype: torch.dtype, trust_remote_
         if config.is_encoder_decoder:
             raise _other_kind(path, config)
         with no_progress_bars():
-            transformer, found = AutoModel.from_pretrained(
+            transformer, loading = AutoModel.from_pretrained(
                 path,
                 config=config,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below
+                ignore_mismatched_sizes=True,  # refused below
             )
     except UserError:
         raise
     except Exception as error:  # transformers has none of its own, and the files are anybody's
         raise UserError(f"encoder {path} cannot be loaded: {brief(error)}") from error
     # transformers draws at random what it does not find. Nothing is computed with a pooler.
-    other = [f"{name} of shape {list(shape)}" for name, shape, _ in found["mismatched_keys"]]
-    missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
+    other = [f"{name} of shape {list(shape)}" for name, shape, _ in loading["mismatched_keys"]]
+    missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
     if other or missing:
         raise UserError(
             f"{path}: its weights are not those of the model that config.json describes:"
@@ -209,7 +209,7 @@ def read_max_tokens(
 
     Args:
         folder: What it says holds; a plain model that says nothing takes 256 tokens.
-        transformer: It has so many positions.
+        transformer: Its number of positions is a limit.
         tokenizer: Its own limit holds too.
         asked: No more than these.
 
@@ -217,10 +217,10 @@ def read_max_tokens(
         UserError: Nothing of a text would be left.
     """
     said = [limit for limit in (folder.settings.max_seq_length, folder.max_tokens) if limit]
-    most = min([MAX_TOKENS, tokenizer.model_max_length, *_num_positions(transformer), *said])
+    longest = min([MAX_TOKENS, tokenizer.model_max_length, *_num_positions(transformer), *said])
     if asked is None and not said and not folder.listed:
         asked = _PLAIN_TOKENS
-    limit = int(min(most, asked)) if asked is not None else int(most)
+    limit = int(min(longest, asked)) if asked is not None else int(longest)
     special = tokenizer.num_special_tokens_to_add()
     if limit <= special:
         key = "max_tokens" if asked is not None and asked <= special else "max_seq_length"
@@ -243,11 +243,11 @@ def read_projection(folder: EncoderFolder, hidden_size: int) -> torch.nn.Sequent
     """
     size = hidden_size
     layers: list[torch.nn.Module] = []
-    for found in folder.layers:
-        if found is None:
+    for described in folder.layers:
+        if described is None:
             layers.append(UnitLength())
             continue
-        path, dense = found
+        path, dense = described
         if dense.in_features != size:
             raise UserError(
                 f"{path / 'config.json'}: in_features {dense.in_features}: what comes before it"
@@ -355,12 +355,6 @@ def write_json(path: Path, document: object) -> None:
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def _modules(folder: Path) -> list[tuple[str, Path]]:
-    path = folder / "modules.json"
-    modules = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    return [(module["type"].rsplit(".", 1)[-1], folder / module["path"]) for module in modules]
-
-
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
     """Keeps the bars of transformers, one for each file, and its reports off the console."""
@@ -410,7 +404,7 @@ def _lower_case(tokenizer: Any, path: Path) -> None:
 def _num_positions(transformer: Any) -> list[int]:
     """Returns how many tokens a transformer has positions for, as often as it says so."""
     said = getattr(transformer.config, "max_position_embeddings", None)
-    found = (
+    counts = (
         [said - first_position(transformer.config)] if isinstance(said, int) and said > 0 else []
     )
     for module in transformer.modules():
@@ -419,8 +413,8 @@ def _num_positions(transformer: Any) -> list[int]:
             # RoBERTa's kinds, MPNet too, count from behind the padding token's number.
             padding = getattr(module, "padding_idx", None)
             first = padding + 1 if isinstance(padding, int) else 0
-            found.append(table.num_embeddings - first)
-    return found
+            counts.append(table.num_embeddings - first)
+    return counts
 
 
 def _linear(file: Path, dense: Dense) -> torch.nn.Linear:

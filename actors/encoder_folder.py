@@ -40,7 +40,7 @@ class EncoderFolder:
         layers: What comes behind the pooling, in its order: the folder of each ``Dense`` with its
             configuration, None for each ``Normalize``.
         settings: Of the transformer.
-        truncate_dim: Only so many dimensions are kept in the end.
+        truncate_dim: How many dimensions are kept in the end; None for all.
         templates: Of ``tokay.json``, or made of sentence-transformers' prompts.
         max_tokens: Of ``tokay.json``.
     """
@@ -215,20 +215,20 @@ def _prompts(path: Path, shared: Settings) -> PromptTemplates:
             f"{path}: default_prompt_name {brief(default, 60)}: accepted is null or one of"
             f" {brief(sorted(shared.prompts), 200)}"
         )
-    found = {
+    prompts = {
         role: next((prompt for name in names if (prompt := shared.prompts.get(name))), "")
         for role, names in ROLE_PROMPTS.items()
     }
     if default and default not in {name for names in ROLE_PROMPTS.values() for name in names}:
-        if any(found.values()):
+        if any(prompts.values()):
             raise UserError(
                 f"{path}: default_prompt_name {brief(default, 60)} beside prompts named for queries"
                 " or passages: accepted is one or the other"
             )
-        found = dict.fromkeys(ROLE_PROMPTS, shared.prompts[default] or "")
+        prompts = dict.fromkeys(ROLE_PROMPTS, shared.prompts[default] or "")
     return PromptTemplates(
         **{
             role: prompt.replace("{", "{{").replace("}", "}}") + "{text}"
-            for role, prompt in found.items()
+            for role, prompt in prompts.items()
         }
     )

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from actors.encoder import Encoder, PromptTemplates
+from actors.encoder import Encoder
 from actors.encoder_files import no_progress_bars, read_projection
 from actors.encoder_folder import read_folder
+from actors.templates import PromptTemplates
+from actors.vectors import unit
 
 SERVED = "the endpoint's passes"
 SENTENCE_TRANSFORMERS = "sentence-transformers"
@@ -34,6 +36,7 @@ class ParityText:
     kind: str
     text: str
     role: str | None = None  # query or document
+    title: str | None = None  # of a document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,7 @@ DIFFICULT = (
     ParityText(kind="prompt-carrying", text="Setae on their toes cling.", role="document"),
     ParityText(kind="prompt-carrying", text="", role="query"),
     ParityText(kind="prompt-carrying", text="", role="document"),
+    ParityText(kind="titled", text="Setae cling.", role="document", title="Toes of lizards"),
 )
 
 
@@ -98,7 +102,7 @@ def check_parity(
     written = [text for _, text in known]
     with torch.no_grad():
         expected = trained.embed(written).cpu().numpy()
-    found = {
+    by_way = {
         EXPORT: export.encode(written),
         SENTENCE_TRANSFORMERS: _by_sentence_transformers(folder, known, trust_remote_code),
         TRANSFORMERS: _by_transformers(folder, export.pooling, written, trust_remote_code),
@@ -112,7 +116,7 @@ def check_parity(
             dimensions=size,
             cosine=float(_cosines(expected[:, :size], vectors[:, :size])[kinds == kind].min()),
         )
-        for way, vectors in found.items()
+        for way, vectors in by_way.items()
         for kind in dict.fromkeys(kinds.tolist())
         for size in dict.fromkeys([export.dimensions, *dimensions])
     ]
@@ -121,12 +125,13 @@ def check_parity(
 def _written(text: ParityText, templates: PromptTemplates, task: str) -> str:
     if text.role == "query":
         return templates.format_query(text.text, task=task)
-    return templates.format_passage(text.text) if text.role == "document" else text.text
+    if text.role == "document":
+        return templates.format_passage(text.text, text.title)
+    return text.text
 
 
 def _cosines(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
-    return np.asarray((ours * theirs).sum(1) / norms)
+    return np.asarray((unit(ours) * unit(theirs)).sum(1))
 
 
 def _as_served(encoder: Encoder, texts: list[str]) -> np.ndarray:
@@ -138,7 +143,10 @@ def _as_served(encoder: Encoder, texts: list[str]) -> np.ndarray:
 def _by_sentence_transformers(
     folder: str | Path, known: Sequence[tuple[ParityText, str]], trust_remote_code: bool
 ) -> np.ndarray:
-    """Embeds texts as they are written, and by the prompt's name where the folder has one."""
+    """Embeds texts as they are written, and by the prompt's name where the folder has one.
+
+    A prompt has no place for a title, which users of sentence-transformers write themselves.
+    """
     from sentence_transformers import SentenceTransformer
 
     with no_progress_bars():
@@ -149,7 +157,7 @@ def _by_sentence_transformers(
         model.encode([text for _, text in known], prompt="", show_progress_bar=False)
     )
     for place, (each, _) in enumerate(known):
-        if each.role and model.prompts.get(each.role):
+        if each.role and not each.title and model.prompts.get(each.role):
             vectors[place] = model.encode(each.text, prompt_name=each.role, show_progress_bar=False)
     return vectors
 

@@ -19,7 +19,8 @@ class PromptTemplates:
 
     Attributes:
         query: Template with ``{text}`` and perhaps ``{task}``, each once.
-        passage: Template with ``{text}`` and perhaps ``{title}``, each once.
+        passage: Template with ``{text}`` and perhaps ``{title}``, each once; without ``{title}``
+            the title stands in front of the text.
     """
 
     query: str = "{text}"
@@ -50,12 +51,17 @@ class PromptTemplates:
     def format_passage(self, text: str, title: str | None = None) -> str:
         """Returns the passage as the encoder reads it.
 
+        A template without a place for the title gets it in front of the text, as in mteb.
+
         A missing title reads ``none`` where the template names it (``title: {title}``), as in
         EmbeddingGemma. Elsewhere it is left out, with the blanks that it leaves at the beginning.
         """
+        has_place = _names(self.passage, "title")
+        if title and not has_place:
+            text = f"{title} {text}"
         missing = _NO_TITLE if "title:" in self.passage else ""
         before, after = _around(self.passage, title=title or missing)
-        if not title and _names(self.passage, "title"):
+        if not title and has_place:
             before = before.lstrip()
         return before + text + after
 
@@ -66,7 +72,7 @@ class PromptTemplates:
 
     def passage_chars(self, text: str, title: str | None = None) -> int:
         """Returns the length of what :meth:`format_passage` makes, without making it."""
-        if not title or not _names(self.passage, "title"):
+        if not title:
             return len(self.format_passage("")) + len(text)
         return len(self.format_passage("", "x")) - 1 + len(title) + len(text)
 
@@ -76,12 +82,12 @@ class PromptTemplates:
         Args:
             task: The task that a query has where nobody names one; None where there is none.
         """
-        found = {}
+        prompts = {}
         if self.query.endswith("{text}") and (task is not None or "{task}" not in self.query):
-            found["query"] = self.format_query("", task=task or "")
+            prompts["query"] = self.format_query("", task=task or "")
         if self.passage.endswith("{text}"):
-            found["document"] = self.format_passage("")
-        return found
+            prompts["document"] = self.format_passage("")
+        return prompts
 
 
 @lru_cache

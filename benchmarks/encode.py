@@ -25,9 +25,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from actors.encoder import Encoder, cut_layers, native_bfloat16
+from actors.encoder import Encoder
 from actors.encoder_files import no_progress_bars
+from actors.kernels.linear import native_bfloat16
 from cluster.plain_json import dump_json
+from pipelines.training.layers import cut_layers
 
 MODEL = "embedded:all-MiniLM-L6-v2"
 LAYERS = {"6 layers": range(6), "3 layers": (0, 2, 5)}
@@ -85,13 +87,13 @@ def mixed_texts(data: Path, num_texts: int) -> list[str]:
         kinds[name, "title"] = [row["title"] for row in passages if row.get("title")]
     if not kinds:
         raise SystemExit(f"{data}: no */corpus.jsonl is in it; give a folder of BEIR folders")
-    for found in kinds.values():
-        rng.shuffle(found)
+    for texts in kinds.values():
+        rng.shuffle(texts)
     drawn: dict[str, None] = {}
     for place in range(max(map(len, kinds.values()))):
-        for found in kinds.values():
-            if place < len(found) and found[place].strip():
-                drawn[found[place]] = None
+        for texts in kinds.values():
+            if place < len(texts) and texts[place].strip():
+                drawn[texts[place]] = None
     return list(drawn)[:num_texts]
 
 

@@ -22,12 +22,12 @@ from sentence_transformers import SentenceTransformer
 
 from actors.embedded import resolve_model
 from actors.encoder import Encoder
+from actors.encoder_actor import EncoderActors
+from actors.text_encoder import TextEncoder
 from cluster.plain_json import dump_json
 from pipelines.datasets.folders import KINDS, TestData, read_folder
 from pipelines.datasets.mteb_tasks import make_task, quiet_mteb
-from pipelines.evaluation.encoder_actors import EncoderActors
 from pipelines.evaluation.evaluate import evaluate
-from pipelines.evaluation.mteb_model import TextEncoder
 
 
 def main() -> None:

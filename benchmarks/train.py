@@ -238,7 +238,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 2, 5])
     parser.add_argument("--precision", choices=["bfloat16", "float32"], default="bfloat16")
     arguments = parser.parse_args()
-    from actors.encoder import Encoder, cut_layers
+    from actors.encoder import Encoder
+    from pipelines.training.layers import cut_layers
 
     lines = arguments.pairs_file.read_text(encoding="utf-8").splitlines()[: arguments.pairs]
     pairs = [json.loads(line) for line in lines]

@@ -44,11 +44,13 @@ from cluster.plain_json import dump_json
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where the project is not installed
 
-from actors.encoder import Encoder, PromptTemplates, see_both_ways
+from actors.encoder import Encoder
+from actors.templates import PromptTemplates
 from pipelines.training.agreement import OutOfMemory
 from pipelines.training.config import LossConfig, TrainingConfig
 from pipelines.training.examples import Batch
 from pipelines.training.gradients import slice_batch
+from pipelines.training.layers import make_bidirectional
 from pipelines.training.memory import fit, use_growing_segments
 from pipelines.training.optimizer import train_batch, train_fitting
 
@@ -126,7 +128,7 @@ def make_student(model: Any) -> Encoder:
         templates=PromptTemplates(),
     )
     if model.config.model_type == "qwen3":
-        see_both_ways(encoder)
+        make_bidirectional(encoder)
     return encoder
 
 

@@ -47,22 +47,22 @@ class EncoderConfig(BaseModel):
         return self
 
 
-def load_encoder(config: EncoderConfig, device: str | None = None) -> Encoder:
-    """Loads the encoder with the recipe's templates, on `device` as `Encoder.load` takes it."""
+def load_encoder(
+    config: EncoderConfig, device: str | None = None, pooling: str | None = None
+) -> Encoder:
+    """Loads the encoder that a recipe means; `device` and `pooling` as in `Encoder.load`."""
     from actors.encoder import Encoder
 
-    encoder = Encoder.load(
+    return Encoder.load(
         config.model,
         max_tokens=config.max_tokens,
         dtype=config.dtype,
         device=device,
         trust_remote_code=config.trust_remote_code,
+        pooling=pooling,
+        query_template=config.query_template,
+        passage_template=config.passage_template,
     )
-    encoder.templates = PromptTemplates(
-        query=config.query_template or encoder.templates.query,
-        passage=config.passage_template or encoder.templates.passage,
-    )
-    return encoder
 
 
 def saved_encoder(step: Artifact, student: EncoderConfig, folder: str = MODEL) -> EncoderConfig:

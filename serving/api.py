@@ -18,6 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from actors.vectors import shorten
 from cluster.errors import excerpt
 from cluster.json_lines import parse_json
 from serving.guard import Access, Guard, refusal
@@ -116,6 +117,7 @@ def create_app(model: ServedModel, access: Access | None = None) -> FastAPI:
         embedded = await model.embed(
             _input_list(request.input),
             role=request.input_type,
+            titles=[request.title] if isinstance(request.title, str) else request.title,
             task=request.task,
             truncate=bool(request.truncate),
         )
@@ -135,15 +137,15 @@ def create_app(model: ServedModel, access: Access | None = None) -> FastAPI:
     @app.post("/v1/search", response_model=SearchResponse, responses=_ERRORS)
     async def search(request: SearchRequest) -> Response:
         """Finds the passages nearest to a query."""
-        found = await model.search(request.query, top_k=request.top_k or _TOP_K, task=request.task)
+        answer = await model.search(request.query, top_k=request.top_k or _TOP_K, task=request.task)
         return _json(
             SearchResponse(
                 results=[
                     Hit(id=passage.id, title=passage.title, text=passage.text, score=score)
-                    for passage, score in found.hits
+                    for passage, score in answer.hits
                 ],
                 model=model.name,
-                usage=_usage(found.num_tokens),
+                usage=_usage(answer.num_tokens),
             )
         )
 
@@ -176,30 +178,12 @@ def create_app(model: ServedModel, access: Access | None = None) -> FastAPI:
     return app
 
 
-def shorten(vectors: np.ndarray, dimensions: int) -> np.ndarray:
-    """Keeps the first dimensions and brings every row back to length 1.
-
-    Args:
-        vectors: float32 `[texts, all dimensions]`.
-        dimensions: How many to keep.
-
-    Returns:
-        float32 `[texts, dimensions]`; a row of zeros stays one.
-    """
-    if dimensions == vectors.shape[1]:
-        return vectors
-    kept = vectors[:, :dimensions]
-    lengths = np.linalg.norm(kept, axis=1, keepdims=True)
-    renormalised: np.ndarray = kept / np.maximum(lengths, 1e-12)
-    return renormalised
-
-
 def content_security_policy(page: str) -> str:
     """Allows a page its own inline style and script, by their hashes, and requests to its host."""
 
     def hashes(tag: str) -> str:
-        found = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digests = [hashlib.sha256(content.encode()).digest() for content in found]
+        contents = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digests = [hashlib.sha256(content.encode()).digest() for content in contents]
         return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
 
     return (
@@ -271,7 +255,7 @@ async def _refuse_invalid(_: Request, error: Exception) -> Response:
     elif param is None:
         message = "the body must be a JSON object, sent with content-type application/json"
     else:
-        message = f"{param}: {first['msg']}"
+        message = f"{param}: {first['msg'].removeprefix('Value error, ')}"
     return refusal(ApiError(400, message, param=param and param[:80]))
 
 

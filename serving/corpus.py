@@ -146,7 +146,8 @@ def load_corpus(uri: str, encoder: "Encoder") -> Corpus:
         if "embedding" in table.column_names:
             index.add(_vectors(table, encoder.dimensions, uri))
         elif len(passages):
-            index.add(_embed(passages.to_pydict(), encoder))
+            texts, titles = (passages[name].to_pylist() for name in ("text", "title"))
+            index.add(encoder.encode_passages(texts, titles))
     if line := tally.summary(uri):
         logger.warning(line)
     if artifact is not None and tally.num_rows != artifact.num_rows:
@@ -155,15 +156,6 @@ def load_corpus(uri: str, encoder: "Encoder") -> Corpus:
             " copy it anew, or let `tokay run` make it anew"
         )
     return Corpus(passages=pa.concat_tables(parts).combine_chunks(), index=index)
-
-
-def _embed(columns: dict[str, list[str]], encoder: "Encoder") -> np.ndarray:
-    texts, titles = columns["text"], columns["title"]
-    if "{title}" in encoder.templates.passage:
-        return encoder.encode_passages(texts, titles)
-    # As in mteb: a model without a place for titles gets the title in front of the text.
-    joined = [f"{title} {text}".strip() for title, text in zip(titles, texts, strict=True)]
-    return encoder.encode_passages(joined)
 
 
 def _vectors(table: pa.Table, dimensions: int | None, uri: str) -> np.ndarray:

@@ -4,9 +4,12 @@ Serve sends each scrape to one replica, so every series carries the replica's na
 several replicas gives several honest series and never one that jumps.
 """
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Metrics:
@@ -28,28 +31,22 @@ class Metrics:
             buckets=_SECONDS,
             registry=self._registry,
         )
-        self._texts = Counter(
-            "tokay_texts", "Texts embedded", ["replica"], registry=self._registry
-        ).labels(replica)
-        self._tokens = Counter(
-            "tokay_tokens",
-            "Tokens embedded, special tokens included",
-            ["replica"],
-            registry=self._registry,
-        ).labels(replica)
-        self._batch_texts = Histogram(
-            "tokay_batch_texts",
-            "Texts taken from the queue at once",
-            ["replica"],
-            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
-            registry=self._registry,
-        ).labels(replica)
-        self._queued = Gauge(
-            "tokay_queued_tokens",
-            "Tokens that wait or are being embedded",
-            ["replica"],
-            registry=self._registry,
-        ).labels(replica)
+
+        def of_replica(kind: Any, name: str, description: str, **options: Any) -> Any:
+            return kind(name, description, ["replica"], registry=self._registry, **options).labels(
+                replica
+            )
+
+        self._texts = of_replica(Counter, "tokay_texts", "Texts embedded")
+        self._tokens = of_replica(
+            Counter, "tokay_tokens", "Tokens embedded, special tokens included"
+        )
+        self._batch_texts = of_replica(
+            Histogram, "tokay_batch_texts", "Texts taken from the queue at once", buckets=_TEXTS
+        )
+        self._queued = of_replica(
+            Gauge, "tokay_queued_tokens", "Tokens that wait or are being embedded"
+        )
 
     def count_request(self, path: str, status: int, seconds: float) -> None:
         """Counts one answered request."""

@@ -1,7 +1,7 @@
 """The endpoint's words on the wire: OpenAI's embedding requests, search, and OpenAI's errors.
 
 Clients written for OpenAI's API must work unchanged, so names, defaults and error bodies are
-OpenAI's. What Tokay adds is optional: `input_type`, `task` and `truncate`.
+OpenAI's. What Tokay adds is optional: `input_type`, `task`, `title` and `truncate`.
 """
 
 from dataclasses import dataclass
@@ -97,6 +97,17 @@ def _check_input(given: Any) -> Any:
     raise ValueError(INPUT_FORMS)
 
 
+def _check_title(given: Any) -> Any:
+    """Accepts a string or a list of strings, in one pass as above."""
+    if (
+        given is None
+        or type(given) is str
+        or (type(given) is list and {*map(type, given)} <= {str})
+    ):
+        return given
+    raise ValueError("give a string, or a list with one string for each input")
+
+
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -114,13 +125,22 @@ class EmbeddingRequest(_Request):
         " this model's tokenizer, without special tokens), or lists of token ids"
     )
     model: StrictStr
-    dimensions: StrictInt | None = Field(None, description="Keep the first so many, renormalised")
+    dimensions: StrictInt | None = Field(
+        None, description="Keep the first ones, this many, renormalised"
+    )
     encoding_format: Literal["float", "base64"] | None = None
     user: str | None = None
     input_type: Role | None = Field(
         None, description="Apply the model's template for this role; null embeds the text as it is"
     )
     task: str | None = Field(None, description="The task in the query template")
+    title: Annotated[
+        Any, PlainValidator(_check_title, json_schema_input_type=str | list[str] | None)
+    ] = Field(
+        None,
+        description="The title of the passage, or of each passage in a list; empty for none. A"
+        " template without a place for it gets it in front of the text",
+    )
     truncate: StrictBool | None = Field(
         None, description="Cut texts over the token limit, instead of refusing"
     )

@@ -96,6 +96,7 @@ class ServedModel:
         *,
         role: Role | None = None,
         task: str | None = None,
+        titles: Sequence[str] | None = None,
         truncate: bool = False,
         param: str = "input",
     ) -> Embedded:
@@ -105,15 +106,16 @@ class ServedModel:
             inputs: One or more, none empty.
             role: The template to apply; None for texts as they are.
             task: The task of the query template; None for the served one.
+            titles: Of the passages, one for each; empty for none.
             truncate: Cut what is too long.
             param: The request's field that errors name.
 
         Raises:
             ApiError: 400 for inputs that cannot be embedded, 429 when too much is waiting.
         """
-        self._check_size(inputs, role, task, param)
+        self._check_size(inputs, role, task, titles, param)
         rows = await asyncio.get_running_loop().run_in_executor(
-            self._tokenizing, lambda: self._read(inputs, role, task, truncate, param)
+            self._tokenizing, lambda: self._read(inputs, role, task, titles, truncate, param)
         )
         try:
             vectors = await self.batcher.embed(rows)
@@ -151,6 +153,7 @@ class ServedModel:
         inputs: Sequence[str] | Sequence[Sequence[int]],
         role: Role | None,
         task: str | None,
+        titles: Sequence[str] | None,
         param: str,
     ) -> None:
         """Refuses what would be too much, before any of it is written out or tokenised."""
@@ -161,18 +164,27 @@ class ServedModel:
                 f"{param} holds {len(inputs)} texts: give 1 to {limits.max_texts}",
                 param=param,
             )
+        if titles is not None and role != "passage":
+            raise ApiError(400, 'title needs input_type "passage"', param="title")
+        if titles is not None and len(titles) != len(inputs):
+            raise ApiError(
+                400,
+                f"title holds {len(titles)} titles and {param} {len(inputs)} texts: give each text"
+                " its own, an empty one where it has none",
+                param="title",
+            )
         texts = [item for item in inputs if isinstance(item, str)]
         if not texts:
             if limits.token_ids:
                 return
             raise ApiError(400, _NO_TOKEN_IDS, param=param)
-        templates, task = self.encoder.templates, task or self._task
-        around = {
-            None: 0,
-            "query": templates.query_chars("", task=task),
-            "passage": templates.passage_chars(""),
-        }[role]
-        characters = sum(map(len, texts)) + len(texts) * around
+        templates, characters = self.encoder.templates, sum(map(len, texts))
+        if role == "query":
+            characters += len(texts) * templates.query_chars("", task=task or self._task)
+        elif titles is not None:
+            characters += sum(templates.passage_chars("", title) for title in titles)
+        elif role == "passage":
+            characters += len(texts) * templates.passage_chars("")
         if characters > limits.max_characters:
             raise ApiError(
                 413,
@@ -187,6 +199,7 @@ class ServedModel:
         inputs: Sequence[str] | Sequence[Sequence[int]],
         role: Role | None,
         task: str | None,
+        titles: Sequence[str] | None,
         truncate: bool,
         param: str,
     ) -> list[list[int]]:
@@ -195,7 +208,7 @@ class ServedModel:
             raise ApiError(400, f"{param} holds an empty text: leave it out", param=param)
         texts = [item for item in inputs if isinstance(item, str)]
         if texts:
-            rows = self._tokenize(self._format(texts, role, task), param)
+            rows = self._tokenize(self._format(texts, role, task, titles), param)
         else:
             ids = [list(item) for item in inputs if not isinstance(item, str)]
             rows = self._add_special_tokens(ids, role)
@@ -215,14 +228,20 @@ class ServedModel:
             rows[number] = row[: limit - num_last] + row[len(row) - num_last :]
         return rows
 
-    def _format(self, texts: list[str], role: Role | None, task: str | None) -> list[str]:
+    def _format(
+        self,
+        texts: list[str],
+        role: Role | None,
+        task: str | None,
+        titles: Sequence[str] | None,
+    ) -> list[str]:
         templates = self.encoder.templates
         if role == "query":
             return [templates.format_query(text, task=task or self._task) for text in texts]
         if task is not None:
             raise ApiError(400, 'task needs input_type "query"', param="task")
         if role == "passage":
-            return [templates.format_passage(text) for text in texts]
+            return self.encoder.format_passages(texts, titles)
         return texts
 
     def _tokenize(self, texts: list[str], param: str) -> list[list[int]]:
@@ -271,6 +290,5 @@ class ServedModel:
         import torch
 
         with torch.inference_mode():
-            found = self.encoder.embed_tokens(rows, batch_tokens=self._pass_tokens)
-            vectors: np.ndarray = found.float().cpu().numpy()
-        return vectors
+            vectors = self.encoder.embed_tokens(rows, batch_tokens=self._pass_tokens)
+            return np.asarray(vectors.cpu().numpy())

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from actors.text_encoder import TextEncoder
 from cluster.errors import UserError
 from cluster.plain_json import dump_json
 from pipelines.credentials import key_with_credentials
@@ -23,10 +24,9 @@ from pipelines.encoders import EncoderConfig, load_encoder
 from pipelines.evaluation.bootstrap import Estimate
 from pipelines.evaluation.compare import averages, compare
 from pipelines.evaluation.evaluate import Result, evaluate_at
-from pipelines.evaluation.fingerprint import encoder_fingerprint
 from pipelines.evaluation.location import Location, SavedEncoder
 from pipelines.evaluation.model_card import training_sets
-from pipelines.evaluation.mteb_model import ModelIdentity, TextEncoder
+from pipelines.evaluation.mteb_model import ModelIdentity
 from pipelines.screen import Screen
 
 # mteb's types as the papers' tables head them.
@@ -111,7 +111,7 @@ def run_eval(
     test_sets: Sequence[TestSet],
     options: EvalOptions | None = None,
 ) -> list[dict[str, Any]]:
-    """Measures models on test sets and prints what it found.
+    """Measures models on test sets and prints the results.
 
     Args:
         models: Name -> model folder, hub id, ``embedded:NAME`` or endpoint ``http(s)://HOST/v1``.
@@ -169,12 +169,12 @@ def run_eval(
     compared, means = compare(results), averages(results)
     notes = {each.name: list(each.notes) for each in data if getattr(each, "notes", ())}
     if options.as_json:
-        found = {"results": rows, "differences": compared, "averages": means, "notes": notes}
-        print(dump_json(found, indent=2))
+        document = {"results": rows, "differences": compared, "averages": means, "notes": notes}
+        print(dump_json(document, indent=2))
     else:
         _print_tables(results, compared, means)
-        for dataset, told in notes.items():
-            Screen().print(Text(f"{dataset}: {'; '.join(told)}", style="dim"), soft_wrap=True)
+        for dataset, lines in notes.items():
+            Screen().print(Text(f"{dataset}: {'; '.join(lines)}", style="dim"), soft_wrap=True)
     return rows
 
 
@@ -194,8 +194,8 @@ def _identify(name: str, location: Location, encoder: TextEncoder) -> ModelIdent
     card = Path(folder.model if isinstance(folder, EncoderConfig) else folder) / "README.md"
     return ModelIdentity(
         name=name,
-        revision=encoder_fingerprint(encoder),
-        num_parameters=getattr(encoder, "num_parameters", None),
+        revision=encoder.fingerprint,
+        num_parameters=encoder.num_parameters,
         training_sets=training_sets(card.read_text(encoding="utf-8")) if card.is_file() else (),
     )
 
@@ -205,7 +205,7 @@ def _loaded(location: Location, options: EvalOptions) -> Iterator[TextEncoder]:
     if options.num_actors == 1:
         yield _load(location, options)
         return
-    from pipelines.evaluation.encoder_actors import EncoderActors
+    from actors.encoder_actor import EncoderActors
 
     actors = EncoderActors(partial(_load, location, options), options.num_actors)
     with quiet_mteb():
@@ -276,8 +276,8 @@ def _print_tables(
                 console.print(_difference(row))
         for result in measured:
             if result.reason:
-                told = f"{result.model} ({result.dimensions}) has no score: {result.reason}"
-                console.print(Text(told), soft_wrap=True)
+                line = f"{result.model} ({result.dimensions}) has no score: {result.reason}"
+                console.print(Text(line), soft_wrap=True)
     if any(not _unknown(result.score) for result in results):
         console.print("In brackets: 95 % bootstrap intervals.", style="dim")
     if any(result.seen for result in results):

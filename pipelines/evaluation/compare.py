@@ -14,11 +14,12 @@ STUDENT_AFTER = "student_after"
 
 
 def compare(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Returns the differences from the model that is compared with, on every test set.
+    """Returns the differences between one model and all others, on every test set.
 
-    That is a run's trained student, less whom the others are taken away, or else the first model,
-    which is taken away from the others. Each model's result meets the one of the same dimensions,
-    or of the most there are; the model itself at fewer dimensions meets its own full vectors.
+    In a run that model is the trained student, and each difference is its score minus another's;
+    otherwise it is the first model, whose score is subtracted from each of the others'. Results are
+    paired at the same number of dimensions, or with the model's largest number where it was not
+    measured at that one. Its own shorter vectors are compared with its full ones.
     """
     is_run = any(result.model == STUDENT_AFTER for result in results)
     base = STUDENT_AFTER if is_run else next((result.model for result in results), "")

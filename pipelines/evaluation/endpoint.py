@@ -19,6 +19,9 @@ import numpy as np
 import openai
 from pydantic import BaseModel, ValidationError
 
+from actors.templates import PromptTemplates
+from actors.text_encoder import TextEncoder
+from actors.vectors import unit
 from cluster.errors import TokayError, UserError, excerpt
 
 # OpenAI takes 2048 texts; fewer keep an answer in seconds on a small server.
@@ -52,12 +55,12 @@ class _Vectors(BaseModel):
 _Answer = TypeVar("_Answer", _Models, _Vectors)
 
 
-class EndpointEncoder:
+class EndpointEncoder(TextEncoder):
     """Queries and passages to unit vectors through ``POST /v1/embeddings``.
 
-    A Tokay server is told the role and the task of the texts and applies the model's templates;
-    any other gets the texts alone. No endpoint has a field for titles: they stand in front of the
-    text. An API key is taken from ``OPENAI_API_KEY``.
+    A Tokay server is given the texts' role, task and titles and applies the model's templates; any
+    other gets the texts alone, with their titles in front. An API key is taken from
+    ``OPENAI_API_KEY``.
 
     Attributes:
         model: Name under which the server knows the model.
@@ -101,7 +104,7 @@ class EndpointEncoder:
             ) from error
         except openai.APIError as error:
             raise UserError(
-                f"{base_url}/models answered {_told(error)!r}; give the address of an"
+                f"{base_url}/models answered {_reason(error)!r}; give the address of an"
                 " OpenAI-compatible endpoint, up to and with /v1"
             ) from error
         served = {each.id: each for each in self._parse(_Models, answer, "models").data}
@@ -124,24 +127,30 @@ class EndpointEncoder:
         self, texts: Sequence[str], titles: Sequence[str | None] | None = None
     ) -> np.ndarray:
         """Returns float32 ``[texts, dimensions]``, unit length."""
-        pairs = zip(texts, titles or [None] * len(texts), strict=True)
-        joined = [f"{title or ''} {text}".strip() for text, title in pairs]
-        return self._encode(joined, {"input_type": "passage"})
+        named = [title or "" for title in titles or [""] * len(texts)]
+        if not self.is_tokay:
+            join = PromptTemplates().format_passage
+            texts = [join(text, title) for text, title in zip(texts, named, strict=True)]
+        return self._encode(texts, {"input_type": "passage"}, named if any(named) else None)
 
-    def _encode(self, texts: Sequence[str], role: dict[str, str]) -> np.ndarray:
-        batches = [texts[at : at + BATCH_TEXTS] for at in range(0, len(texts), BATCH_TEXTS)]
+    def _encode(
+        self, texts: Sequence[str], role: Mapping[str, str], titles: Sequence[str] | None = None
+    ) -> np.ndarray:
+        def request(batch: slice) -> np.ndarray:
+            named = {"title": titles[batch]} if titles else {}
+            return self._request(texts[batch], {**role, **named})
+
+        batches = [slice(at, at + BATCH_TEXTS) for at in range(0, len(texts), BATCH_TEXTS)]
         with ThreadPoolExecutor(MAX_IN_FLIGHT) as threads:
-            parts = list(threads.map(lambda batch: self._request(batch, role), batches))
+            parts = list(threads.map(request, batches))
         sizes = {self._dimensions or parts[0].shape[1], *(part.shape[1] for part in parts)}
         if len(sizes) > 1:
             shown = " and of ".join(map(str, sorted(sizes)))
             self._refuse("embeddings", f"vectors of {shown} numbers")
         (self._dimensions,) = sizes
-        vectors = np.concatenate(parts)
-        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return np.asarray(vectors / np.maximum(lengths, 1e-12))
+        return unit(np.concatenate(parts))
 
-    def _request(self, texts: Sequence[str], role: Mapping[str, str]) -> np.ndarray:
+    def _request(self, texts: Sequence[str], role: Mapping[str, object]) -> np.ndarray:
         body = {
             "model": self.model,
             # Servers refuse an empty text, and a blank one has the same tokens.
@@ -153,17 +162,17 @@ class EndpointEncoder:
         try:
             answer = self._client.post("/embeddings", cast_to=httpx2.Response, body=body)
         except openai.APIError as error:
-            raise TokayError(f"{self._url}/embeddings failed: {_told(error)}") from error
+            raise TokayError(f"{self._url}/embeddings failed: {_reason(error)}") from error
         rows = sorted(self._parse(_Vectors, answer, "embeddings").data, key=lambda row: row.index)
         if [row.index for row in rows] != list(range(len(texts))):
             self._refuse("embeddings", f"{len(texts)} texts with {len(rows)} vectors")
         vectors = [_read_vector(row.embedding) for row in rows]
         if len({len(vector) for vector in vectors}) != 1:
             self._refuse("embeddings", "vectors of several lengths")
-        found = np.stack(vectors)
-        if not found.size or not np.isfinite(found).all():
+        stacked = np.stack(vectors)
+        if not stacked.size or not np.isfinite(stacked).all():
             self._refuse("embeddings", "what is no vector of finite numbers")
-        return found
+        return stacked
 
     def _parse(self, kind: type[_Answer], answer: httpx2.Response, path: str) -> _Answer:
         try:
@@ -184,7 +193,7 @@ class EndpointEncoder:
 def _read_vector(given: list[float] | str) -> np.ndarray:
     """Returns float32 `[dimensions]`; empty where it is none."""
     if isinstance(given, list):
-        with np.errstate(over="ignore"):  # what float32 cannot hold is found as not finite
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused
             return np.array(given, np.float32)
     try:
         return np.frombuffer(base64.b64decode(given, validate=True), "<f4").astype(np.float32)
@@ -192,7 +201,7 @@ def _read_vector(given: list[float] | str) -> np.ndarray:
         return np.zeros(0, np.float32)
 
 
-def _told(error: openai.APIError) -> str:
+def _reason(error: openai.APIError) -> str:
     """Returns what a server said, or where it sends others, on one line."""
     if isinstance(error, openai.APIStatusError) and error.response.is_redirect:
         target = error.response.headers.get("location", "")

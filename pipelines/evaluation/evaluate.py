@@ -16,17 +16,16 @@ from typing import Any
 
 import numpy as np
 
+from actors.text_encoder import CHUNK_TEXTS, TextEncoder
 from cluster.plain_json import dump_json
 from pipelines.datasets.folders import LabelledDataset, TestData
 from pipelines.datasets.mteb_tasks import fresh, make_task, quiet_mteb
 from pipelines.datasets.retrieval import RetrievalDataset
 from pipelines.evaluation.bootstrap import NUM_RESAMPLES, Estimate, bootstrap
-from pipelines.evaluation.items import Sample, overhear
+from pipelines.evaluation.items import Sample, record_items
 from pipelines.evaluation.mteb_model import (
-    CHUNK_TEXTS,
     ModelIdentity,
     MtebEncoder,
-    TextEncoder,
     TextVectors,
     check_dimensions,
 )
@@ -77,9 +76,9 @@ class Result:
     @cached_property
     def estimates(self) -> dict[str, Estimate]:
         """Metric -> score with its 95 % interval, the main score first."""
-        found = {metric: bootstrap(samples) for metric, samples in self.samples.items()}
+        estimates = {metric: bootstrap(samples) for metric, samples in self.samples.items()}
         without = Estimate(self.mteb_score, math.nan, math.nan)
-        return {self.metric: found.pop(self.metric, without), **found}
+        return {self.metric: estimates.pop(self.metric, without), **estimates}
 
     @property
     def score(self) -> Estimate:
@@ -138,13 +137,15 @@ class Result:
     def from_json(cls, row: Mapping[str, Any]) -> Result:
         """Reads what :meth:`to_json` wrote, that of single items included."""
         samples = {
-            metric: [Sample(statistic="mean", rows=np.array([[*found.values()]]), ids=tuple(found))]
-            for metric, found in row["per_query"].items()
+            metric: [
+                Sample(statistic="mean", rows=np.array([[*scores.values()]]), ids=tuple(scores))
+            ]
+            for metric, scores in row["per_query"].items()
         } | {
-            metric: [Sample.from_json(each) for each in found]
-            for metric, found in row["samples"].items()
+            metric: [Sample.from_json(each) for each in samples]
+            for metric, samples in row["samples"].items()
         }
-        hits = {query: [(i, s) for i, s in found] for query, found in row["top_results"].items()}
+        hits = {query: [(i, s) for i, s in each] for query, each in row["top_results"].items()}
         plain = {name: row[name] for name in cls.__dataclass_fields__ if name in row}
         plain["mteb_score"] = math.nan if row["mteb_score"] is None else row["mteb_score"]
         return cls(**(plain | {"samples": samples, "top_results": hits}))
@@ -210,12 +211,12 @@ def evaluate_at(
         prompt = evaluation_prompt(metadata.type, name)
         if task is not None:
             prompt = EvaluationPrompt(task=task, symmetric=prompt.symmetric)
-        full = getattr(encoder, "dimensions", None)
+        full = encoder.dimensions
         for size in dimensions:
             check_dimensions(size, full)
         sizes = dict.fromkeys(None if size == full else size for size in dimensions)
         vectors = TextVectors(encoder, keep=len(sizes) > 1, on_progress=on_progress)
-        found = []
+        measured = []
         for size in sizes:
             experiment = {"embed_dim": size, "task": task}
             wrapped = MtebEncoder(
@@ -229,7 +230,7 @@ def evaluate_at(
             result = stored.read() if stored and identity.revision else None
             if result is None:
                 result = _measure(wrapped, vectors, fresh(mteb_task), stored)
-            found.append(
+            measured.append(
                 replace(
                     result,
                     model=identity.name,
@@ -239,7 +240,7 @@ def evaluate_at(
                     seen=name in identity.training_sets,
                 )
             )
-    return found
+    return measured
 
 
 def difference(
@@ -283,7 +284,7 @@ def _measure(
 ) -> Result:
     import mteb
 
-    items = overhear(mteb_task)
+    items = record_items(mteb_task)
     if stored:
         stored.drop()
     outcome = mteb.evaluate(

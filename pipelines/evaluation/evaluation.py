@@ -17,7 +17,6 @@ from pipelines.datasets.test_sets import TestSet, load_test_set, test_set_finger
 from pipelines.encoders import TRAINED, load_encoder, saved_encoder
 from pipelines.evaluation.compare import STUDENT_AFTER, averages, compare
 from pipelines.evaluation.evaluate import evaluate_at
-from pipelines.evaluation.fingerprint import encoder_fingerprint
 from pipelines.evaluation.model_card import add_to_card, model_index, training_sets
 from pipelines.evaluation.mteb_model import ModelIdentity
 from pipelines.fingerprints import fingerprinted
@@ -83,7 +82,7 @@ def run_evaluation(
     models = {
         name: ModelIdentity(
             name=name,
-            revision=encoder_fingerprint(encoder),
+            revision=encoder.fingerprint,
             num_parameters=encoder.num_parameters,
             training_sets=training_sets(card) if name == STUDENT_AFTER else (),
         )

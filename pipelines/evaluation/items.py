@@ -1,7 +1,7 @@
 """What single queries, pairs and texts scored, which mteb averages away.
 
 Intervals and comparisons need them: two models a point apart on 200 queries are often the same
-model. mteb hands them to methods of its tasks on the way to the mean; here those are overheard.
+model. mteb hands them to methods of its tasks on the way to the mean; those calls are recorded.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
 
 @dataclass(kw_only=True)
 class Items:
-    """What was overheard: see :func:`overhear`.
+    """What was recorded: see :func:`record_items`.
 
     Attributes:
         metric: The task's main score.
@@ -121,26 +121,26 @@ class Items:
         for metric in dict.fromkeys((self.metric, *_ALSO)):
             name, _at, cut = metric.partition("_at_")
             if name == "mrr" and cut:
-                found = dict(
+                values = dict(
                     zip(results, mrr(qrels, results, [int(cut)])[f"MRR@{cut}"], strict=True)
                 )
             elif name in _SPELLED:
-                found = {query: each[f"{_SPELLED[name]}_{cut}"] for query, each in scores.items()}
+                values = {query: each[f"{_SPELLED[name]}_{cut}"] for query, each in scores.items()}
             else:
                 continue
-            self._add(metric, "mean", [[found[query] for query in queries]], queries)
+            self._add(metric, "mean", [[values[query] for query in queries]], queries)
         for query in queries:
             # Ties go to the larger id, as in pytrec_eval: the list is the one that was scored.
             hits = sorted(results[query].items(), key=lambda hit: (hit[1], hit[0]), reverse=True)
             self.top_results[query] = [(id_, float(score)) for id_, score in hits[:TOP_RESULTS]]
 
-    def _pairs(self, found: Mapping[str, Any], gold: Sequence[float]) -> None:
+    def _pairs(self, scores: Mapping[str, Any], gold: Sequence[float]) -> None:
         key = {"cosine_spearman": "cosine_scores", "spearman": "similarity_scores"}.get(self.metric)
         if key:
-            self._add(self.metric, "spearman", [gold, found[key]])
+            self._add(self.metric, "spearman", [gold, scores[key]])
 
-    def _labelled_pairs(self, found: Mapping[str, Any], labels: Sequence[int]) -> None:
-        rows = [found["cosine_scores"], -np.asarray(found["manhattan_distances"])]
+    def _labelled_pairs(self, scores: Mapping[str, Any], labels: Sequence[int]) -> None:
+        rows = [scores["cosine_scores"], -np.asarray(scores["manhattan_distances"])]
         # Of unit vectors: the dot product and the Euclidean distance rank as the cosine does.
         kept = {"max_ap": rows, "cosine_ap": rows[:1], "similarity_ap": rows[:1]}.get(self.metric)
         if kept:
@@ -157,13 +157,13 @@ class Items:
             self._add("accuracy", "mean", [np.mean(done, axis=0)])
 
     def _clusters(self, scores: dict[str, Any]) -> None:
-        found = scores.get("v_measures", ())
-        if self.metric == "v_measure" and found:
-            levels = found.values() if isinstance(found, dict) else [found]
+        measures = scores.get("v_measures", ())
+        if self.metric == "v_measure" and measures:
+            levels = measures.values() if isinstance(measures, dict) else [measures]
             self._add("v_measure", "mean", [[one for level in levels for one in level]])
 
 
-def overhear(task: Any) -> Items:
+def record_items(task: Any) -> Items:
     """Returns a record that fills while mteb evaluates ``task``.
 
     Clustering's items are its experiments, each of as many texts drawn; there is none for tasks
@@ -172,7 +172,7 @@ def overhear(task: Any) -> Items:
     from mteb import abstasks
 
     items = Items(metric=task.metadata.main_score)
-    for kind, method, hear in (
+    for kind, method, record in (
         (abstasks.AbsTaskRetrieval, "task_specific_scores", items._queries),
         (abstasks.AbsTaskSTS, "_calculate_scores", items._pairs),
         (abstasks.AbsTaskPairClassification, "_compute_metrics", items._labelled_pairs),
@@ -181,13 +181,13 @@ def overhear(task: Any) -> Items:
         (abstasks.AbsTask, "_add_main_score", items._clusters),
     ):
         if isinstance(task, kind):
-            setattr(task, method, _overheard(getattr(task, method), hear))
+            setattr(task, method, _recorded(getattr(task, method), record))
     return items
 
 
-def _overheard(method: Callable[..., Any], hear: Callable[..., None]) -> Callable[..., Any]:
+def _recorded(method: Callable[..., Any], record: Callable[..., None]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        hear(*args, **kwargs)
+        record(*args, **kwargs)
         return method(*args, **kwargs)
 
     return call

@@ -7,21 +7,16 @@ leaderboard; only the encoding is ours.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 
+from actors.text_encoder import Text, TextEncoder
+from actors.vectors import BrokenVectors, shorten
 from cluster.errors import UserError
 from pipelines.evaluation.prompts import EvaluationPrompt, evaluation_prompt
-
-# Texts between two calls of `on_progress`; many enough to fill a GPU with short ones.
-CHUNK_TEXTS = 1024
-
-
-class BrokenVectors(UserError):
-    """A model gives vectors that are no numbers."""
 
 
 def check_dimensions(asked: int | None, there: int | None) -> None:
@@ -30,36 +25,6 @@ def check_dimensions(asked: int | None, there: int | None) -> None:
         raise UserError(
             f"{asked} dimensions are asked for: the model has {there} dimensions; ask for no more"
         )
-
-
-class TextEncoder(Protocol):
-    """What evaluation needs of a model: `actors.encoder.Encoder`, an `EndpointEncoder`."""
-
-    def encode_queries(self, queries: Sequence[str], *, task: str) -> np.ndarray:
-        """Returns float32 ``[queries, dimensions]``, unit length."""
-
-    def encode_passages(
-        self, texts: Sequence[str], titles: Sequence[str | None] | None = None
-    ) -> np.ndarray:
-        """Returns float32 ``[texts, dimensions]``, unit length."""
-
-
-class Text(NamedTuple):
-    """A text in its role: a query of a task, or a passage (no task) with its title."""
-
-    text: str
-    task: str | None
-    title: str | None = None
-
-
-def encode_texts(encoder: TextEncoder, texts: Sequence[Text]) -> np.ndarray:
-    """Returns float32 ``[texts, dimensions]`` of texts that are all of one role and task."""
-    plain = [each.text for each in texts]
-    if texts[0].task is not None:
-        return encoder.encode_queries(plain, task=texts[0].task)
-    if texts[0].title is None:
-        return encoder.encode_passages(plain)
-    return encoder.encode_passages(plain, [each.title for each in texts])
 
 
 class TextVectors:
@@ -80,7 +45,7 @@ class TextVectors:
         """Wraps an encoder.
 
         Args:
-            encoder: One model, or an `EncoderActors`.
+            encoder: The model.
             keep: Remember the vectors, for texts that come again.
             on_progress: Called with the number of texts just encoded.
         """
@@ -95,24 +60,16 @@ class TextVectors:
         """Returns float32 ``[texts, dimensions]``, in the order given."""
         new = sorted({each for each in texts if each not in self._known}, key=_length, reverse=True)
         self._on_progress(len(texts) - len(new))
-        encode_all: Callable[[list[list[Text]]], Iterable[tuple[int, np.ndarray]]]
-        encode_all = getattr(self.encoder, "encode_chunks", self._in_turn)
-        size = getattr(self.encoder, "chunk_texts", lambda num_texts: CHUNK_TEXTS)(len(new))
-        chunks = [new[start : start + size] for start in range(0, len(new), size)]
         started = time.perf_counter()
-        for place, vectors in encode_all(chunks):
-            self._known |= zip(chunks[place], vectors, strict=True)
-            self._on_progress(len(vectors))
+        for chunk, vectors in self.encoder.encode_chunks(new):
+            self._known |= zip(chunk, vectors, strict=True)
+            self._on_progress(len(chunk))
         self.seconds_s += time.perf_counter() - started
         self.num_texts += len(new)
-        found = np.stack([self._known[each] for each in texts])
+        vectors = np.stack([self._known[each] for each in texts])
         if not self._keep:
             self._known.clear()
-        return found
-
-    def _in_turn(self, chunks: list[list[Text]]) -> Iterator[tuple[int, np.ndarray]]:
-        for place, chunk in enumerate(chunks):
-            yield place, encode_texts(self.encoder, chunk)
+        return vectors
 
 
 def _length(text: Text) -> tuple[int, Text]:
@@ -204,7 +161,9 @@ class MtebEncoder:
             else:
                 bodies = batch.get("body", batch["text"])
                 titles = batch.get("title", [""] * len(bodies))
-                texts += map(self._passage, bodies, titles)
+                texts += [
+                    Text(body, None, title) for body, title in zip(bodies, titles, strict=True)
+                ]
         vectors = self._vectors(texts)
         check_dimensions(self._cut, vectors.shape[1])
         if not np.isfinite(vectors).all():
@@ -212,10 +171,8 @@ class MtebEncoder:
                 f"the model {self.mteb_model_meta.name} gives vectors that are no numbers (NaN or "
                 "infinite): its weights are broken, or overflow in this precision"
             )
-        if self._cut is not None and self._cut < vectors.shape[1]:
-            vectors = vectors[:, : self._cut]
-            lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-            vectors = vectors / np.maximum(lengths, 1e-12)
+        if self._cut is not None:
+            vectors = shorten(vectors, self._cut)
         self.dimensions = vectors.shape[1]
         return vectors
 
@@ -227,10 +184,3 @@ class MtebEncoder:
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
         """Returns the cosines ``[n]`` of unit-length ``[n, d]`` and ``[n, d]``."""
         return np.asarray((np.asarray(embeddings1) * np.asarray(embeddings2)).sum(-1))
-
-    def _passage(self, text: str, title: str) -> Text:
-        templates = getattr(self._vectors.encoder, "templates", None)
-        if templates is None or "{title}" in templates.passage:
-            return Text(text, None, title)
-        # mteb gives a model without a place for titles the title in front of the text.
-        return Text(f"{title} {text}".strip(), None)

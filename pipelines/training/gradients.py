@@ -160,7 +160,7 @@ def uses_bfloat16(config: TrainingConfig, device: torch.device) -> bool:
     """Says whether matrix products are bfloat16 on this device; ``auto`` asks the hardware."""
     if config.precision != "auto":
         return config.precision == "bfloat16"
-    from actors.encoder import native_bfloat16
+    from actors.kernels.linear import native_bfloat16
 
     return native_bfloat16(device)
 

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from actors.linear import OneDnnLinear
+from actors.kernels.linear import OneDnnLinear
 
 
 def shard(model: torch.nn.Module, *, bfloat16: bool) -> None:

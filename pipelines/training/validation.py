@@ -132,8 +132,8 @@ class Validation:
         if self._test_set is not None:
             score = torch.zeros((), dtype=torch.float64, device=encoder.device)
             if place.rank == 0 or is_sharded(encoder.model):  # nobody runs a sharded model alone
+                from actors.vectors import BrokenVectors
                 from pipelines.evaluation.evaluate import evaluate
-                from pipelines.evaluation.mteb_model import BrokenVectors
 
                 watched = self._test_set
                 try:

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.embedded import embedded_model
-from actors.encoder import Encoder, PromptTemplates
+from actors.encoder import Encoder
 from actors.passage_index import PassageIndex
+from actors.templates import PromptTemplates
 from serving.api import create_app
 from serving.corpus import Corpus
 from serving.guard import Access
@@ -41,6 +42,8 @@ class FakeEncoder:
         from transformers import AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(embedded_model("embedded:all-MiniLM-L6-v2"))
+
+    format_passages = Encoder.format_passages
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         rows: list[list[int]] = self.tokenizer(texts)["input_ids"]
@@ -104,6 +107,7 @@ FIELDS = {
     "user": TEXTS,
     "input_type": st.sampled_from(["query", "passage", None]),
     "task": TEXTS,
+    "title": TEXTS | st.lists(TEXTS, max_size=6),
     "truncate": st.booleans(),
     "query": TEXTS,
     "top_k": st.integers(0, 5),

@@ -13,8 +13,10 @@ import pytest
 import torch
 from transformers import AutoModel, BertConfig, ModernBertConfig, PretrainedConfig, Qwen3Config
 
-from actors.encoder import Encoder, PromptTemplates, see_both_ways
-from actors.flash import can_flash
+from actors.encoder import Encoder
+from actors.kernels.flash import can_flash
+from actors.templates import PromptTemplates
+from pipelines.training.layers import make_bidirectional
 
 DEVICE = "cuda"
 VOCABULARY, WINDOW = 2000, 16
@@ -49,24 +51,26 @@ pytestmark = [
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def make(kind: str, device: str = DEVICE, dtype: torch.dtype = torch.float32) -> Encoder:
+def make(
+    kind: str, device: str = DEVICE, dtype: torch.dtype = torch.float32, pooling: str = "mean"
+) -> Encoder:
     """The same weights on every device; larger than usual, so that texts differ."""
     torch.manual_seed(0)
     model = AutoModel.from_config(KINDS[kind](), dtype=torch.float32)
     for name, weight in model.named_parameters():
         if "norm" not in name.lower():
             weight.data.mul_(3)
-    encoder = wrap(model.to(device, dtype))
+    encoder = wrap(model.to(device, dtype), pooling)
     if "both" in kind:
-        see_both_ways(encoder)
+        make_bidirectional(encoder)
     return encoder
 
 
-def wrap(model: Any) -> Encoder:
+def wrap(model: Any, pooling: str = "mean") -> Encoder:
     tokenizer = SimpleNamespace(pad_token_id=0)
     templates = PromptTemplates()
     model = model.eval()
-    return Encoder(model, tokenizer, pooling="mean", max_tokens=384, templates=templates)
+    return Encoder(model, tokenizer, pooling=pooling, max_tokens=384, templates=templates)
 
 
 def texts(count: int, vocabulary: int = VOCABULARY) -> list[np.ndarray]:
@@ -98,8 +102,7 @@ def gradient(encoder: Encoder, rows: list[np.ndarray], *, packed: bool) -> torch
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
 def test_packed_vectors_equal_padded_ones_and_the_cpus(kind: str, dtype: torch.dtype, pooling: str):
-    exact, encoder = make(kind, "cpu"), make(kind, dtype=dtype)
-    exact.pooling = encoder.pooling = pooling
+    exact, encoder = make(kind, "cpu", pooling=pooling), make(kind, dtype=dtype, pooling=pooling)
     rows = texts(60)
     expected = embed(exact, rows, packed=True)
     padded = embed(encoder, rows, packed=False)

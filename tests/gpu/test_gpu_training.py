@@ -13,12 +13,14 @@ import pytest
 import torch
 from transformers import AutoModel, BertConfig, PretrainedConfig, Qwen3Config
 
-from actors.encoder import Encoder, PromptTemplates, see_both_ways
+from actors.encoder import Encoder
+from actors.templates import PromptTemplates
 from cluster.storage import open_storage
 from pipelines.training.checkpoint import CheckpointWriter, load_checkpoint, save_checkpoint
 from pipelines.training.config import LossConfig, TrainingConfig
 from pipelines.training.examples import Batch
 from pipelines.training.gradients import Slice, backward, slice_batch
+from pipelines.training.layers import make_bidirectional
 from pipelines.training.memory import fit, use_growing_segments
 from pipelines.training.optimizer import train_batch, train_fitting
 
@@ -59,7 +61,7 @@ CONFIG = TrainingConfig(batch_size=BATCH_SIZE, loss=LOSS)
 both_kinds = pytest.mark.parametrize("kind", KINDS)
 
 
-def student(kind: str, device: str = DEVICE) -> Encoder:
+def student(kind: str, device: str = DEVICE, pooling: str = "mean") -> Encoder:
     """The same weights on every device; larger than usual, so that texts differ."""
     torch.manual_seed(0)
     model = AutoModel.from_config(KINDS[kind](), dtype=torch.float32)
@@ -69,12 +71,12 @@ def student(kind: str, device: str = DEVICE) -> Encoder:
     encoder = Encoder(
         model.to(device).eval(),
         SimpleNamespace(pad_token_id=0),
-        pooling="mean",
+        pooling=pooling,
         max_tokens=256,
         templates=PromptTemplates(),
     )
     if kind == "qwen3":
-        see_both_ways(encoder)
+        make_bidirectional(encoder)
     return encoder
 
 
@@ -201,8 +203,7 @@ def test_vectors_on_the_gpu_equal_those_on_the_cpu(kind: str, pooling: str):
     rows += [row[:40] for row in rows if len(row) >= 40]  # a batch without padding, too
     vectors = []
     for device in (DEVICE, "cpu"):
-        encoder = student(kind, device)
-        encoder.pooling = pooling
+        encoder = student(kind, device, pooling)
         with torch.inference_mode():
             vectors.append(encoder.embed_tokens(rows, batch_tokens=2000).cpu())
     assert float((vectors[0] * vectors[1]).sum(1).min()) > 0.9999

@@ -1,13 +1,15 @@
 """The endpoint's application gives the vectors of the encoder that was trained."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from actors.encoder import Encoder, PromptTemplates, add_projection, cut_layers
+from actors.encoder import Encoder
 from actors.parity import DIFFICULT
+from pipelines.training.layers import add_projection, cut_layers
 from serving.api import create_app
 from serving.metrics import Metrics
 from serving.served_model import ServedModel
@@ -17,10 +19,13 @@ TASK = "search result"
 
 @pytest.fixture(scope="module")
 def trained() -> Encoder:
-    student = cut_layers(Encoder.load("embedded:all-MiniLM-L6-v2", device="cpu"), [0, 5])
-    student.templates = PromptTemplates(
-        query="task: {task} | query: {text}", passage="title: {title} | text: {text}"
+    encoder = Encoder.load(
+        "embedded:all-MiniLM-L6-v2",
+        device="cpu",
+        query_template="task: {task} | query: {text}",
+        passage_template="title: {title} | text: {text}",
     )
+    student = cut_layers(encoder, [0, 5])
     add_projection(student, 128)
     return student
 
@@ -46,11 +51,12 @@ def test_endpoint_gives_the_trained_vectors(
 ) -> None:
     asked = {None: None, "query": "query", "document": "passage"}
     for role, input_type in asked.items():
-        texts = [each.text for each in DIFFICULT if each.role == role and each.text]
+        difficult = [each for each in DIFFICULT if each.role == role and each.text]
+        texts, titles = [each.text for each in difficult], [each.title or "" for each in difficult]
         expected = {
             None: trained.encode,
-            "query": lambda them: trained.encode_queries(them, task=TASK),
-            "document": trained.encode_passages,
+            "query": partial(trained.encode_queries, task=TASK),
+            "document": partial(trained.encode_passages, titles=titles),
         }[role](texts)[:, :dimensions]
         body = {
             "model": "student",
@@ -59,6 +65,7 @@ def test_endpoint_gives_the_trained_vectors(
             "truncate": True,
             **({"input_type": input_type} if input_type else {}),
             **({"task": TASK} if role == "query" else {}),
+            **({"title": titles} if role == "document" else {}),
         }
         answer = client.post("/v1/embeddings", json=body)
         assert answer.status_code == 200, answer.text

@@ -13,12 +13,13 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from actors.encoder import Encoder, cut_layers
+from actors.encoder import Encoder
 from cluster.artifacts import shard_path
 from cluster.errors import UserError
 from cluster.storage import open_storage, write_table
 from pipelines.records import EXAMPLE
 from pipelines.training.config import TrainingConfig
+from pipelines.training.layers import cut_layers
 from pipelines.training.metrics import read_metrics
 from pipelines.training.train import train
 from pipelines.training.trainer import Job

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from actors.encoder import Encoder, add_projection
+from actors.encoder import Encoder
 from actors.parity import check_parity
 from cluster.errors import UserError
+from pipelines.training.layers import add_projection
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from actors.encoder import Encoder, add_projection
+from actors.encoder import Encoder
 from actors.encoder_folder import read_folder
 from actors.parity import check_parity
 from cluster.errors import TokayError, UserError
+from pipelines.training.layers import add_projection
 
 TinyModel = Callable[..., Path]
 OPTIONS = "config_sentence_transformers.json"

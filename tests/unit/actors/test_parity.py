@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
 
-from actors.encoder import Encoder, PromptTemplates, add_projection, cut_layers
+from actors.encoder import Encoder
 from actors.parity import DIFFICULT, Agreement, ParityText, check_parity
+from actors.templates import PromptTemplates
+from pipelines.training.layers import add_projection, cut_layers
 
 TinyModel = Callable[..., Path]
 GECKO = PromptTemplates(
@@ -17,8 +20,17 @@ GECKO = PromptTemplates(
 
 @pytest.fixture
 def student() -> Encoder:
-    cut = cut_layers(Encoder.load("embedded:all-MiniLM-L6-v2", device="cpu"), [0])
-    cut.templates = GECKO
+    return small(GECKO)
+
+
+def small(templates: PromptTemplates) -> Encoder:
+    encoder = Encoder.load(
+        "embedded:all-MiniLM-L6-v2",
+        device="cpu",
+        query_template=templates.query,
+        passage_template=templates.passage,
+    )
+    cut = cut_layers(encoder, [0])
     add_projection(cut, 64)
     return cut
 
@@ -39,7 +51,7 @@ def test_every_way_gives_the_trained_vectors(student: Encoder, tmp_path: Path):
     }
     assert {each.kind for each in found} == {each.kind for each in DIFFICULT}
     assert {each.dimensions for each in found} == {64, 32, 16}
-    assert len(found) == 4 * 5 * 3
+    assert len(found) == 4 * 6 * 3
 
 
 @pytest.mark.parametrize("kind", ["xlm-roberta", "modernbert", "gemma3_text"])
@@ -73,6 +85,20 @@ def test_prompts_are_compared_by_their_names(student: Encoder, tmp_path: Path):
     texts = [ParityText(kind="query", text="wing", role="query")]
     assert worst(check_parity(tmp_path, texts)).cosine > 0.99999
     assert worst(check_parity(tmp_path, texts, task="another task")).cosine < 0.9999
+
+
+@pytest.mark.parametrize("passage", ["{text}", "passage: {text}", "{title}. {text}"])
+def test_titles_reach_sentence_transformers(passage: str, tmp_path: Path):
+    student = small(PromptTemplates(passage=passage))
+    student.save(tmp_path, model_card="")
+    found = check_parity(tmp_path)
+    assert worst(found).cosine > 0.99999
+    # What a user of sentence-transformers writes where a prompt has no place for the title.
+    if "{title}" not in passage:
+        model = SentenceTransformer(str(tmp_path), device="cpu")
+        theirs = model.encode("Wings lift", prompt_name="document")
+        ours = student.encode_passages(["lift"], ["Wings"])[0]
+        assert ours @ theirs > 0.99999
 
 
 def test_damaged_projection_is_found(student: Encoder, tmp_path: Path):

@@ -14,7 +14,7 @@ def test_templates_are_filled_and_other_braces_kept():
     assert GECKO.format_query("wing", task="search") == "task: search | query: wing"
     assert GECKO.format_passage("lift", "Wings") == "title: Wings | text: lift"
     assert BRACES.format_query("a{b}", task="{text}") == "{text} {text}: a{b}!"
-    assert BRACES.format_passage("{0}", "Title") == "{title} {0} {}"
+    assert BRACES.format_passage("{0}", "Title") == "{title} Title {0} {}"
 
 
 def test_missing_title_reads_none_or_is_left_out():
@@ -23,6 +23,14 @@ def test_missing_title_reads_none_or_is_left_out():
     assert templates.format_passage("lift") == "lift"
     assert templates.format_passage("lift", "Wings") == "Wings\nlift"
     assert templates.prefixes(None)["document"] == ""
+
+
+def test_title_without_a_place_stands_in_front_of_the_text():
+    assert PromptTemplates().format_passage("lift", "Wings") == "Wings lift"
+    assert PromptTemplates().format_passage("lift", "") == "lift"
+    assert PromptTemplates(passage="p: {text}.").format_passage("lift", "Wings") == "p: Wings lift."
+    # Also where the text begins with it.
+    assert PromptTemplates().format_passage("Wings lift", "Wings") == "Wings Wings lift"
 
 
 def test_blanks_of_a_text_stay():

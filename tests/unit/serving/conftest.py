@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from actors.encoder import Encoder, PromptTemplates
+from actors.encoder import Encoder
+from actors.templates import PromptTemplates
 from serving.api import create_app
 from serving.corpus import Corpus
 from serving.metrics import Metrics

@@ -14,9 +14,10 @@ import torch
 from fastapi.testclient import TestClient
 
 from actors.embedded import embedded_model
-from actors.encoder import Encoder, PromptTemplates
+from actors.encoder import Encoder
 from actors.passage_index import PassageIndex
-from serving.api import create_app, shorten
+from actors.templates import PromptTemplates
+from serving.api import create_app
 from serving.corpus import Corpus, load_corpus
 from serving.served_model import ServedModel
 
@@ -74,11 +75,6 @@ def test_dimensions_cut_and_renormalise(client: TestClient) -> None:
     by_hand = whole[:, :64] / np.linalg.norm(whole[:, :64], axis=1, keepdims=True)
     np.testing.assert_allclose(short, by_hand, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(short, axis=1), 1, atol=1e-6)
-
-
-def test_shorten_keeps_a_row_of_zeros() -> None:
-    rows = np.array([[0, 0, 1], [3, 4, 0]], np.float32)
-    np.testing.assert_allclose(shorten(rows, 2), [[0, 0], [0.6, 0.8]])
 
 
 @pytest.mark.parametrize("dimensions", [0, -1, 385])
@@ -148,7 +144,7 @@ def test_token_ids_that_are_none_are_refused(
 
 
 def test_null_is_the_default_of_each_optional_field(client: TestClient) -> None:
-    optional = ("encoding_format", "dimensions", "user", "input_type", "task", "truncate")
+    optional = ("encoding_format", "dimensions", "user", "input_type", "task", "title", "truncate")
     given, expected = embed(client, "a text", **dict.fromkeys(optional)), embed(client, "a text")
     assert given == expected
     assert isinstance(given["data"][0]["embedding"], list)
@@ -162,6 +158,9 @@ def test_input_type_applies_the_templates(
         ({"input_type": "query"}, "task: search result | query: gecko"),
         ({"input_type": "query", "task": "fact checking"}, "task: fact checking | query: gecko"),
         ({"input_type": "passage"}, "title: none | text: gecko"),
+        ({"input_type": "passage", "title": ""}, "title: none | text: gecko"),
+        ({"input_type": "passage", "title": "Toes"}, "title: Toes | text: gecko"),
+        ({"input_type": "passage", "title": ["Toes"]}, "title: Toes | text: gecko"),
         ({}, "gecko"),
     ]
     for fields, text in cases:
@@ -179,6 +178,20 @@ def test_input_type_applies_the_templates(
         ({"input": ["a"] * 2049}, "input", "1 to 2048"),
         ({"input": ["a", 1]}, "input", "a list of strings"),
         ({"input": {"text": "a"}}, "input", "a list of strings"),
+        ({"input": "a", "title": "b"}, "title", 'title needs input_type "passage"'),
+        ({"input": "a", "title": "b", "input_type": "query"}, "title", "needs input_type"),
+        ({"input": ["a", "b"], "title": "c", "input_type": "passage"}, "title", "1 titles and"),
+        ({"input": "a", "title": [], "input_type": "passage"}, "title", "0 titles and input 1"),
+        (
+            {"input": "a", "title": 1, "input_type": "passage"},
+            "title",
+            "title: give a string, or a list",
+        ),
+        (
+            {"input": "a", "title": [None], "input_type": "passage"},
+            "title",
+            "title: give a string, or a list",
+        ),
         ({"input": None}, "input", "a list of strings"),
         ({"input": ["a", None]}, "input", "a list of strings"),
         ({"input": ["a"], "dimensions": True}, "dimensions", "integer"),
@@ -295,6 +308,19 @@ def test_characters_are_counted_in_the_template_before_it_is_filled(
     client = TestClient(create_app(make_model(prompted, corpus=corpus)))
     assert refused(client.post("/v1/search", json=body), 413)["param"] == "query"
     assert "a" not in written
+
+
+def test_titles_are_counted_and_stand_in_front_without_a_place(
+    encoder: Encoder, prompted: Encoder, make_model: Callable[..., ServedModel]
+) -> None:
+    client = TestClient(create_app(make_model(encoder)))
+    got = embed(client, ["gecko", "wall"], input_type="passage", title=["Toes", ""])
+    expected = embed(client, ["Toes gecko", "wall"])
+    np.testing.assert_allclose(vectors(got), vectors(expected), atol=1e-6)
+    strict = TestClient(create_app(make_model(prompted, max_characters=100)))
+    body = {"model": "minilm", "input": ["a"] * 2, "input_type": "passage", "title": ["t" * 40] * 2}
+    error = refused(strict.post("/v1/embeddings", json=body), 413)
+    assert f"{2 * len('title:  | text: a') + 80} characters in the template" in error["message"]
 
 
 def test_models_describe_the_one_served(client: TestClient) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from actors.encoder import Encoder
+from actors.text_encoder import TextEncoder
 from cluster.errors import UserError
 from pipelines.datasets.mteb_tasks import find_mteb_task, quiet_mteb
 from pipelines.datasets.test_sets import TestSet, evaluation_queries, load_test_set
@@ -15,12 +16,11 @@ from pipelines.evaluation.evaluate import evaluate
 MINILM = "embedded:all-MiniLM-L6-v2"
 
 
-class Listening:
+class Listening(TextEncoder):
     """Passes texts on to a real encoder and notes with which task and in which role they came."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
-        self.templates = encoder.templates
         self.heard: set[str] = set()
 
     def encode_queries(self, queries: Sequence[str], *, task: str) -> np.ndarray:

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 
-from actors.encoder import Encoder, PromptTemplates
+from actors.encoder import Encoder
 from cluster.errors import TokayError, UserError
+from pipelines.datasets.retrieval import RetrievalDataset, TitledText
 from pipelines.evaluation import endpoint as endpoint_module
 from pipelines.evaluation.endpoint import BATCH_TEXTS, EndpointEncoder
+from pipelines.evaluation.evaluate import evaluate
 from serving.api import create_app
 from serving.metrics import Metrics
 from serving.served_model import ServedModel
@@ -26,11 +29,17 @@ TEXTS = [f"passage number {i} about subject {i % 7}" for i in range(2 * BATCH_TE
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    encoder = Encoder.load("embedded:all-MiniLM-L6-v2", device="cpu", max_tokens=32)
-    encoder.templates = PromptTemplates(
-        query="task: {task} | query: {text}", passage="title: {title} | text: {text}"
+    return load("title: {title} | text: {text}")
+
+
+def load(passage_template: str) -> Encoder:
+    return Encoder.load(
+        "embedded:all-MiniLM-L6-v2",
+        device="cpu",
+        max_tokens=32,
+        query_template="task: {task} | query: {text}",
+        passage_template=passage_template,
     )
-    return encoder
 
 
 @contextmanager
@@ -51,6 +60,11 @@ def served(app: FastAPI) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def tokay(encoder: Encoder) -> Iterator[str]:
+    with served(tokay_app(encoder)) as url:
+        yield url
+
+
+def tokay_app(encoder: Encoder) -> FastAPI:
     model = ServedModel(
         encoder,
         name="student",
@@ -59,8 +73,7 @@ def tokay(encoder: Encoder) -> Iterator[str]:
         max_queued_tokens=1_000_000,
         metrics=Metrics(),
     )
-    with served(create_app(model)) as url:
-        yield url
+    return create_app(model)
 
 
 def test_endpoint_of_tokay_gives_the_encoders_vectors(encoder: Encoder, tokay: str) -> None:
@@ -80,8 +93,26 @@ def test_endpoint_of_tokay_gives_the_encoders_vectors(encoder: Encoder, tokay: s
 def test_endpoint_takes_empty_over_long_and_titled_passages(encoder: Encoder, tokay: str) -> None:
     long = "word " * 500
     found = EndpointEncoder(tokay).encode_passages(["", long, "text"], ["", None, "Title"])
-    expected = encoder.encode_passages(["", long, "Title text"])
+    expected = encoder.encode_passages(["", long, "text"], ["", None, "Title"])
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("template", ["title: {title} | text: {text}", "{text}"])
+def test_endpoint_and_encoder_evaluate_alike_on_titled_passages(template: str) -> None:
+    encoder = load(template)
+    passages = {str(n): TitledText(f"Title {n % 13}" if n % 5 else "", TEXTS[n]) for n in range(90)}
+    queries = {f"q{n}": f"title {n % 13} passage {n}" for n in range(0, 90, 7)}
+    qrels = {f"q{n}": {str(n): 1} for n in range(0, 90, 7)}
+    data = RetrievalDataset(name="titled", passages=passages, queries=queries, qrels=qrels)
+    with served(tokay_app(encoder)) as url:
+        theirs = evaluate(EndpointEncoder(url), data)
+    ours = evaluate(encoder, data)
+    for query, hits in ours.top_results.items():
+        there = theirs.top_results[query]
+        assert [cosine for _, cosine in there] == pytest.approx([c for _, c in hits], abs=1e-4)
+    bare = {id_: TitledText("", passage.text) for id_, passage in passages.items()}
+    untitled = evaluate(encoder, replace(data, passages=bare))
+    assert ours.top_results["q7"][0][1] - untitled.top_results["q7"][0][1] > 1e-3
 
 
 def plain_server(encoder: Encoder, requests: list[dict[str, object]]) -> FastAPI:
@@ -123,7 +154,10 @@ def test_endpoint_of_others_gets_texts_alone_and_is_normalised(encoder: Encoder)
         np.testing.assert_allclose(found, encoder.encode(["a", "b"]), atol=1e-5)
         assert requests[0]["input"] == ["a", "b"]
         assert requests[0]["model"] == "large"
-        assert not {"task", "input_type", "truncate"} & requests[0].keys()
+        assert not {"task", "input_type", "title", "truncate"} & requests[0].keys()
+        endpoint.encode_passages(["text", "alone"], ["Title", None])
+        assert requests[1]["input"] == ["Title text", "alone"]
+        assert "title" not in requests[1]
         with pytest.raises(TokayError, match="no such luck"):
             endpoint.encode_passages(["refuse"])
 

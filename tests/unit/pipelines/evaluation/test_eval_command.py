@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.encoder import Encoder, cut_layers
+from actors.encoder import Encoder
 from cluster.errors import UserError
 from pipelines.datasets.test_sets import TestSet
 from pipelines.evaluation.command import (
@@ -15,6 +15,7 @@ from pipelines.evaluation.command import (
     read_dimensions,
     run_eval,
 )
+from pipelines.training.layers import cut_layers
 
 MINILM = "embedded:all-MiniLM-L6-v2"
 ENTRIES = {

@@ -15,16 +15,17 @@ import pytest
 import pytrec_eval
 import torch
 
-from actors.encoder import PromptTemplates
+from actors.templates import PromptTemplates
+from actors.text_encoder import TextEncoder
+from actors.vectors import BrokenVectors
 from cluster.errors import UserError
 from cluster.plain_json import dump_json
 from pipelines.datasets.folders import LabelledDataset
 from pipelines.datasets.retrieval import RetrievalDataset, TitledText
 from pipelines.evaluation.evaluate import Result, difference, evaluate, evaluate_at
-from pipelines.evaluation.mteb_model import BrokenVectors
 
 
-class ChosenVectors:
+class ChosenVectors(TextEncoder):
     """An encoder of given vectors, so that every rank is known; it notes what it is asked."""
 
     def __init__(
@@ -32,9 +33,7 @@ class ChosenVectors:
     ) -> None:
         self.vectors = {text: np.asarray(row, np.float32) for text, row in vectors.items()}
         self.asked: list[tuple[str, list[str]]] = []
-        self.titles: Sequence[str | None] | None = None
-        if templates is not None:
-            self.templates = templates
+        self.templates = templates or PromptTemplates()
 
     def encode_queries(self, queries: Sequence[str], *, task: str) -> np.ndarray:
         self.asked.append((task, list(queries)))
@@ -43,9 +42,14 @@ class ChosenVectors:
     def encode_passages(
         self, texts: Sequence[str], titles: Sequence[str | None] | None = None
     ) -> np.ndarray:
-        self.asked.append(("passages", list(texts)))
-        self.titles = titles
-        return np.stack([self.vectors[text] for text in texts])
+        pairs = zip(texts, titles or [None] * len(texts), strict=True)
+        read = [self.templates.format_passage(text, title) for text, title in pairs]
+        self.asked.append(("passages", read))
+        return np.stack([self.vectors[text] for text in read])
+
+
+class TwoDimensions(ChosenVectors):
+    dimensions = 2
 
 
 VECTORS = {
@@ -89,8 +93,7 @@ def test_evaluate_of_vectors_that_are_no_numbers_is_refused() -> None:
 def test_evaluate_at_more_dimensions_than_there_are_is_refused() -> None:
     with pytest.raises(UserError, match="3 dimensions are asked for: the model has 2 dimensions"):
         evaluate_at(ChosenVectors(VECTORS), TINY, dimensions=(3,))
-    known = ChosenVectors(VECTORS)
-    known.dimensions = 2  # type: ignore[attr-defined]
+    known = TwoDimensions(VECTORS)
     with pytest.raises(UserError, match="the model has 2 dimensions"):
         evaluate_at(known, TINY, dimensions=(1, 3))
     assert known.asked == []
@@ -200,17 +203,17 @@ def test_evaluate_takes_geckos_prompt_for_a_known_test_set() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "read", "titles"),
+    ("template", "read"),
     [
-        ("title: {title} | text: {text}", ["x", "y"], ["Head", ""]),
-        ("{text}", ["Head x", "y"], None),
+        ("title: {title} | text: {text}", ["title: Head | text: x", "title: none | text: y"]),
+        ("{text}", ["Head x", "y"]),
     ],
 )
 def test_evaluate_gives_titles_to_templates_and_else_puts_them_in_front(
-    template: str, read: list[str], titles: list[str] | None
+    template: str, read: list[str]
 ) -> None:
     encoder = ChosenVectors(
-        {text: [1.0] for text in ("x", "y", "Head x", "query")}, PromptTemplates(passage=template)
+        {text: [1.0] for text in (*read, "query")}, PromptTemplates(passage=template)
     )
     dataset = RetrievalDataset(
         name="titled",
@@ -220,7 +223,6 @@ def test_evaluate_gives_titles_to_templates_and_else_puts_them_in_front(
     )
     evaluate(encoder, dataset)
     assert encoder.asked[1] == ("passages", read)
-    assert encoder.titles == titles
 
 
 def shifted(result: Result, by: float, model: str) -> Result:
@@ -278,7 +280,8 @@ def test_evaluate_says_nothing_and_writes_nothing(tmp_path: Path) -> None:
         "import numpy as np\n"
         "from pipelines.datasets.retrieval import TitledText, RetrievalDataset\n"
         "from pipelines.evaluation.evaluate import evaluate\n"
-        "class Ones:\n"
+        "from actors.text_encoder import TextEncoder\n"
+        "class Ones(TextEncoder):\n"
         "    def encode_queries(self, queries, *, task): return np.ones((len(queries), 1))\n"
         "    def encode_passages(self, texts, titles=None): return np.ones((len(texts), 1))\n"
         "evaluate(Ones(), RetrievalDataset(name='d', passages={'a': TitledText('', 'x')},\n"

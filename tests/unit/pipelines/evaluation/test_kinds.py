@@ -10,13 +10,14 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, v_measure_score
 
+from actors.text_encoder import TextEncoder
 from pipelines.datasets.folders import LabelledDataset
 from pipelines.datasets.retrieval import RetrievalDataset, TitledText
 from pipelines.evaluation.evaluate import Result, evaluate, evaluate_at
 from pipelines.evaluation.items import average_precision
 
 
-class Chosen:
+class Chosen(TextEncoder):
     """An encoder of given vectors, the same in both roles; it notes what it is asked."""
 
     def __init__(self, vectors: Mapping[str, Sequence[float]]) -> None:
@@ -39,6 +40,10 @@ class Chosen:
     def _encode(self, texts: Sequence[str]) -> np.ndarray:
         self.num_texts += len(texts)
         return np.stack([self.vectors[text] for text in texts])
+
+
+class TwoDimensions(Chosen):
+    dimensions = 2
 
 
 def at(degrees: float) -> list[float]:
@@ -191,8 +196,7 @@ def test_dimensions_are_cut_and_made_of_unit_length_again() -> None:
 
 
 def test_dimensions_of_a_model_are_measured_once() -> None:
-    encoder = Chosen(ANGLES)
-    encoder.dimensions = 2  # type: ignore[attr-defined]
+    encoder = TwoDimensions(ANGLES)
     data = LabelledDataset(name="s", kind="sts", columns={"test": PAIRS})
     results = evaluate_at(encoder, data, dimensions=(None, 2, 1))
     assert [result.dimensions for result in results] == [2, 1]

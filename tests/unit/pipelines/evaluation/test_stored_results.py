@@ -5,13 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from actors.encoder import Encoder, PromptTemplates, cut_layers
+from actors.text_encoder import TextEncoder
 from pipelines.datasets.folders import LabelledDataset
 from pipelines.datasets.mteb_tasks import quiet_mteb
 from pipelines.evaluation.evaluate import Result, evaluate_at
-from pipelines.evaluation.fingerprint import encoder_fingerprint
 from pipelines.evaluation.mteb_model import ModelIdentity
 
 MODEL = ModelIdentity(name="student", revision="0123456789abcdef", training_sets=("sts-of-old",))
@@ -22,7 +20,7 @@ COLUMNS = {
 }
 
 
-class Hashing:
+class Hashing(TextEncoder):
     """An encoder of vectors that depend on the text alone; it counts what it is asked."""
 
     def __init__(self) -> None:
@@ -114,40 +112,3 @@ def test_results_are_read_by_mtebs_own_tools(tmp_path: Path) -> None:
         cut.mteb_score, abs=1e-6
     )
     assert set(model.model_meta.training_datasets) == {"sts-of-old"}
-
-
-@pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    return cut_layers(Encoder.load("embedded:all-MiniLM-L6-v2", device="cpu"), [0])
-
-
-def test_fingerprint_is_of_the_content_and_not_of_the_place(
-    encoder: Encoder, tmp_path: Path
-) -> None:
-    marks = set()
-    for name in "ab":
-        encoder.save(tmp_path / name, model_card=name)
-        loaded = Encoder.load(str(tmp_path / name), device="cpu")
-        marks.add(encoder_fingerprint(loaded))
-        loaded.encode(["one text", "another " * 50])
-        marks.add(encoder_fingerprint(loaded))
-    assert len(marks) == 1
-    assert encoder_fingerprint(Hashing()) is None
-
-
-def test_fingerprint_changes_with_weights_prompts_pooling_and_cut(encoder: Encoder) -> None:
-    marks = [encoder_fingerprint(encoder)]
-    for name, value in (
-        ("templates", PromptTemplates(query="query: {text}")),
-        ("max_tokens", 17),
-        ("pooling", "cls"),
-    ):
-        before = getattr(encoder, name)
-        setattr(encoder, name, value)
-        marks.append(encoder_fingerprint(encoder))
-        setattr(encoder, name, before)
-    assert encoder_fingerprint(encoder) == marks[0]
-    with torch.no_grad():
-        next(iter(encoder.model.parameters()))[0, 0] += 1e-3
-    marks.append(encoder_fingerprint(encoder))
-    assert len(set(marks)) == 5

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from actors.encoder import Encoder, PromptTemplates
-from cluster.artifacts import shard_path
+from actors.encoder import Encoder
+from actors.templates import PromptTemplates
+from cluster.artifacts import Artifact, shard_path
+from cluster.steps import StepContext
 from cluster.storage import open_storage, write_table
 from pipelines.records import EXAMPLE
 
@@ -71,3 +74,20 @@ def examples(data_folder: Path, student: str, tmp_path_factory: pytest.TempPathF
     held_out = pa.Table.from_pylist([row(0, number) for number in range(96, 112)], schema=EXAMPLE)
     write_table(open_storage(folder / "validation"), shard_path(0), held_out)
     return str(folder)
+
+
+class Quiet:
+    """Progress that nobody sees."""
+
+    def update(self, done: float, total: float | None = None, note: str = "") -> None: ...
+
+
+@pytest.fixture(scope="session")
+def context() -> Callable[..., StepContext]:
+    """Makes the context of a step of a folder and its inputs by name."""
+
+    def make(folder: Path, **inputs: Artifact) -> StepContext:
+        storage = open_storage(folder)
+        return StepContext(storage=storage, inputs=inputs, progress=Quiet())
+
+    return make

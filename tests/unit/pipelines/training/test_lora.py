@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from actors.encoder import Encoder, add_projection
+from actors.encoder import Encoder
 from cluster.errors import UserError
 from cluster.storage import open_storage
 from pipelines.training.checkpoint import FOLDER, load_checkpoint, save_checkpoint
 from pipelines.training.config import LoraConfig, TrainingConfig
 from pipelines.training.examples import iterate_batches
 from pipelines.training.gradients import slice_batch
+from pipelines.training.layers import add_projection
 from pipelines.training.lora import add_adapters, merge_adapters
 from pipelines.training.optimizer import make_optimizer, train_batch
 from pipelines.training.place import Place

@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from actors.encoder import Encoder, add_projection
+from actors.encoder import Encoder
 from cluster.errors import TokayError
 from cluster.storage import open_storage
 from pipelines.datasets.retrieval import RetrievalDataset, TitledText
 from pipelines.training import gradients
 from pipelines.training.config import LoraConfig, LossConfig, TrainingConfig, ValidationConfig
+from pipelines.training.layers import add_projection
 from pipelines.training.metrics import read_metrics
 from pipelines.training.place import Place
 from pipelines.training.sharding import shard

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tensorboardX.proto import event_pb2
 
 from actors.encoder import Encoder
-from actors.packing import cut_batches
+from actors.kernels.packing import cut_batches
 from cluster.errors import UserError
 from cluster.storage import open_storage
 from pipelines.training.checkpoint import FOLDER

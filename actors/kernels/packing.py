@@ -1,10 +1,10 @@
 """Batches without padding: the tokens of all texts in one row, each text attending to itself.
 
-Linear layers, norms and activations do not mind where a text ends; only attention and positions do.
-So a model's own code runs over ``[1, tokens]``, and its attention is replaced: on a GPU by
-FlashAttention, which is told where the texts begin; on a CPU by one that attends inside groups of
-equally long texts, where no mask is needed. Dropout, gradients and gradient checkpointing stay the
-model's own.
+Linear layers, norms and activations do not depend on where a text ends; only attention and
+positions do. So a model's own code runs over ``[1, tokens]``, and its attention is replaced: on a
+GPU by FlashAttention, which takes the places where the texts begin; on a CPU by one that attends
+inside groups of equally long texts, where no mask is needed. Dropout, gradients and gradient
+checkpointing stay the model's own.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from actors.dropout import draw_kept, scaled
-from actors.flash import can_flash, flash_attention
+from actors.kernels.dropout import draw_kept, scaled
+from actors.kernels.flash import can_flash, flash_attention
 
 ATTENTION = "tokay_packed"
 # Kinds of transformers whose code hands keyword arguments down to the attention and whose
@@ -238,7 +238,7 @@ def packed_attention(
     groups = packed_layout.filled_groups
     sizes = [num_texts * length for num_texts, length in groups]
     parts = zip(*(torch.split(each, sizes, dim=2) for each in (query, key, value)), strict=True)
-    found = []
+    outputs = []
     for (num_texts, length), part in zip(groups, parts, strict=True):
         mask = _window(length, causal, sliding_window, query.device)
         queries, keys, values = (_texts(each, num_texts) for each in part)
@@ -251,8 +251,8 @@ def packed_attention(
             is_causal=causal and mask is None,
             scale=scale,
         )
-        found.append(attended.transpose(1, 2).reshape(-1, *attended.shape[1::2]))
-    return torch.cat(found)[None], None
+        outputs.append(attended.transpose(1, 2).reshape(-1, *attended.shape[1::2]))
+    return torch.cat(outputs)[None], None
 
 
 def pool_packed(hidden: torch.Tensor, layout: Layout, pooling: str) -> torch.Tensor:
@@ -265,15 +265,15 @@ def pool_packed(hidden: torch.Tensor, layout: Layout, pooling: str) -> torch.Ten
             return torch.segment_reduce(texts, "mean", lengths=starts.diff(), unsafe=True)
         return hidden.index_select(0, starts[1:] - 1 if pooling == "lasttoken" else starts[:-1])
     sizes = [num_texts * length for num_texts, length in layout.groups]
-    found = []
+    pooled = []
     parts = torch.split(hidden, [*sizes, layout.filler])
     for (num_texts, length), part in zip(layout.groups, parts, strict=False):
         texts = part.view(num_texts, length, -1)
         if pooling == "mean":
-            found.append(texts.mean(1))
+            pooled.append(texts.mean(1))
         else:
-            found.append(texts[:, -1 if pooling == "lasttoken" else 0])
-    return torch.cat(found)
+            pooled.append(texts[:, -1 if pooling == "lasttoken" else 0])
+    return torch.cat(pooled)
 
 
 def _window(
@@ -350,9 +350,9 @@ class _Piece:
                 part = part.index_select(1, self.places)
         return part.view(heads, self.num_texts, -1, size)
 
-    def put(self, rows: torch.Tensor, found: torch.Tensor) -> None:
+    def put(self, rows: torch.Tensor, values: torch.Tensor) -> None:
         """Writes what :meth:`take` would take, but for what is filled."""
-        part = found.flatten(1, 2)
+        part = values.flatten(1, 2)
         rows[0, :, self.tokens] = part if self.places is None else part.index_select(1, self.real)
 
 
@@ -402,9 +402,9 @@ class Layout:
         start = 0
         for size, same in groupby(range(len(lengths)), key=lambda text: filled[text]):
             texts = list(same)
-            most = max(1, _CACHED_WEIGHTS // (num_heads * int(size) ** 2))
+            max_texts = max(1, _CACHED_WEIGHTS // (num_heads * int(size) ** 2))
             while texts:
-                count = 1 << (min(most, len(texts)).bit_length() - 1)
+                count = 1 << (min(max_texts, len(texts)).bit_length() - 1)
                 part = lengths[texts[0] : texts[0] + count]
                 yield _Piece.of(start, part, int(size), window)
                 start += int(part.sum())
@@ -427,7 +427,7 @@ class _Attention(torch.autograd.Function):
         scale: float,
         dropout: float,
     ) -> torch.Tensor:
-        found = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+        output = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
         masks = []
         for piece in pieces:
             queries, keys, values = (piece.take(each) for each in (query, key, value))
@@ -435,10 +435,10 @@ class _Attention(torch.autograd.Function):
             if dropout:
                 masks.append(draw_kept(weights.shape, dropout))
                 weights *= scaled(masks[-1], dropout, weights.dtype)
-            piece.put(found.transpose(1, 2), weights @ values)
+            piece.put(output.transpose(1, 2), weights @ values)
         ctx.pieces, ctx.scale, ctx.dropout = pieces, scale, dropout
         ctx.save_for_backward(query, key, value, *masks)
-        return found
+        return output
 
     @staticmethod
     def backward(

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from actors import packing
 from actors.encoder import Encoder
-from actors.packing import ATTENTION, use_packing
+from actors.kernels import packing
+from actors.kernels.packing import ATTENTION, use_packing
 
 KINDS = ["bert", "electra", "roberta", "xlm-roberta", "modernbert", "qwen3", "gemma3_text", "llama"]
 TEXTS = [
@@ -92,8 +92,7 @@ def flash_kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_flash_attention_gives_the_vectors_of_texts_alone(
     kind: str, pooling: str, flash_kernel: list[int], tiny_model: TinyModel, tmp_path: Path
 ):
-    encoder = Encoder.load(str(tiny_model(kind, tmp_path)), device="cpu")
-    encoder.pooling = pooling
+    encoder = Encoder.load(str(tiny_model(kind, tmp_path)), device="cpu", pooling=pooling)
     with torch.no_grad():
         alone = one_by_one(tmp_path, encoder)
     np.testing.assert_allclose(encoder.encode(TEXTS), alone, atol=2e-5)

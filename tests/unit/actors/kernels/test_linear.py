@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from actors.linear import OneDnnLinear, use_onednn
+from actors.kernels.linear import OneDnnLinear, use_onednn
 
 ROWS = torch.randn(2, 7, 16, generator=torch.manual_seed(0))
 

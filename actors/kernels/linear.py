@@ -67,11 +67,11 @@ class OneDnnLinear(torch.nn.Linear):
 
     def _arranged_weight(self) -> torch.Tensor:
         state = (self.weight.data_ptr(), self.weight._version)
-        found = _arranged.get(self)
-        if found is None or found[0] != state:
+        cached = _arranged.get(self)
+        if cached is None or cached[0] != state:
             arranged = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), _ROWS)
-            _arranged[self] = found = (state, arranged)
-        return found[1]
+            _arranged[self] = cached = (state, arranged)
+        return cached[1]
 
 
 def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Several copies of one encoder at work on one test set."""
+"""Ray actors that hold a copy of one encoder each."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from typing import Any, cast
 
 import numpy as np
 
+from actors.text_encoder import CHUNK_TEXTS, Text, TextEncoder
 from cluster.errors import UserError
 from cluster.session import connect
-from pipelines.evaluation.fingerprint import encoder_fingerprint
-from pipelines.evaluation.mteb_model import CHUNK_TEXTS, Text, TextEncoder, encode_texts
 
 # Chunks for each actor: more keep all busy to the end, fewer cost less on the way.
 _CHUNKS_EACH = 8
 _MIN_CHUNK_TEXTS = 16
 
 
-class EncoderActors:
+class EncoderActors(TextEncoder):
     """Ray actors with a copy of an encoder each: a core, or a GPU where the cluster has any."""
 
     def __init__(self, load: Callable[[], TextEncoder], num_actors: int) -> None:
@@ -61,22 +60,17 @@ class EncoderActors:
 
     @property
     def fingerprint(self) -> str | None:
-        """As :func:`pipelines.evaluation.fingerprint.encoder_fingerprint` gives it."""
+        """The encoder's."""
         return cast("str | None", self._description["fingerprint"])
 
     @property
-    def templates(self) -> Any:
-        """The encoder's prompts; None where it has none of its own."""
-        return self._description["templates"]
-
-    @property
     def dimensions(self) -> int | None:
-        """Length of its vectors; None where it does not say."""
+        """The encoder's."""
         return cast("int | None", self._description["dimensions"])
 
     @property
     def num_parameters(self) -> int | None:
-        """Its weights; None where it does not say."""
+        """The encoder's."""
         return cast("int | None", self._description["num_parameters"])
 
     def encode_queries(self, queries: Sequence[str], *, task: str) -> np.ndarray:
@@ -90,21 +84,18 @@ class EncoderActors:
         pairs = zip(texts, titles or [None] * len(texts), strict=True)
         return self._encode([Text(text, None, title) for text, title in pairs])
 
-    def chunk_texts(self, num_texts: int) -> int:
-        """Returns how many of so many texts to give to an actor at once."""
-        share = math.ceil(num_texts / (_CHUNKS_EACH * len(self._actors)))
-        return min(CHUNK_TEXTS, max(_MIN_CHUNK_TEXTS, share))
-
-    def encode_chunks(self, chunks: Sequence[Sequence[Text]]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields each chunk's place and vectors as soon as an actor is done with it."""
+    def encode_chunks(self, texts: Sequence[Text]) -> Iterator[tuple[Sequence[Text], np.ndarray]]:
+        """Yields texts of one role and task with their vectors as an actor is done with them."""
         from ray.util import ActorPool
 
-        pool = ActorPool(self._actors)
-        found = pool.map_unordered(
+        share = math.ceil(len(texts) / (_CHUNKS_EACH * len(self._actors)))
+        size = min(CHUNK_TEXTS, max(_MIN_CHUNK_TEXTS, share))
+        chunks = [texts[start : start + size] for start in range(0, len(texts), size)]
+        results = ActorPool(self._actors).map_unordered(
             lambda actor, work: actor.encode.remote(*work), list(enumerate(chunks))
         )
-        for place, vectors in found:
-            yield place, np.array(vectors)  # a copy: the object store is small
+        for number, vectors in results:
+            yield chunks[number], np.array(vectors)  # a copy: the object store is small
 
     def close(self) -> None:
         """Ends the actors."""
@@ -114,10 +105,10 @@ class EncoderActors:
             ray.kill(actor)
 
     def _encode(self, texts: list[Text]) -> np.ndarray:
-        size = self.chunk_texts(len(texts))
-        chunks = [texts[start : start + size] for start in range(0, len(texts), size)]
-        parts = dict(self.encode_chunks(chunks))
-        return np.concatenate([parts[place] for place in range(len(chunks))])
+        vectors: dict[Text, np.ndarray] = {}
+        for chunk, rows in self.encode_chunks(texts):
+            vectors |= zip(chunk, rows, strict=True)
+        return np.stack([vectors[text] for text in texts])
 
 
 class _EncoderActor:
@@ -130,15 +121,16 @@ class _EncoderActor:
         self._error = ""
         try:
             self._encoder = load()
-        except UserError as error:  # told by `describe`: of a constructor's, Ray keeps a traceback
+        except UserError as error:  # `describe` gives it: of a constructor's, Ray keeps a traceback
             self._error = str(error)
 
     def describe(self) -> dict[str, Any]:
         if self._error:
             return {"error": self._error}
-        names = ("templates", "dimensions", "num_parameters")
-        described = {name: getattr(self._encoder, name, None) for name in names}
-        return {**described, "fingerprint": encoder_fingerprint(self._encoder)}
+        return {
+            name: getattr(self._encoder, name)
+            for name in ("dimensions", "num_parameters", "fingerprint")
+        }
 
-    def encode(self, place: int, texts: list[Text]) -> tuple[int, np.ndarray]:
-        return place, encode_texts(self._encoder, texts)
+    def encode(self, number: int, texts: Sequence[Text]) -> tuple[int, np.ndarray]:
+        return number, self._encoder.encode_texts(texts)

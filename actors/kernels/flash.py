@@ -63,7 +63,7 @@ def flash_attention(
     dtype = _computed_in(query.device.type, value.dtype)
     rows = (each[0].transpose(0, 1).to(dtype) for each in (query, key, value))
     reach = -1 if window is None else window - 1
-    found = torch.ops.aten._flash_attention_forward(
+    attended = torch.ops.aten._flash_attention_forward(
         *rows,
         *(starts, starts, longest, longest),
         dropout,
@@ -73,7 +73,7 @@ def flash_attention(
         window_size_left=reach,
         window_size_right=0 if causal else reach,
     )
-    return cast(torch.Tensor, found[0])[None]
+    return cast(torch.Tensor, attended[0])[None]
 
 
 def _computed_in(device: str, dtype: torch.dtype) -> torch.dtype:

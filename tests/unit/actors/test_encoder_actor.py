@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 
 from actors.encoder import Encoder
+from actors.encoder_actor import EncoderActors
 from cluster.errors import UserError
 from pipelines.datasets.folders import LabelledDataset
 from pipelines.evaluation.command import EvalOptions, _load
-from pipelines.evaluation.encoder_actors import EncoderActors
 from pipelines.evaluation.evaluate import evaluate
-from pipelines.evaluation.fingerprint import encoder_fingerprint
 
 MINILM = "embedded:all-MiniLM-L6-v2"
 SHORT = EvalOptions(max_tokens=32)
@@ -36,7 +35,7 @@ def test_two_actors_give_the_vectors_and_scores_of_one_encoder(encoder: Encoder)
     data = LabelledDataset(name="s", kind="sts", columns={"test": columns})
     actors = EncoderActors(partial(_load, MINILM, SHORT), 2)
     try:
-        assert actors.fingerprint == encoder_fingerprint(encoder)
+        assert actors.fingerprint == encoder.fingerprint
         assert (actors.dimensions, actors.num_parameters) == (384, encoder.num_parameters)
         np.testing.assert_allclose(
             actors.encode_queries(texts, task="x"),

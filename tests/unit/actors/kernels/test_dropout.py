@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from actors.dropout import CpuDropout, drop, use_fast_dropout
+from actors.kernels.dropout import CpuDropout, drop, use_fast_dropout
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
