@@ -20,6 +20,10 @@ class PromptTemplates:
     Attributes:
         query: Template with ``{text}`` and perhaps ``{task}``, each once.
         passage: Template with ``{text}`` and perhaps ``{title}``, each once.
+
+    >>> gecko = PromptTemplates(passage="title: {title} | text: {text}")
+    >>> gecko.format_passage("It leaves at eight.", "Ferry"), gecko.format_passage("Untitled.")
+    ('title: Ferry | text: It leaves at eight.', 'title: none | text: Untitled.')
     """
 
     query: str = "{text}"
