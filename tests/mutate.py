@@ -61,6 +61,7 @@ def run_mutants(source: str, tests: list[str], folder: Path) -> dict[str, int | 
         "source_paths": [source],
         "also_copy": sorted(each.name for each in folder.iterdir() if each.name != "tests"),
         "pytest_add_cli_args_test_selection": tests,
+        "timeout_multiplier": 5,
         "use_git_change_detection": False,
     }
     with (folder / "pyproject.toml").open("a") as file:
