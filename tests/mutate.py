@@ -23,18 +23,7 @@ SUBJECTS = {
     ],
     "pipelines/mixture/sampling.py": ["tests/unit/pipelines/mixture/test_sampling.py"],
     "pipelines/training/loss.py": ["tests/unit/pipelines/training/test_loss.py"],
-    "pipelines/training/gradients.py": [
-        "tests/unit/pipelines/training/test_gradients.py",
-        *(
-            f"tests/unit/pipelines/training/test_worker.py::test_{name}"
-            for name in (
-                "worker_without_examples_needs_no_terms_of_others",
-                "gradient_cache_changes_neither_loss_nor_gradients",
-                "chunk_holds_as_many_tokens_as_its_passes",
-                "gradient_cache_repeats_its_dropout",
-            )
-        ),
-    ],
+    "pipelines/training/gradients.py": ["tests/unit/pipelines/training/test_gradients.py"],
     "actors/packing.py": ["tests/unit/actors/test_packing.py"],
     "actors/passage_index.py": ["tests/unit/actors/test_passage_index.py"],
     "cluster/artifacts.py": ["tests/unit/cluster/test_artifacts.py"],
