@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick fuzz gpu lint lock clean
+.PHONY: help install demo test quick fuzz mutate coverage gpu lint lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,18 @@ quick: $(STAMP)  ## the tests that start no engine and do not fuzz (some 5 minut
 
 fuzz: $(STAMP)  ## the readers against random input, ten times what `make test` tries (about 20 minutes)
 	@TOKAY_FUZZ=1 $(BIN)/pytest tests/fuzz -n 2
+
+# Tools that are in no lock: uv lays them over .venv's packages for one command.
+BESIDE := $(BIN)/uv run -q --no-project --python $(BIN)/python
+
+mutate: $(STAMP)  ## small changes of what decides on labels, vectors and rows: which does no test notice
+	@OMP_NUM_THREADS=1 $(BESIDE) --with mutmut==3.8.1 python tests/mutate.py $(MODULE)
+
+# TESTS names others than the unit tests: `make coverage TESTS=tests` measures all of them.
+TESTS ?= tests/unit
+coverage: $(STAMP)  ## how much of the code the unit tests run, file by file
+	@$(BESIDE) --with pytest-cov==7.1.0 python -m pytest $(TESTS) -m "not gpu" -n 2 --dist loadfile \
+	  --cov=cluster --cov=actors --cov=pipelines --cov=serving --cov-report=term:skip-covered
 
 # Another interpreter (PYTHON=...) takes the place of .venv's: nothing is installed, and what it
 # lacks is skipped. CORPUS names a folder in BEIR's layout; OPTIONS are those of the script.

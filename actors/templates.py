@@ -21,6 +21,10 @@ class PromptTemplates:
         query: Template with ``{text}`` and perhaps ``{task}``, each once.
         passage: Template with ``{text}`` and perhaps ``{title}``, each once; without ``{title}``
             the title stands in front of the text.
+
+    >>> gecko = PromptTemplates(passage="title: {title} | text: {text}")
+    >>> gecko.format_passage("It leaves at eight.", "Ferry"), gecko.format_passage("Untitled.")
+    ('title: Ferry | text: It leaves at eight.', 'title: none | text: Untitled.')
     """
 
     query: str = "{text}"

@@ -72,14 +72,22 @@ def word_spans(text: str) -> list[tuple[int, int]]:
 
 
 def num_words(text: str) -> int:
-    """Counts the words by which a text is measured; those of texts with space between add up."""
+    """Counts the words by which a text is measured; those of texts with space between add up.
+
+    >>> num_words("Well-known, isn't it?"), num_words("日本の朝市へ")
+    (3, 4)
+    """
     if not _NOT_PLAIN.search(text):
         return sum(1 for _ in _PLAIN_WORD.finditer(text))
     return len(word_spans(text))
 
 
 def compared_words(text: str) -> list[str]:
-    """Returns the words by which texts are compared: without case and punctuation, in order."""
+    """Returns the words by which texts are compared: without case and punctuation, in order.
+
+    >>> compared_words("Straße, well-known!")
+    ['strasse', 'well', 'known']
+    """
     text = normalized(text.casefold())
     if not _NOT_PLAIN.search(text):
         return _COMPARED.findall(text)

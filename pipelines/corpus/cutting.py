@@ -70,6 +70,9 @@ def cut(text: str, *, max_words: int = 160, min_words: int = 20) -> list[str]:
 
     Raises:
         ValueError: When not `0 < 2 * min_words <= max_words`.
+
+    >>> cut("One two three. Four five. Six seven eight.", max_words=5, min_words=1)
+    ['One two three. Four five.', 'Six seven eight.']
     """
     if not 0 < 2 * min_words <= max_words:
         raise ValueError(

@@ -40,6 +40,10 @@ def bootstrap(
 
     Returns:
         The score; all nan where it is no number.
+
+    >>> right = Sample(statistic="mean", rows=np.array([[1.0, 1.0, 0.0, 1.0, 1.0]]))
+    >>> bootstrap([right])
+    Estimate(mean=0.8, low=0.4, high=1.0)
     """
     if not samples or not all(sample.rows.size for sample in samples):
         raise ValueError("no items to draw from: give at least one score")

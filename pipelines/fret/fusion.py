@@ -27,7 +27,11 @@ class Labels:
 
 
 def ranks(scores: Sequence[float]) -> np.ndarray:
-    """Returns ranks from 1 for the highest score; equal scores rank in their given order."""
+    """Returns ranks from 1 for the highest score; equal scores rank in their given order.
+
+    >>> ranks([0.5, 2.0, 0.5]).tolist()
+    [2, 1, 3]
+    """
     order = np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")
     result = np.empty(len(scores), dtype=np.int64)
     result[order] = np.arange(1, len(scores) + 1)
@@ -41,6 +45,9 @@ def fuse(ql: Sequence[float], rc: Sequence[float], fusion: str = "ql+rc") -> np.
         ql: Query likelihoods of the candidates.
         rc: Log probabilities of the relevant label.
         fusion: `ql+rc`; or one of them, for ablations.
+
+    >>> fuse(ql=[-2.0, -1.0, -3.0], rc=[-0.1, -0.9, -2.0]).round(2).tolist()
+    [1.5, 1.5, 0.67]
     """
     kinds = {"ql": ql, "rc": rc}
     fused: np.ndarray = np.sum([1.0 / ranks(kinds[kind]) for kind in fusion.split("+")], axis=0)

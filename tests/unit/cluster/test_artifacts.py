@@ -10,9 +10,12 @@ import pytest
 from cluster.artifacts import (
     MANIFEST,
     Artifact,
+    FileEntry,
     Manifest,
+    fingerprint,
     list_files,
     open_artifact,
+    parse_object,
     write_rejects,
     write_shards,
 )
@@ -138,6 +141,121 @@ def test_symbolic_link_in_a_steps_folder_is_refused(
     (folder / link).symlink_to(private)
     with pytest.raises(ArtifactError, match=rf"{link} is a symbolic link"):
         open_artifact(str(folder))
+
+
+def test_folder_without_a_manifest_is_no_artifact(folder: Path) -> None:
+    assert Artifact.open(open_storage(folder)) is not None
+    (folder / MANIFEST).unlink()
+    assert Artifact.open(open_storage(folder)) is None
+    with pytest.raises(ArtifactError, match=r"step holds no finished artifact"):
+        open_artifact(str(folder))
+
+
+def finished(folder: Path, **fields: Any) -> Artifact:
+    storage = open_storage(folder)
+    settings = {"step": "s", "fingerprint": "f", "config": {}, "inputs": {}}
+    manifest = Manifest(**{**settings, "files": list_files(storage), **fields})
+    storage.write_bytes(MANIFEST, manifest.to_json())
+    return open_artifact(str(folder))
+
+
+def test_shards_hold_the_rows_in_their_order(tmp_path: Path) -> None:
+    table = pa.table({"id": [str(n) for n in range(7)], "more": range(7)})
+    write_shards(open_storage(tmp_path), table, 3)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "note").touch()
+    artifact = finished(tmp_path)
+    paths = [f"shards/{number:05d}.parquet" for number in range(3)]
+    assert [entry.path for entry in artifact.manifest.files] == paths
+    assert [entry.num_rows for entry in artifact.shards] == [3, 3, 1]
+    assert (artifact.num_rows, artifact.num_rejects, artifact.num_duplicates) == (7, 0, 0)
+    assert artifact.read().equals(table)
+    assert artifact.read(["more"]).column_names == ["more"]
+    assert [part["more"].to_pylist() for part in artifact.tables(["more"])] == [
+        [0, 1, 2],
+        [3, 4, 5],
+        [6],
+    ]
+
+
+def test_empty_table_keeps_its_columns_in_one_shard(tmp_path: Path) -> None:
+    table = pa.table({"id": pa.array([], pa.string())})
+    write_shards(open_storage(tmp_path), table, 3)
+    artifact = finished(tmp_path)
+    assert ([entry.num_rows for entry in artifact.shards], artifact.read()) == ([0], table)
+
+
+def test_artifact_without_shards_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"abc")
+    artifact = finished(tmp_path)
+    assert [(f.path, f.num_bytes, f.num_rows) for f in artifact.manifest.files] == [
+        ("model.bin", 3, None)
+    ]
+    with pytest.raises(ArtifactError, match="holds no shards"):
+        artifact.read()
+
+
+def test_duplicates_are_counted_apart_from_other_rejects(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    write_shards(storage, pa.table({"id": ["a"]}), 10)
+    write_rejects(storage, [("b", "empty", ""), ("c", "duplicate", "x")])
+    write_rejects(storage, [("d", "empty", "")], number=1)
+    write_rejects(storage, [], number=2)
+    artifact = finished(tmp_path, metrics={"num_duplicates": 1})
+    assert (artifact.num_rows, artifact.num_rejects, artifact.num_duplicates) == (1, 2, 1)
+    assert artifact.rejects().to_pylist() == [
+        {"id": "b", "reason": "empty", "text": ""},
+        {"id": "c", "reason": "duplicate", "text": "x"},
+        {"id": "d", "reason": "empty", "text": ""},
+    ]
+    assert finished(tmp_path, metrics={"num_duplicates": "1"}).num_rejects == 3  # not of ours
+
+
+def test_file_that_is_missing_short_or_changed_is_named(folder: Path) -> None:
+    artifact = open_artifact(str(folder))
+    artifact.verify()
+    shard = folder / "shards/00000.parquet"
+    write_shards(open_storage(folder), pa.table({"id": ["a", "b"]}), 10)
+    with pytest.raises(ArtifactError, match=r"shards/00000\.parquet has 2 rows, not 1"):
+        artifact.read()
+    with pytest.raises(ArtifactError, match=r"shards/00000\.parquet does not match its checksum"):
+        artifact.verify()
+    shard.unlink()
+    for call in (artifact.read, artifact.verify):
+        with pytest.raises(ArtifactError, match=r"shards/00000\.parquet is missing"):
+            call()
+
+
+def test_manifest_comes_back_as_it_was_written() -> None:
+    manifest = Manifest(
+        step="s",
+        fingerprint="f",
+        config={"a": [1, {"b": None}]},
+        inputs={"x": "1"},
+        files=(FileEntry(path="shards/00000.parquet", num_bytes=3, sha256="a", num_rows=2),),
+        metrics={"loss": 0.5},
+        seconds_s=1.5,
+        versions={"ray": "2"},
+    )
+    content = manifest.to_json()
+    assert Manifest.from_json(content, "") == manifest
+    assert content.startswith(b'{\n "config"')  # for people, and the same in every run
+    with pytest.raises(ArtifactError, match=r"manifest\.json is not what"):
+        Manifest.from_json(b'{"a":' * 100 + b"{}" + b"}" * 100, "manifest.json")
+
+
+def test_depth_of_json_is_bounded_at_a_hundred() -> None:
+    for opened, closed in ((b"[", b"]"), (b'{"a":', b"}")):
+        assert parse_object(b'{"a":' + opened * 98 + b"{}" + closed * 98 + b"}", "")
+        with pytest.raises(ArtifactError, match="nested more than 100 deep"):
+            parse_object(b'{"a":' + opened * 100 + b"1" + closed * 100 + b"}", "")
+
+
+def test_fingerprint_is_that_of_every_run_and_changes_with_any_part() -> None:
+    value = {"step": "s", "config": {"b": [1, 2.5, None, True], "a": "\u00e9"}}
+    assert fingerprint(value) == fingerprint(dict(reversed(value.items()))) == "95758803cca0333e"
+    others = ({**value, "step": "t"}, {**value, "config": {"b": [1, 2.5, None, False], "a": "é"}})
+    assert len({fingerprint(other) for other in (value, *others)}) == 3
 
 
 def test_rejects_take_any_string(tmp_path: Path) -> None:

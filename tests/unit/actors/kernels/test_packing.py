@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from actors.encoder import Encoder
 from actors.kernels import packing
-from actors.kernels.packing import ATTENTION, use_packing
+from actors.kernels.packing import ATTENTION, cut_batches, use_packing
 
 KINDS = ["bert", "electra", "roberta", "xlm-roberta", "modernbert", "qwen3", "gemma3_text", "llama"]
 TEXTS = [
@@ -331,3 +331,19 @@ def test_bfloat16_stays_near_float32(tiny_model: TinyModel, tmp_path: Path):
     folder = str(tiny_model("bert", tmp_path))
     rough = Encoder.load(folder, device="cpu", dtype="bfloat16").encode(TEXTS)
     assert (rough * Encoder.load(folder, device="cpu").encode(TEXTS)).sum(1).min() > 0.995
+
+
+def test_batches_are_cut_where_their_tokens_are_full():
+    rows = [np.zeros(length) for length in (5, 4, 3, 3, 1)]
+
+    def cut(batch_tokens: int, packed: bool) -> list[list[int]]:
+        return [[len(row) for row in batch] for batch in cut_batches(rows, batch_tokens, packed)]
+
+    assert cut(9, packed=True) == [[5, 4], [3, 3, 1]]
+    assert cut(8, packed=True) == [[5], [4, 3], [3, 1]]
+    assert cut(9, packed=False) == [[5], [4, 3], [3, 1]]  # a shorter text is as long as the first
+    assert cut(8, packed=False) == [[5], [4, 3], [3, 1]]
+    assert cut(7, packed=False) == [[5], [4], [3, 3], [1]]
+    assert cut(2, packed=True) == cut(2, packed=False) == [[5], [4], [3], [3], [1]]
+    assert cut(100, packed=True) == cut(100, packed=False) == [[5, 4, 3, 3, 1]]
+    assert [[len(row) for row in batch] for batch in cut_batches(rows[:1], 1, True)] == [[5]]

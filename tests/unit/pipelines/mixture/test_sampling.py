@@ -71,3 +71,17 @@ def test_groups_are_drawn_equally_often_whatever_their_size() -> None:
     made = draw_batches([rows("a", 1000, groups=groups.tolist())], 10, 600, seed=0)
     counts = Counter(groups[np.concatenate([batch for _, batch in made])].tolist())
     assert sum((counts[group] - 2000) ** 2 / 2000 for group in range(3)) < 13.8
+
+
+def test_four_batches_of_rows_are_looked_at_for_one_that_repeats_nothing() -> None:
+    # The set's order is known, so the one row that shares no key can be put just within or beyond.
+    order = np.random.default_rng([0, *b"a"]).permutation(10).tolist()
+
+    def first_batch(other: int) -> list[int]:
+        keys = np.zeros((10, 1), np.int64)
+        keys[other] = 1
+        ((_, batch),) = draw_batches([Rows(name="a", weight=1, keys=keys)], 2, 1, seed=0)
+        return batch.tolist()
+
+    assert first_batch(order[8]) == [order[0], order[8]]  # the eighth that is looked at
+    assert first_batch(order[9]) == [order[0], order[1]]

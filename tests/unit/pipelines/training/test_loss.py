@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from pydantic import ValidationError
 
 from pipelines.training.config import LossConfig
-from pipelines.training.loss import Vectors, contrastive_loss, related_examples
+from pipelines.training.loss import Vectors, _gather, contrastive_loss, related_examples
 
 GECKO = LossConfig(temperature=0.1)
 BATCH, DIMENSIONS = 5, 8
@@ -32,7 +32,7 @@ SWITCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a symmetric batch": ({"same_tower_negatives": "symmetric"}, {"symmetric": True}),
     "duplicates": ({}, {"related": RELATED}),
     "margin": ({"mask_margin": 0.02}, {}),
-    "matryoshka": ({"matryoshka_dimensions": (3, 5)}, {}),
+    "matryoshka": ({"matryoshka_dimensions": (2, 5)}, {}),
     "weighted matryoshka": (
         {"matryoshka_dimensions": (6, 4), "matryoshka_weights": (0.5, 2)},
         {},
@@ -216,6 +216,76 @@ def test_matryoshka_dimension_above_the_encoders_is_refused():
     config = LossConfig(matryoshka_dimensions=(16,))
     with pytest.raises(ValueError, match="only 8 dimensions"):
         contrastive_loss(vectors_of(sample()), config, sizes=[BATCH])
+
+
+def test_matryoshka_dimension_that_is_the_encoders_changes_nothing():
+    losses = [
+        contrastive_loss(vectors_of(sample()), config, sizes=[BATCH]).item()
+        for config in (GECKO, LossConfig(temperature=0.1, matryoshka_dimensions=(DIMENSIONS,)))
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_batch_is_of_no_symmetric_set_unless_that_is_said():
+    config = LossConfig(temperature=0.1, same_tower_negatives="symmetric")
+    loss = contrastive_loss(vectors_of(sample()), config, sizes=[BATCH])
+    assert loss.item() == pytest.approx(plain_loss(sample(), config, {}), rel=1e-10)
+
+
+def test_batch_of_two_is_spread_out():
+    config = LossConfig(temperature=0.1, spread_out_weight=0.3)
+    loss = contrastive_loss(_rows(vectors_of(sample()), slice(2)), config, sizes=[2])
+    arrays = [array[:2] for array in sample()]
+    assert loss.item() == pytest.approx(plain_loss(arrays, config, {}), rel=1e-10)
+
+
+def test_text_as_near_as_the_margin_is_still_a_negative():
+    config = LossConfig(temperature=0.1, mask_margin=0.0, same_tower_negatives="none")
+    axes = np.eye(DIMENSIONS)[:BATCH]  # products of these are exact
+    arrays = [axes, axes[[0, 0, 2, 3, 4]], np.stack([axes[::-1], axes], axis=1)]
+    loss = contrastive_loss(vectors_of(arrays), config, sizes=[BATCH])
+    assert loss.item() == pytest.approx(plain_loss(arrays, config, {}), rel=1e-10)
+
+
+def test_examples_without_a_teacher_are_trained_without():
+    config = LossConfig(temperature=0.1, distillation_weight=0.7)
+    untaught = replace(vectors_of(sample()), teacher_scores=None)
+    assert contrastive_loss(untaught, config, sizes=[BATCH]).item() == pytest.approx(
+        plain_loss(sample(), GECKO, {}), rel=1e-10
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_rows_of_all_workers_are_gathered_with_the_gradients_of_all(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+):
+    """In one process, which the other two workers' messages are put into."""
+    sizes = [1, 3, 2]
+    rows = [torch.full((size, 2), 10.0 * (worker + 1)) for worker, size in enumerate(sizes)]
+    rows = [part + torch.arange(len(part))[:, None] for part in rows]
+
+    def all_gather(parts: list[torch.Tensor], mine: torch.Tensor) -> None:
+        assert len(parts) == 3 and mine.tolist() == [
+            *rows[rank].tolist(),
+            *[[0.0, 0.0]] * (3 - sizes[rank]),
+        ]
+        for part, theirs in zip(parts, rows, strict=True):
+            part.fill_(-1.0)[: len(theirs)] = theirs
+
+    monkeypatch.setattr("pipelines.training.loss.agree", lambda device: None)
+    monkeypatch.setattr("pipelines.training.loss.dist.all_gather", all_gather)
+    monkeypatch.setattr("pipelines.training.loss.dist.all_reduce", lambda total: total.add_(100))
+    own = rows[rank].clone().requires_grad_()
+    gathered = _gather(own, sizes, rank)
+    assert gathered.tolist() == torch.cat(rows).tolist()
+    places = torch.arange(12.0).view(6, 2)
+    (gathered * places).sum().backward()
+    first = sum(sizes[:rank])
+    assert own.grad is not None
+    assert own.grad.tolist() == (places[first : first + sizes[rank]] + 100).tolist()
+    # A worker whose rows need no gradient takes part in the others' backward pass.
+    assert _gather(rows[rank], sizes, rank).requires_grad
+    assert _gather(rows[0], [1], 0) is rows[0]
 
 
 def test_related_examples_share_a_query_a_positive_or_both_roles():

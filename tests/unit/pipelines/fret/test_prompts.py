@@ -25,7 +25,7 @@ from pipelines.fret.prompts import (
 )
 from pipelines.recipe.recipe import load_recipe
 
-TOKAYS = Path(__file__).parents[3] / "pipelines" / "fret" / "prompts.yaml"
+TOKAYS = Path(__file__).parents[4] / "pipelines" / "fret" / "prompts.yaml"
 ALL = QueryPrompts(prompts=load_prompts(), tasks=tuple(load_prompts().tasks))
 QA = "question answering"
 
