@@ -33,7 +33,8 @@ from cluster.artifacts import Artifact
 from cluster.plain_json import dump_json
 from cluster.storage import open_storage
 from pipelines.datasets.test_sets import TestSet
-from pipelines.recipe.recipe import Recipe, load_recipe
+from pipelines.recipe.read import load_recipe
+from pipelines.recipe.recipe import Recipe
 
 FLAGS = {"retrieval": "--beir"}  # the others are called like their kind
 BEFORE = {"start": "student/model", "pre-finetuned": "prefinetuning/encoder"}

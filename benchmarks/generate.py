@@ -27,7 +27,8 @@ from pipelines.fret.prompts import STOP, load_prompts
 from pipelines.fret.queries import query_prompts
 from pipelines.ids import query_id
 from pipelines.recipe.graph import build_run
-from pipelines.recipe.recipe import Recipe, load_recipe
+from pipelines.recipe.read import load_recipe
+from pipelines.recipe.recipe import Recipe
 from pipelines.run.console import JsonLines
 
 

@@ -78,7 +78,7 @@ def run_command(
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe here, or on the cluster of RAY_ADDRESS; finished steps are not repeated."""
-    from pipelines.recipe.recipe import load_recipe
+    from pipelines.recipe.read import load_recipe
     from pipelines.run.execute import execute
 
     loaded = load_recipe(recipe, settings, trust_remote_code=trust_remote_code)
@@ -115,7 +115,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show the steps, what is done, what fits the GPUs, and what the rest would cost."""
-    from pipelines.recipe.recipe import load_recipe
+    from pipelines.recipe.read import load_recipe
     from pipelines.run.checks import check_recipe
     from pipelines.run.plan import make_plan, print_plan
 
@@ -251,7 +251,7 @@ def submit(
 ) -> None:
     """Run a recipe on a cluster through the Ray Jobs API; prints the job's id."""
     from cluster import jobs
-    from pipelines.recipe.recipe import load_recipe, read_keys
+    from pipelines.recipe.read import load_recipe, read_keys
     from pipelines.run.checks import check_recipe
     from pipelines.run.fit import refuse_unfit
     from pipelines.yaml_files import write_yaml

@@ -15,7 +15,7 @@ from cluster.session import disconnect, free_port
 from cluster.steps import Run
 from cluster.storage import join, open_storage
 from pipelines.demo.data import write_documents, write_test_set
-from pipelines.recipe.recipe import load_recipe
+from pipelines.recipe.read import load_recipe
 from pipelines.run.execute import execute, log_folder
 
 QUERY = "how can I find out which line of my program takes the most time"

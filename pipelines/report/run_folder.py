@@ -17,7 +17,7 @@ from cluster.errors import ArtifactError, UserError, excerpt
 from cluster.steps import BEGUN, MARKER, State
 from cluster.storage import Storage, join, open_storage
 from pipelines.recipe.graph import TITLES
-from pipelines.recipe.recipe import read_saved_keys, refuse_other_version
+from pipelines.recipe.read import read_saved_keys, refuse_other_version
 
 RECIPE = "recipe.yaml"
 EXCERPT_CHARACTERS = 700

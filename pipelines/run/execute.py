@@ -12,7 +12,8 @@ from cluster.storage import LocalStorage, Storage, join, open_storage
 from pipelines.encoders import MODEL, TRAINED
 from pipelines.evaluation.location import Location, SavedEncoder
 from pipelines.recipe.graph import TITLES, build_run
-from pipelines.recipe.recipe import Recipe, read_models, refuse_foreign_code
+from pipelines.recipe.read import read_models, refuse_foreign_code
+from pipelines.recipe.recipe import Recipe
 from pipelines.report.run_folder import RECIPE, open_run_folder
 from pipelines.report.write import print_evaluation, write_report
 from pipelines.run.checks import check_recipe

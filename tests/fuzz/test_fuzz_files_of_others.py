@@ -14,7 +14,7 @@ from cluster.artifacts import MANIFEST, Artifact, Manifest, parse_object
 from cluster.errors import ArtifactError, UserError
 from cluster.storage import open_storage
 from pipelines.recipe.keys import recipe_keys
-from pipelines.recipe.recipe import load_recipe
+from pipelines.recipe.read import load_recipe
 from pipelines.report.run_folder import files_of_a_run, open_run_folder
 from pipelines.yaml_files import read_yaml
 

@@ -10,7 +10,7 @@ from actors.encoder import Encoder
 from cluster.artifacts import Artifact
 from cluster.steps import Run, Step
 from pipelines.recipe.graph import build_run
-from pipelines.recipe.recipe import load_recipe
+from pipelines.recipe.read import load_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]
 

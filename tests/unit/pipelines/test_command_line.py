@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from cluster import jobs
 from cluster.errors import UserError
 from pipelines import cli
-from pipelines.recipe.recipe import load_recipe
+from pipelines.recipe.read import load_recipe
 from pipelines.yaml_files import read_yaml
 
 MESSAGE = "[bold]broke[/x] \x1b]0;owned\x07\x1b[2J " + "y" * 100_000

@@ -6,7 +6,7 @@ import pytest
 
 from cluster.errors import StorageError, UserError
 from cluster.storage import open_storage
-from pipelines.recipe.recipe import load_recipe
+from pipelines.recipe.read import load_recipe
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from cluster.storage import LocalStorage
 from pipelines.evaluation.command import EvalOptions, _load
 from pipelines.evaluation.location import SavedEncoder
 from pipelines.recipe.graph import TITLES
-from pipelines.recipe.recipe import load_recipe
+from pipelines.recipe.read import load_recipe
 from pipelines.report.write import write_report
 from pipelines.run.execute import find_models, run_status
 from pipelines.yaml_files import write_yaml

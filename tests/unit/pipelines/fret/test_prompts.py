@@ -23,7 +23,7 @@ from pipelines.fret.prompts import (
     require_plain,
     unfit,
 )
-from pipelines.recipe.recipe import load_recipe
+from pipelines.recipe.read import load_recipe
 
 TOKAYS = Path(__file__).parents[4] / "pipelines" / "fret" / "prompts.yaml"
 ALL = QueryPrompts(prompts=load_prompts(), tasks=tuple(load_prompts().tasks))

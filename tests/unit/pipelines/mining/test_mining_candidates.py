@@ -14,7 +14,7 @@ from cluster.stages import StageResources
 from cluster.storage import open_storage
 from pipelines.mining.candidates import CandidatesConfig, EmbeddingShards, check_index
 from pipelines.mining.embeddings import vector_column
-from pipelines.recipe.recipe import load_recipe
+from pipelines.recipe.read import load_recipe
 
 NUM_ROWS, FIRST_ROW = 2000, 100
 

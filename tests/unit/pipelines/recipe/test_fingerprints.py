@@ -9,7 +9,8 @@ import pytest
 from cluster.errors import UserError
 from pipelines.recipe.graph import build_run
 from pipelines.recipe.keys import recipe_keys
-from pipelines.recipe.recipe import Recipe, load_recipe
+from pipelines.recipe.read import load_recipe
+from pipelines.recipe.recipe import Recipe
 
 NOT_FINGERPRINTED = {
     *("corpus.path", "corpus.max_reject_share", "prompts"),

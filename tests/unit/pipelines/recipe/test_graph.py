@@ -6,7 +6,7 @@ import pytest
 from cluster.errors import UserError
 from cluster.steps import Run, Step
 from pipelines.recipe.graph import build_run
-from pipelines.recipe.recipe import load_recipe
+from pipelines.recipe.read import load_recipe
 
 
 @pytest.fixture

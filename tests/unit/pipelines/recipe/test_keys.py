@@ -2,7 +2,8 @@ import pytest
 
 from cluster.errors import UserError
 from pipelines.recipe.keys import Key, recipe_keys
-from pipelines.recipe.recipe import Recipe, load_recipe
+from pipelines.recipe.read import load_recipe
+from pipelines.recipe.recipe import Recipe
 
 
 def test_keys_have_what_they_accept_and_their_defaults():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import UserError
-from pipelines.recipe.recipe import load_recipe, read_models, recipe_names
+from pipelines.recipe.read import load_recipe, read_models, recipe_names
 from pipelines.yaml_files import write_yaml
 
 

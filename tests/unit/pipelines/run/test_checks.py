@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import UserError
-from pipelines.recipe.recipe import load_recipe, recipe_names
+from pipelines.recipe.read import load_recipe, recipe_names
 from pipelines.run import checks
 from pipelines.run.checks import check_recipe
 from pipelines.run.execute import execute

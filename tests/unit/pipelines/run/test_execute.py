@@ -11,7 +11,8 @@ from cluster.session import ClusterResources
 from cluster.steps import Run
 from cluster.storage import open_storage
 from pipelines.recipe.graph import build_run
-from pipelines.recipe.recipe import Recipe, load_recipe
+from pipelines.recipe.read import load_recipe
+from pipelines.recipe.recipe import Recipe
 from pipelines.run import execute as execution
 from pipelines.run.execute import execute
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import UserError
-from pipelines.recipe.recipe import Recipe, load_recipe
+from pipelines.recipe.read import load_recipe
+from pipelines.recipe.recipe import Recipe
 from pipelines.recipe.sizes import GIB
 from pipelines.run import fit
 from pipelines.run.fit import Need, gpu_needs, refuse_unfit

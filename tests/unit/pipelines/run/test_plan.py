@@ -13,7 +13,7 @@ from rich.console import Console
 
 from actors.embedded import embedded_model
 from pipelines.fret.prompts import PairPrompts, QueryPrompts, load_prompts
-from pipelines.recipe.recipe import load_recipe, recipe_names
+from pipelines.recipe.read import load_recipe, recipe_names
 from pipelines.run import plan as planning
 from pipelines.run.plan import make_plan, print_plan
 
