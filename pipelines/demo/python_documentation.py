@@ -122,9 +122,8 @@ _DEFINED = re.compile(r"^((?:(?:class )?[\w.]+(?:\(.*\))?\n){1,30})\n(?=   \S)",
 def python_documentation() -> list[Entry]:
     """Returns the documentation of this environment, in an order that does not change.
 
-    It is read in a fresh interpreter, to which this module brings little: Ray replaces `print` and
-    others their warnings' functions, `concurrent.futures` has more members once something has used
-    them, and the corpus must not depend on what the caller has imported.
+    It is read in a fresh interpreter that imports little, since it must not depend on what the
+    caller did: Ray replaces `print`, and `concurrent.futures` has more members once they are used.
 
     `Entry.name` is `python:topic/<topic>`, the dotted name of a module, class, function or
     method (the first public one, when it has several), or `dist:<distribution>`.
