@@ -4,16 +4,20 @@ Every corpus, whatever it was read from, passes through these functions, so that
 same text and the same id on every machine and in every run. All of them are pure.
 """
 
+from __future__ import annotations
+
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from pipelines.datasets.corpus import Document
 from pipelines.ids import passage_id
 from pipelines.words import letter_share, normalized, num_words, sentence_starts, word_spans
+
+if TYPE_CHECKING:
+    from pipelines.datasets.corpus import Document
 
 T = TypeVar("T")
 

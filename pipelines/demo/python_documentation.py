@@ -21,7 +21,6 @@ from operator import attrgetter
 from types import ModuleType
 
 from pipelines.corpus.cutting import clean
-from pipelines.datasets.corpus import Document
 from pipelines.words import num_words
 
 log = logging.getLogger(__name__)
@@ -58,6 +57,15 @@ _SCIENTIFIC = """
     sklearn.model_selection sklearn.naive_bayes sklearn.neighbors sklearn.neural_network
     sklearn.pipeline sklearn.preprocessing sklearn.svm sklearn.tree
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A document: its name, its title and its text."""
+
+    name: str
+    title: str
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,28 +119,28 @@ _DEFINED = re.compile(r"^((?:(?:class )?[\w.]+(?:\(.*\))?\n){1,30})\n(?=   \S)",
 """Terms on lines of their own, before the indented text that defines them."""
 
 
-def python_documentation() -> list[Document]:
+def python_documentation() -> list[Entry]:
     """Returns the documentation of this environment, in an order that does not change.
 
-    It is read in a fresh interpreter: Ray replaces `print` and others their warnings' functions,
-    and the corpus must not depend on what the caller has imported.
+    It is read in a fresh interpreter that imports little, since it must not depend on what the
+    caller did: Ray replaces `print`, and `concurrent.futures` has more members once they are used.
 
-    `Document.name` is `python:topic/<topic>`, the dotted name of a module, class, function or
+    `Entry.name` is `python:topic/<topic>`, the dotted name of a module, class, function or
     method (the first public one, when it has several), or `dist:<distribution>`.
     """
     # -P: a module in the caller's folder must not stand in for one of the standard library.
     command = [sys.executable, "-P", "-m", __name__]
     lines = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines()
-    return [Document(**json.loads(line)) for line in lines]
+    return [Entry(**json.loads(line)) for line in lines]
 
 
-def _documents() -> Iterator[Document]:
+def _documents() -> Iterator[Entry]:
     for document in _entries_in_order():
         # Once more over the whole text, for mark-up that a line's end parted.
         yield replace(document, title=_plain(document.title), text=_plain(document.text))
 
 
-def _entries_in_order() -> Iterator[Document]:
+def _entries_in_order() -> Iterator[Entry]:
     yield from _language_reference()
     seen: set[int] = set()
     for shelf in _SHELVES:
@@ -142,11 +150,11 @@ def _entries_in_order() -> Iterator[Document]:
                 if sum(map(num_words, paragraphs)) >= shelf.min_words:
                     title = f"{name} module" if inspect.ismodule(value) else name
                     text = _first_words(paragraphs, shelf.max_words)
-                    yield Document(name=name, title=title, text=text)
+                    yield Entry(name=name, title=title, text=text)
     yield from _distributions()
 
 
-def _language_reference() -> Iterator[Document]:
+def _language_reference() -> Iterator[Entry]:
     from pydoc_data.topics import topics
 
     names = sorted(set(topics) - _SKIPPED_TOPICS - set(_COLLECTIVE_TOPICS))
@@ -161,7 +169,7 @@ def _language_reference() -> Iterator[Document]:
                 paragraphs.append(paragraph)
                 seen.add(paragraph)
         text = "\n\n".join(paragraphs)
-        yield Document(name=f"python:topic/{name}", title=title.replace('"', ""), text=text)
+        yield Entry(name=f"python:topic/{name}", title=title.replace('"', ""), text=text)
 
 
 def _names(signatures: str) -> str:
@@ -311,7 +319,7 @@ def _first_words(paragraphs: list[str], max_words: int) -> str:
     return "\n\n".join(kept)
 
 
-def _distributions() -> Iterator[Document]:
+def _distributions() -> Iterator[Entry]:
     installed: dict[str, PackageMetadata] = {}
     for distribution in distributions():
         name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
@@ -325,7 +333,7 @@ def _distributions() -> Iterator[Document]:
         if summary and summary not in paragraphs:
             paragraphs.insert(0, summary)
         title = f"{metadata['Name']} (distribution)"
-        yield Document(
+        yield Entry(
             name=f"dist:{name}", title=title, text=_first_words(paragraphs, _DISTRIBUTION_WORDS)
         )
 

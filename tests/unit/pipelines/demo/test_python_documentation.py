@@ -56,6 +56,8 @@ def test_python_documentation_does_not_depend_on_what_this_process_did(
     monkeypatch.setattr("builtins.print", lambda *_: None)  # Ray does this
     text = {document.name: document.text for document in python_documentation()}
     assert text["print"].startswith("Prints the values to a stream")
+    # A member that the module has only once something has used it.
+    assert not [name for name in text if name.startswith("concurrent.futures.ThreadPool")]
 
 
 def test_python_passages_hold_prose_of_known_entries(documentation: list[Passage]) -> None:
