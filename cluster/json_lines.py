@@ -123,11 +123,11 @@ def is_text(value: Any) -> bool:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(pairs) > _MAX_KEYS:
         raise _Unaccepted(f"a JSON object of {len(pairs)} keys (accepted are {_MAX_KEYS})")
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise _Unaccepted(f"the key {twice[:80]!r} twice in one JSON object")
-    return found
+    return fields
 
 
 def _no_number(name: str) -> float:

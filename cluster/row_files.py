@@ -57,7 +57,7 @@ def suffix(path: str) -> str:
 def without_copies(paths: Sequence[str]) -> list[str]:
     """Leaves out packed files that lie beside the same file unpacked."""
     plain = set(paths)
-    return [path for path in paths if not (_is_packed(path) and path[: -len(GZIP)] in plain)]
+    return [p for p in paths if not (p.lower().endswith(GZIP) and p[: -len(GZIP)] in plain)]
 
 
 def find_file(storage: Storage, path: str) -> str | None:
@@ -154,9 +154,8 @@ def is_plain(kind: pa.DataType) -> bool:
     """Says whether a column holds texts, bytes, numbers or lists of them."""
     import pyarrow.types as pt
 
-    if pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind):
-        return is_plain(kind.value_type)
-    if pt.is_dictionary(kind):
+    wrappers = (pt.is_list, pt.is_large_list, pt.is_fixed_size_list, pt.is_dictionary)
+    if any(wraps(kind) for wraps in wrappers):
         return is_plain(kind.value_type)
     if pt.is_primitive(kind):
         return not pt.is_temporal(kind)
@@ -203,10 +202,6 @@ def _decoded(value: Any) -> Any:
 def _is_hidden(path: str) -> bool:
     """Says whether a system put it there: `.DS_Store`, AppleDouble's `._part.parquet`."""
     return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(path).parts)
-
-
-def _is_packed(path: str) -> bool:
-    return path.lower().endswith(GZIP)
 
 
 def _plain_name(path: str) -> str:

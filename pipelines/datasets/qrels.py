@@ -90,8 +90,8 @@ def read_qrels(lines: Iterable[bytes], place: str) -> Qrels:
         new = Judgement(max(0, int(max(score, -1))), where)
         known = judgements.get(pair)
         if known and known.score != new.score:
-            told = f"{query!r}, {passage!r}: {new.score} here, {known.score} in {known.where}"
-            rejects.append((where, "judged twice with different scores", told))
+            scores = f"{query!r}, {passage!r}: {new.score} here, {known.score} in {known.where}"
+            rejects.append((where, "judged twice with different scores", scores))
             disputed.add(pair)
         elif known:
             num_repeated += 1
@@ -100,8 +100,8 @@ def read_qrels(lines: Iterable[bytes], place: str) -> Qrels:
             num_below_zero += score < 0
     for pair in disputed:
         first = judgements.pop(pair)
-        told = f"{pair[0]!r}, {pair[1]!r}: {first.score} here, another score below"
-        rejects.append((first.where, "judged twice with different scores", told))
+        scores = f"{pair[0]!r}, {pair[1]!r}: {first.score} here, another score below"
+        rejects.append((first.where, "judged twice with different scores", scores))
     return Qrels(
         judgements=judgements,
         rejects=rejects,

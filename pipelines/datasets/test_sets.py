@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cluster.artifacts import Artifact
 from pipelines.datasets.corpus import PYTHON_DOCUMENTATION
 from pipelines.datasets.folders import TestData, read_folder
+from pipelines.datasets.mteb_tasks import judged_texts, load_mteb_task
 from pipelines.datasets.retrieval import RetrievalDataset, TitledText
 from pipelines.names import SetName
 
@@ -48,25 +49,15 @@ def load_test_set(test_set: TestSet, passages: Artifact | None = None) -> TestDa
         UserError: It does not exist or is malformed.
     """
     if test_set.kind == MTEB:
-        return _load_mteb_task(test_set.path)
+        return load_mteb_task(test_set.path)
     if test_set.path == PYTHON_DOCUMENTATION:
         assert passages is not None
         return _python_questions(test_set, passages)
     return _read(test_set)
 
 
-def _load_mteb_task(name: str) -> Any:
-    from pipelines.datasets.mteb_tasks import find_mteb_task, load_mteb_data, quiet_mteb
-
-    with quiet_mteb():
-        task = find_mteb_task(name)
-        load_mteb_data(task)
-    return task
-
-
 def _read(test_set: TestSet) -> TestData:
-    data = read_folder(test_set.kind, test_set.path, test_set.split)
-    return replace(data, name=test_set.name)
+    return replace(read_folder(test_set.kind, test_set.path, test_set.split), name=test_set.name)
 
 
 def _python_questions(test_set: TestSet, passages: Artifact) -> RetrievalDataset:
@@ -111,9 +102,7 @@ def evaluation_queries(test_sets: tuple[TestSet, ...]) -> list[str]:
             for split in ("dev", "test"):
                 texts |= {question.question for question in load_questions(split)}
         elif test_set.kind == MTEB:
-            from pipelines.datasets.mteb_tasks import judged_texts
-
-            texts |= set(judged_texts(_load_mteb_task(test_set.path)))
+            texts |= set(judged_texts(load_mteb_task(test_set.path)))
         else:
             texts |= set(_read(test_set).judged_texts())
     return sorted(texts)
