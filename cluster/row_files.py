@@ -6,14 +6,16 @@ a corpus, as a labelled set and by a server.
 
 from __future__ import annotations
 
+import gzip
 import io
 import reprlib
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import Reject, excerpt
-from cluster.json_lines import GZIP, json_lines, text_lines, unpacked
+from cluster.errors import Reject, UserError, excerpt
+from cluster.json_lines import GZIP, json_lines, text_lines
 from cluster.parquet import parquet_batches
 from cluster.storage import Storage, join, open_storage
 
@@ -81,12 +83,17 @@ def utf8_name(path: str) -> str:
 
 
 def file_lines(storage: Storage, path: str) -> Iterator[bytes]:
-    """Yields the lines of a file; of a packed one, of what it holds.
+    r"""Yields the lines of a file, which end at ``\n`` alone; of a packed one, of what it holds.
 
     Raises:
         UserError: It cannot be unpacked.
     """
-    return unpacked(io.BytesIO(storage.read_bytes(path)), utf8_name(join(storage.uri, path)))
+    lines = io.BytesIO(storage.read_bytes(path))
+    try:
+        yield from gzip.GzipFile(fileobj=lines) if path.lower().endswith(GZIP) else lines
+    except (OSError, EOFError, zlib.error) as error:
+        place = excerpt(join(storage.uri, path))
+        raise UserError(f"{place} cannot be unpacked: {error}; pack it again") from error
 
 
 def jsonl_rows(storage: Storage, path: str) -> Iterator[Row | Reject]:

@@ -82,20 +82,17 @@ def beir_files(labelled: LabelledSet) -> tuple[str, str, str]:
         UserError: One of them is missing.
     """
     storage = open_storage(labelled.path)
-    queries, own = "queries.jsonl", f"queries_{labelled.split}.jsonl"
-    paths = {
-        path: find_file(storage, path)
-        for path in ("corpus.jsonl", queries, own, f"qrels/{labelled.split}.tsv")
-    }
-    paths[queries] = paths.pop(own) or paths[queries]
-    missing = [path for path, there in paths.items() if not there]
-    if missing:
-        raise UserError(
-            f"labelled set {labelled.name!r}: {labelled.path} has no {', '.join(missing)}; a"
-            " retrieval set is a BEIR folder: correct its path or split"
-        )
-    corpus_path, queries_path, qrels_path = map(str, paths.values())
-    return corpus_path, queries_path, qrels_path
+    names = ("corpus.jsonl", "queries.jsonl", f"qrels/{labelled.split}.tsv")
+    corpus, queries, qrels = (find_file(storage, name) for name in names)
+    queries = find_file(storage, f"queries_{labelled.split}.jsonl") or queries
+    if corpus and queries and qrels:
+        return corpus, queries, qrels
+    paths = (corpus, queries, qrels)
+    missing = [name for name, path in zip(names, paths, strict=True) if not path]
+    raise UserError(
+        f"labelled set {labelled.name!r}: {labelled.path} has no {', '.join(missing)}; a retrieval"
+        " set is a BEIR folder: correct its path or split"
+    )
 
 
 def _read(labelled: LabelledSet, passages: Artifact | None) -> Iterator[Row | Reject]:

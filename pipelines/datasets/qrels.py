@@ -76,7 +76,7 @@ def read_qrels(lines: Iterable[bytes], place: str) -> Qrels:
             rows.append((*row, _columns(row[1])))
     score_at = _score_column([columns for *_, columns in rows])
     judgements: dict[tuple[str, str], Judgement] = {}
-    disputed: set[tuple[str, str]] = set()
+    disputed: dict[tuple[str, str], None] = {}
     num_below_zero = num_repeated = 0
     for place_in_file, (where, line, columns) in enumerate(rows):
         if not place_in_file and len(columns) > score_at and is_header(columns[score_at]):
@@ -92,7 +92,7 @@ def read_qrels(lines: Iterable[bytes], place: str) -> Qrels:
         if known and known.score != new.score:
             scores = f"{query!r}, {passage!r}: {new.score} here, {known.score} in {known.where}"
             rejects.append((where, "judged twice with different scores", scores))
-            disputed.add(pair)
+            disputed[pair] = None
         elif known:
             num_repeated += 1
         else:
