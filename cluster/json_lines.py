@@ -4,15 +4,13 @@ Python's reader takes more than JSON (`NaN`, a key twice, a lone surrogate) and 
 `RecursionError` for what is nested deeply; the readers here do neither.
 """
 
-import gzip
 import io
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import IO, Any
+from typing import Any
 
-from cluster.errors import Reject, UserError, excerpt
+from cluster.errors import Reject
 
 GZIP = ".gz"
 _MAX_KEYS = 10_000
@@ -73,29 +71,6 @@ def json_lines(content: bytes | Iterable[bytes], place: str) -> Iterator[tuple[s
             yield where, reason[:_SHOWN], line[:_SHOWN].decode("utf-8", "replace")
         else:
             yield where, value
-
-
-def unpacked(stream: IO[bytes], place: str) -> Iterator[bytes]:
-    r"""Yields the lines of a file, which end at ``\n`` alone; of a ``.gz``, of what it holds.
-
-    Args:
-        stream: The file; closed at the end.
-        place: Its name.
-
-    Raises:
-        UserError: It cannot be unpacked.
-    """
-    with stream:
-        if not place.lower().endswith(GZIP):
-            yield from stream
-            return
-        try:
-            with gzip.open(stream) as content:
-                yield from content
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(
-                f"{excerpt(place)} cannot be unpacked: {error}; pack it again"
-            ) from error
 
 
 def text_lines(lines: Iterable[bytes], place: str) -> Iterator[tuple[str, str] | Reject]:

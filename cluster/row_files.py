@@ -6,14 +6,16 @@ a corpus, as a labelled set and by a server.
 
 from __future__ import annotations
 
+import gzip
 import io
 import reprlib
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import Reject, excerpt
-from cluster.json_lines import GZIP, json_lines, text_lines, unpacked
+from cluster.errors import Reject, UserError, excerpt
+from cluster.json_lines import GZIP, json_lines, text_lines
 from cluster.parquet import parquet_batches
 from cluster.storage import Storage, join, open_storage
 
@@ -57,7 +59,7 @@ def suffix(path: str) -> str:
 def without_copies(paths: Sequence[str]) -> list[str]:
     """Leaves out packed files that lie beside the same file unpacked."""
     plain = set(paths)
-    return [path for path in paths if not (_is_packed(path) and path[: -len(GZIP)] in plain)]
+    return [p for p in paths if not (p.lower().endswith(GZIP) and p[: -len(GZIP)] in plain)]
 
 
 def find_file(storage: Storage, path: str) -> str | None:
@@ -81,12 +83,17 @@ def utf8_name(path: str) -> str:
 
 
 def file_lines(storage: Storage, path: str) -> Iterator[bytes]:
-    """Yields the lines of a file; of a packed one, of what it holds.
+    r"""Yields the lines of a file, which end at ``\n`` alone; of a packed one, of what it holds.
 
     Raises:
         UserError: It cannot be unpacked.
     """
-    return unpacked(io.BytesIO(storage.read_bytes(path)), utf8_name(join(storage.uri, path)))
+    lines = io.BytesIO(storage.read_bytes(path))
+    try:
+        yield from gzip.GzipFile(fileobj=lines) if path.lower().endswith(GZIP) else lines
+    except (OSError, EOFError, zlib.error) as error:
+        place = excerpt(join(storage.uri, path))
+        raise UserError(f"{place} cannot be unpacked: {error}; pack it again") from error
 
 
 def jsonl_rows(storage: Storage, path: str) -> Iterator[Row | Reject]:
@@ -154,9 +161,8 @@ def is_plain(kind: pa.DataType) -> bool:
     """Says whether a column holds texts, bytes, numbers or lists of them."""
     import pyarrow.types as pt
 
-    if pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind):
-        return is_plain(kind.value_type)
-    if pt.is_dictionary(kind):
+    wrappers = (pt.is_list, pt.is_large_list, pt.is_fixed_size_list, pt.is_dictionary)
+    if any(wraps(kind) for wraps in wrappers):
         return is_plain(kind.value_type)
     if pt.is_primitive(kind):
         return not pt.is_temporal(kind)
@@ -203,10 +209,6 @@ def _decoded(value: Any) -> Any:
 def _is_hidden(path: str) -> bool:
     """Says whether a system put it there: `.DS_Store`, AppleDouble's `._part.parquet`."""
     return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(path).parts)
-
-
-def _is_packed(path: str) -> bool:
-    return path.lower().endswith(GZIP)
 
 
 def _plain_name(path: str) -> str:

@@ -6,9 +6,8 @@ counted; a corpus of which most rows are none is refused.
 """
 
 import logging
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -84,12 +83,12 @@ class _Tally:
     """How many rows were read, and why some were not."""
 
     num_rows: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
+    num_rejects: int = 0
     first: Reject | None = None
 
     def reject(self, reject: Reject) -> None:
         self.num_rows += 1
-        self.reasons[reject[1]] += 1
+        self.num_rejects += 1
         self.first = self.first or reject
 
     def summary(self, uri: str) -> str | None:
@@ -99,12 +98,11 @@ class _Tally:
         if self.first is None:
             return None
         where, reason, text = self.first
-        num_rejects = self.reasons.total()
         line = (
-            f"{num_rejects} of {self.num_rows} rows of corpus {uri!r} are no passages, such as"
+            f"{self.num_rejects} of {self.num_rows} rows of corpus {uri!r} are no passages, such as"
             f" {excerpt(where)} ({reason}: {excerpt(text)})"
         )
-        if num_rejects > _MAX_REJECT_SHARE * self.num_rows:
+        if self.num_rejects > _MAX_REJECT_SHARE * self.num_rows:
             raise UserError(f"{line}: {ACCEPTED}")
         return f"{line}; they are left out"
 
@@ -177,7 +175,7 @@ def _vectors(table: pa.Table, dimensions: int | None, uri: str) -> np.ndarray:
             " embedding"
         )
     flat = column.flatten().to_numpy(zero_copy_only=False)
-    with np.errstate(over="ignore"):  # what float32 cannot hold is found below
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
         vectors = np.asarray(flat, np.float32).reshape(len(column), wanted)
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     none = np.flatnonzero(~np.isfinite(norms[:, 0]) | (norms[:, 0] == 0))

@@ -6,7 +6,6 @@ has a mistake in it than not, and a wrong qrels file looks just like a weak mode
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +17,6 @@ from cluster.storage import Storage, join, open_storage
 from pipelines.datasets.qrels import Qrels, read_qrels
 from pipelines.datasets.retrieval import RetrievalDataset, TitledText
 
-logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
 

@@ -1,6 +1,6 @@
 """Corpora as people have them: JSONL, Parquet, plain text, a BEIR folder, on a disk or on S3.
 
-A row that cannot be read is a reject with its reason. A corpus that cannot be found, that is not
+A row that cannot be read is a reject with its reason. A corpus that does not exist, that is not
 what the recipe says, or a file of it that is not what its name says, is the user's mistake. What is
 read and what is not stands in docs/what-is-read.md.
 """
@@ -82,7 +82,7 @@ class CorpusConfig(BaseModel):
 
 
 class Corpus:
-    """A corpus that was found to exist; iterate over `documents`.
+    """A corpus that exists; iterate over `documents`.
 
     Attributes:
         files: The files that are read, in their order.
@@ -123,7 +123,7 @@ class Corpus:
 
         Raises:
             UserError: A file is not what its suffix says, or no row has a field that the recipe
-                names, which is found out at the end.
+                names, which shows at the end.
         """
         self._names.clear()
         for file in self.files:

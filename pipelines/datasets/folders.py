@@ -17,6 +17,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,39 +97,30 @@ def read_folder(kind: str, folder: Folder, split: str = "test") -> TestData:
     return KINDS[kind](folder, split)
 
 
-def _read_pairs(kind: str) -> Callable[[Folder, str], LabelledDataset]:
-    def read(folder: Folder, split: str) -> LabelledDataset:
-        columns: dict[str, list[Any]] = {"score": [], "sentence1": [], "sentence2": []}
-        file = _split_file(folder, split, "tsv")
-        for place, (at, line) in enumerate(read_lines(*file)):
-            fields = line.split("\t")
-            score = number(fields[0])
-            if len(fields) == 3 and score is None and not place and is_header(fields[0]):
-                continue
-            if len(fields) != 3 or score is None or not math.isfinite(score):
-                raise UserError(
-                    f"{at}: {line.strip()[:80]!r} is not score, sentence1 and sentence2 with tabs "
-                    "between; correct the line"
-                )
-            if kind == "pairs" and score not in (0, 1):
-                raise UserError(
-                    f"{at}: score {fields[0]}: a pair's is 0 or 1; or measure it as sts"
-                )
-            for column, value in zip(columns.values(), (score, *fields[1:]), strict=True):
-                column.append(value)
-        return _labelled(kind, folder, split, {split: columns})
-
-    return read
+def _read_pairs(kind: str, folder: Folder, split: str) -> LabelledDataset:
+    columns: dict[str, list[Any]] = {"score": [], "sentence1": [], "sentence2": []}
+    for place, (at, line) in enumerate(read_lines(*_split_file(folder, split, "tsv"))):
+        fields = line.split("\t")
+        score = number(fields[0])
+        if len(fields) == 3 and score is None and not place and is_header(fields[0]):
+            continue
+        if len(fields) != 3 or score is None or not math.isfinite(score):
+            raise UserError(
+                f"{at}: {line.strip()[:80]!r} is not score, sentence1 and sentence2 with tabs "
+                "between; correct the line"
+            )
+        if kind == "pairs" and score not in (0, 1):
+            raise UserError(f"{at}: score {fields[0]}: a pair's is 0 or 1; or measure it as sts")
+        for column, value in zip(columns.values(), (score, *fields[1:]), strict=True):
+            column.append(value)
+    return _labelled(kind, folder, split, {split: columns})
 
 
-def _read_labels(kind: str) -> Callable[[Folder, str], LabelledDataset]:
-    def read(folder: Folder, split: str) -> LabelledDataset:
-        splits = (TRAIN, split) if kind == "classification" else (split,)
-        files = {name: _split_file(folder, name, "jsonl") for name in splits}
-        read = {name: _texts_and_labels(*file) for name, file in files.items()}
-        return _labelled(kind, folder, split, read)
-
-    return read
+def _read_labels(kind: str, folder: Folder, split: str) -> LabelledDataset:
+    splits = (TRAIN, split) if kind == "classification" else (split,)
+    files = {name: _split_file(folder, name, "jsonl") for name in splits}
+    columns = {name: _texts_and_labels(*file) for name, file in files.items()}
+    return _labelled(kind, folder, split, columns)
 
 
 def _texts_and_labels(storage: Storage, path: str) -> Columns:
@@ -228,9 +220,9 @@ def _split_file(folder: Folder, split: str, ending: str) -> tuple[Storage, str]:
 
 KINDS: dict[str, Callable[[Folder, str], TestData]] = {
     "retrieval": read_beir,
-    "sts": _read_pairs("sts"),
-    "pairs": _read_pairs("pairs"),
-    "classification": _read_labels("classification"),
-    "clustering": _read_labels("clustering"),
+    "sts": partial(_read_pairs, "sts"),
+    "pairs": partial(_read_pairs, "pairs"),
+    "classification": partial(_read_labels, "classification"),
+    "clustering": partial(_read_labels, "clustering"),
     "rerank": _read_rerank,
 }

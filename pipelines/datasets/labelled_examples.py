@@ -12,6 +12,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cluster.errors import Reject, UserError
@@ -115,7 +116,7 @@ def read_examples(
     if labelled.kind == "retrieval":
         examples = _retrieval(labelled, reading)
     else:
-        rows = _Rows(labelled, reading, passages)
+        rows = partial(_texts, labelled, reading, passages)
         examples = _KINDS[labelled.kind](labelled, rows, reading)
     for example in examples:
         # An asymmetric set's targets are passages, which a corpus may share with a test set.
@@ -124,35 +125,30 @@ def read_examples(
             yield example
 
 
-class _Rows:
-    """The rows of a set that hold what its kind needs."""
+_Rows = Callable[..., Iterator[tuple[dict[str, Any], str, list[str]]]]
 
-    def __init__(self, labelled: LabelledSet, reading: Reading, passages: Artifact | None) -> None:
-        self._labelled, self._reading, self._passages = labelled, reading, passages
 
-    def texts(self, *names: str) -> Iterator[tuple[dict[str, Any], str, list[str]]]:
-        """Yields each row, its place, and the texts of some fields, which it must have."""
-        for row in read_rows(self._labelled, self._passages):
-            self._reading.num_rows += 1
-            if len(row) == 3:
-                self._reading.rejects.append(row)
-                continue
-            where, fields = row
-            found = [fields.get(name) for name in names]
-            bad = [
-                name
-                for name, text in zip(names, found, strict=True)
-                if not isinstance(text, str) or not text.strip()
-            ]
-            if bad:
-                theirs = self._labelled.fields.get(bad[0], bad[0])
-                self._reading.reject(where, f"no text in field {theirs!r}", fields)
-            else:
-                yield fields, where, [str(text).strip() for text in found]
+def _texts(
+    labelled: LabelledSet, reading: Reading, passages: Artifact | None, *names: str
+) -> Iterator[tuple[dict[str, Any], str, list[str]]]:
+    """Yields each row, its place, and the texts of some fields, which it must have."""
+    for row in read_rows(labelled, passages):
+        reading.num_rows += 1
+        if len(row) == 3:
+            reading.rejects.append(row)
+            continue
+        where, fields = row
+        values = [fields.get(name) for name in names]
+        texts = [value.strip() if isinstance(value, str) else "" for value in values]
+        if all(texts):
+            yield fields, where, texts
+        else:
+            bad = names[texts.index("")]
+            reading.reject(where, f"no text in field {labelled.fields.get(bad, bad)!r}", fields)
 
 
 def _pairs(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Example]:
-    for row, where, (query, positive) in rows.texts("query", "positive"):
+    for row, where, (query, positive) in rows("query", "positive"):
         negatives = [_list(row.get(name)) for name in ("negative", "negatives")]
         if None in negatives:
             reading.reject(where, "negatives are neither a text nor a list of texts", row)
@@ -163,7 +159,7 @@ def _pairs(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Exa
 
 
 def _title_body(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Example]:
-    for row, where, (text,) in rows.texts("text"):
+    for row, where, (text,) in rows("text"):
         given = row.get("title") or ""
         if not isinstance(given, str):
             reading.reject(where, "title is no text", row)
@@ -179,16 +175,16 @@ def _title_body(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterato
 def _nli(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Example]:
     """Entailed hypotheses are positives; contradicting ones of the same premise are negatives."""
     hypotheses: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
-    for row, where, (premise, hypothesis, label) in rows.texts("premise", "hypothesis", "label"):
+    for row, where, (premise, hypothesis, label) in rows("premise", "hypothesis", "label"):
         if label not in _NLI_LABELS:
             reading.reject(where, f"label is none of {', '.join(_NLI_LABELS)}", row)
         elif label not in ("entailment", "contradiction"):
             reading.left_out[f"label {label}"] += 1
         elif not reading.is_contaminated(premise, hypothesis):
-            found = hypotheses.setdefault(premise, ({}, {}))[label == "contradiction"]
-            if hypothesis in found:
+            of_label = hypotheses.setdefault(premise, ({}, {}))[label == "contradiction"]
+            if hypothesis in of_label:
                 reading.left_out["repeats another row"] += 1
-            found[hypothesis] = None
+            of_label[hypothesis] = None
     for premise, (entailed, contradicting) in hypotheses.items():
         if not entailed:
             reading.left_out["contradiction of a premise without entailment"] += len(contradicting)
@@ -202,7 +198,7 @@ _NLI_LABELS = ("entailment", "neutral", "contradiction", "not_entailment", "-")
 def _classes(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Example]:
     """Another text of the same label is the positive, texts of other labels are negatives."""
     by_label: dict[str, dict[str, None]] = defaultdict(dict)
-    for row, where, (text,) in rows.texts("text"):
+    for row, where, (text,) in rows("text"):
         label = row.get("label")
         if not isinstance(label, str | int) or label == "":
             reading.reject(where, "label is neither a text nor a whole number", row)
@@ -232,7 +228,7 @@ def _classes(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[E
 
 
 def _sts(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Example]:
-    for row, where, (one, other) in rows.texts("sentence1", "sentence2"):
+    for row, where, (one, other) in rows("sentence1", "sentence2"):
         score = _score(row["score"])
         if score is None:
             reading.reject(where, "score is no number", row)
@@ -246,14 +242,14 @@ def _sts(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Examp
 def _score(value: Any) -> float | None:
     """Returns a field's number, None where it is none."""
     try:
-        found = number(value) if isinstance(value, str) else None if value is None else float(value)
+        score = number(value) if isinstance(value, str) else float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return found if found is not None and math.isfinite(found) else None
+    return score if score is not None and math.isfinite(score) else None
 
 
 def _bitext(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Example]:
-    for _, _, (one, other) in rows.texts("sentence1", "sentence2"):
+    for _, _, (one, other) in rows("sentence1", "sentence2"):
         if one == other:
             reading.left_out["equal in both languages"] += 1
         else:
@@ -261,7 +257,7 @@ def _bitext(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Ex
 
 
 def _rerank(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Example]:
-    for row, where, (query,) in rows.texts("query"):
+    for row, where, (query,) in rows("query"):
         positives, negatives = _list(row.get("positive")), _list(row.get("negative"))
         if positives is None or negatives is None:
             reading.reject(where, "positive or negative is no list of texts", row)
@@ -276,13 +272,13 @@ def _retrieval(labelled: LabelledSet, reading: Reading) -> Iterator[Example]:
     """Each relevant passage of a BEIR folder's qrels is an example."""
     storage = open_storage(labelled.path)
     corpus_path, queries_path, qrels_path = beir_files(labelled)
-    found = read_qrels(file_lines(storage, qrels_path), qrels_path)
-    reading.num_rows += len(found.judgements) + len(found.rejects) + found.num_repeated
-    reading.rejects += found.rejects
-    qrels = {pair: where for pair, (score, where) in found.judgements.items() if score > 0}
+    judged = read_qrels(file_lines(storage, qrels_path), qrels_path)
+    reading.num_rows += len(judged.judgements) + len(judged.rejects) + judged.num_repeated
+    reading.rejects += judged.rejects
+    qrels = {pair: where for pair, (score, where) in judged.judgements.items() if score > 0}
     for reason, num_rows in (
-        ("judged not relevant", len(found.judgements) - len(qrels)),
-        ("repeats another judgement", found.num_repeated),
+        ("judged not relevant", len(judged.judgements) - len(qrels)),
+        ("repeats another judgement", judged.num_repeated),
     ):
         if num_rows:
             reading.left_out[reason] += num_rows
@@ -300,7 +296,7 @@ def _texts_by_id(
     path: str, labelled: LabelledSet, ids: set[str], reading: Reading
 ) -> dict[str, Target]:
     """Reads the texts of some ids; a line that cannot be read is a reject if nothing else is."""
-    found = {}
+    texts = {}
     for row in jsonl_rows(open_storage(labelled.path), path):
         if len(row) == 3:
             reading.num_rows += 1
@@ -309,8 +305,8 @@ def _texts_by_id(
         given, text, title = (row[1].get(name) for name in ("_id", "text", "title"))
         id_ = str(given) if isinstance(given, str | int) else None
         if id_ in ids and isinstance(text, str) and isinstance(title or "", str) and text.strip():
-            found[id_] = Target(text.strip(), title or "")
-    return found
+            texts[id_] = Target(text.strip(), title or "")
+    return texts
 
 
 _KINDS: dict[str, Callable[[LabelledSet, _Rows, Reading], Iterator[Example]]] = {

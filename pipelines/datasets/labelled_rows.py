@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.artifacts import Json
@@ -82,20 +82,17 @@ def beir_files(labelled: LabelledSet) -> tuple[str, str, str]:
         UserError: One of them is missing.
     """
     storage = open_storage(labelled.path)
-    queries, own = "queries.jsonl", f"queries_{labelled.split}.jsonl"
-    found = {
-        path: find_file(storage, path)
-        for path in ("corpus.jsonl", queries, own, f"qrels/{labelled.split}.tsv")
-    }
-    found[queries] = found.pop(own) or found[queries]
-    missing = [path for path, there in found.items() if not there]
-    if missing:
-        raise UserError(
-            f"labelled set {labelled.name!r}: {labelled.path} has no {', '.join(missing)}; a"
-            " retrieval set is a BEIR folder: correct its path or split"
-        )
-    corpus_path, queries_path, qrels_path = map(str, found.values())
-    return corpus_path, queries_path, qrels_path
+    names = ("corpus.jsonl", "queries.jsonl", f"qrels/{labelled.split}.tsv")
+    corpus, queries, qrels = (find_file(storage, name) for name in names)
+    queries = find_file(storage, f"queries_{labelled.split}.jsonl") or queries
+    if corpus and queries and qrels:
+        return corpus, queries, qrels
+    paths = (corpus, queries, qrels)
+    missing = [name for name, path in zip(names, paths, strict=True) if not path]
+    raise UserError(
+        f"labelled set {labelled.name!r}: {labelled.path} has no {', '.join(missing)}; a retrieval"
+        " set is a BEIR folder: correct its path or split"
+    )
 
 
 def _read(labelled: LabelledSet, passages: Artifact | None) -> Iterator[Row | Reject]:
@@ -129,7 +126,7 @@ def _file(labelled: LabelledSet) -> tuple[Storage, str]:
         raise UserError(
             f"labelled set {labelled.name!r}: {labelled.path} does not exist: correct its path"
         )
-    return storage, PurePosixPath(name).as_posix()
+    return storage, name
 
 
 def _bitext_files(labelled: LabelledSet) -> tuple[Storage, str, str]:

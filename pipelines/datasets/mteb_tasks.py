@@ -71,7 +71,7 @@ def quiet_mteb() -> Iterator[ModuleType]:
     for each in loggers:
         each.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    # Several of mteb's tasks show bars whatever they are told.
+    # Several of mteb's tasks show bars whatever is set.
     tqdm_init = tqdm.__init__
     tqdm.__init__ = partialmethod(tqdm_init, disable=True)
     try:
@@ -251,18 +251,21 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(each)
 
 
-def load_mteb_data(task: Any) -> None:
-    """Fetches a task's data from the hub or its local cache.
+def load_mteb_task(name: str) -> Any:
+    """Returns mteb's task of this name, its data fetched from the hub or its local cache.
 
     Raises:
-        UserError: It cannot be had.
+        UserError: As `find_mteb_task`, or its data cannot be had.
     """
-    for part in getattr(task, "tasks", [task]):  # several where mteb aggregates
-        try:
-            part.load_data()
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"data of mteb task {part.metadata.name!r} cannot be fetched ({reason}): check the "
-                "network and HF_ENDPOINT, or measure on a local folder with --beir"
-            ) from error
+    with quiet_mteb():
+        task = find_mteb_task(name)
+        for part in getattr(task, "tasks", [task]):  # several where mteb aggregates
+            try:
+                part.load_data()
+            except (OSError, ValueError, RuntimeError) as error:
+                reason = " ".join(str(error).split())
+                raise UserError(
+                    f"data of mteb task {part.metadata.name!r} cannot be fetched ({reason}): check"
+                    " the network and HF_ENDPOINT, or measure on a local folder with --beir"
+                ) from error
+    return task

@@ -76,7 +76,7 @@ def read_qrels(lines: Iterable[bytes], place: str) -> Qrels:
             rows.append((*row, _columns(row[1])))
     score_at = _score_column([columns for *_, columns in rows])
     judgements: dict[tuple[str, str], Judgement] = {}
-    disputed: set[tuple[str, str]] = set()
+    disputed: dict[tuple[str, str], None] = {}
     num_below_zero = num_repeated = 0
     for place_in_file, (where, line, columns) in enumerate(rows):
         if not place_in_file and len(columns) > score_at and is_header(columns[score_at]):
@@ -90,9 +90,9 @@ def read_qrels(lines: Iterable[bytes], place: str) -> Qrels:
         new = Judgement(max(0, int(max(score, -1))), where)
         known = judgements.get(pair)
         if known and known.score != new.score:
-            told = f"{query!r}, {passage!r}: {new.score} here, {known.score} in {known.where}"
-            rejects.append((where, "judged twice with different scores", told))
-            disputed.add(pair)
+            scores = f"{query!r}, {passage!r}: {new.score} here, {known.score} in {known.where}"
+            rejects.append((where, "judged twice with different scores", scores))
+            disputed[pair] = None
         elif known:
             num_repeated += 1
         else:
@@ -100,8 +100,8 @@ def read_qrels(lines: Iterable[bytes], place: str) -> Qrels:
             num_below_zero += score < 0
     for pair in disputed:
         first = judgements.pop(pair)
-        told = f"{pair[0]!r}, {pair[1]!r}: {first.score} here, another score below"
-        rejects.append((first.where, "judged twice with different scores", told))
+        scores = f"{pair[0]!r}, {pair[1]!r}: {first.score} here, another score below"
+        rejects.append((first.where, "judged twice with different scores", scores))
     return Qrels(
         judgements=judgements,
         rejects=rejects,

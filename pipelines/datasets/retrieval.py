@@ -34,7 +34,7 @@ class RetrievalDataset:
         qrels: Query id -> passage id -> relevance, 0 for judged and not relevant.
         candidates: Query id -> ids of the only passages to rank for it (reranking); None to search
             them all.
-        remarks: What its reader has to tell of it.
+        remarks: What its reader has to say of it.
     """
 
     name: str

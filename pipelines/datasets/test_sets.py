@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cluster.artifacts import Json
 from cluster.storage import open_storage
 from pipelines.datasets.folders import TestData, read_folder
+from pipelines.datasets.mteb_tasks import judged_texts, load_mteb_task
 from pipelines.fingerprints import NotFingerprinted, fingerprinted
 from pipelines.names import SetName
 
@@ -48,22 +49,12 @@ def load_test_set(test_set: TestSet) -> TestData | Any:
         UserError: It does not exist or is malformed.
     """
     if test_set.kind == MTEB:
-        return _load_mteb_task(test_set.path)
+        return load_mteb_task(test_set.path)
     return _read(test_set)
 
 
-def _load_mteb_task(name: str) -> Any:
-    from pipelines.datasets.mteb_tasks import find_mteb_task, load_mteb_data, quiet_mteb
-
-    with quiet_mteb():
-        task = find_mteb_task(name)
-        load_mteb_data(task)
-    return task
-
-
 def _read(test_set: TestSet) -> TestData:
-    data = read_folder(test_set.kind, test_set.path, test_set.split)
-    return replace(data, name=test_set.name)
+    return replace(read_folder(test_set.kind, test_set.path, test_set.split), name=test_set.name)
 
 
 def evaluation_queries(test_sets: tuple[TestSet, ...]) -> list[str]:
@@ -78,9 +69,7 @@ def evaluation_queries(test_sets: tuple[TestSet, ...]) -> list[str]:
     texts: set[str] = set()
     for test_set in test_sets:
         if test_set.kind == MTEB:
-            from pipelines.datasets.mteb_tasks import judged_texts
-
-            texts |= set(judged_texts(_load_mteb_task(test_set.path)))
+            texts |= set(judged_texts(load_mteb_task(test_set.path)))
         else:
             texts |= set(_read(test_set).judged_texts())
     return sorted(texts)

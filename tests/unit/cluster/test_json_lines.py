@@ -1,10 +1,6 @@
-import gzip
-import io
-
 import pytest
 
-from cluster.errors import UserError
-from cluster.json_lines import json_lines, parse_json, unpacked
+from cluster.json_lines import json_lines, parse_json
 
 
 @pytest.mark.parametrize(
@@ -57,12 +53,3 @@ def test_line_that_is_no_text_is_a_reject_and_the_next_is_read() -> None:
         ("f:8", 2),
     ]
     assert all(len(row[2]) <= 200 for row in found if len(row) == 3)
-
-
-def test_gzip_is_unpacked_by_the_name_of_the_file() -> None:
-    packed = gzip.compress(b"one\n") + gzip.compress(b"two\n")
-    assert list(unpacked(io.BytesIO(packed), "c.jsonl.GZ")) == [b"one\n", b"two\n"]
-    assert b"".join(unpacked(io.BytesIO(packed), "c.jsonl")) == packed
-    for broken in (packed[:-5], b"none", packed[:12] + b"\xff" * 20):
-        with pytest.raises(UserError, match=r"c\.jsonl\.gz cannot be unpacked"):
-            list(unpacked(io.BytesIO(broken), "c.jsonl.gz"))

@@ -61,10 +61,17 @@ def test_hidden_files_are_passed_over_unless_named(tmp_path: Path) -> None:
     assert good == ("b.jsonl:1", {"text": "x"}) and bad[:2] == ("b.jsonl:2", "not a JSON object")
 
 
-def test_file_that_cannot_be_unpacked_is_named_with_its_folder(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"{}")[:-3])
-    with pytest.raises(UserError, match=rf"{tmp_path.name}/a\.jsonl\.gz cannot be unpacked"):
-        list(file_lines(open_storage(tmp_path), "a.jsonl.gz"))
+def test_gzip_is_unpacked_by_the_name_of_the_file(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    packed = gzip.compress(b"one\n") + gzip.compress(b"two\n")
+    for name in ("c.jsonl", "c.jsonl.GZ"):
+        (tmp_path / name).write_bytes(packed)
+    assert list(file_lines(storage, "c.jsonl.GZ")) == [b"one\n", b"two\n"]
+    assert b"".join(file_lines(storage, "c.jsonl")) == packed
+    for broken in (packed[:-5], b"none", packed[:12] + b"\xff" * 20):
+        (tmp_path / "c.jsonl.gz").write_bytes(broken)
+        with pytest.raises(UserError, match=rf"{tmp_path.name}/c\.jsonl\.gz cannot be unpacked"):
+            list(file_lines(storage, "c.jsonl.gz"))
 
 
 def test_rows_of_a_batch_hold_texts_numbers_and_lists() -> None:

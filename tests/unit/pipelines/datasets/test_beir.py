@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import UserError
+from cluster.storage import open_storage
 from pipelines.datasets.beir import read_beir
 from pipelines.datasets.qrels import read_qrels
 from pipelines.datasets.retrieval import RetrievalDataset, TitledText
@@ -250,3 +251,16 @@ def test_dataset_in_memory_with_unknown_queries_is_refused() -> None:
         RetrievalDataset(
             name="d", passages={"a": TitledText("", "x")}, queries={"q": "x"}, qrels={"r": {"a": 1}}
         )
+
+
+def test_beir_folder_is_read_from_s3(tmp_path: Path, bucket: str) -> None:
+    write_folder(tmp_path / "docs")
+    storage = open_storage(f"{bucket}/sets/docs")
+    for file in (path for path in (tmp_path / "docs").rglob("*") if path.is_file()):
+        storage.upload(file, file.relative_to(tmp_path / "docs").as_posix())
+    assert read_beir(storage.uri).revision() == read_beir(tmp_path / "docs").revision()
+    assert read_beir(storage.uri).name == "docs"
+    with pytest.raises(UserError, match=r"docs has no split 'train': it has dev, test; name"):
+        read_beir(storage.uri, "train")
+    with pytest.raises(UserError, match="does not exist or is empty"):
+        read_beir(f"{bucket}/sets/none")
