@@ -169,8 +169,7 @@ class ServedModel:
         if titles is not None and len(titles) != len(inputs):
             raise ApiError(
                 400,
-                f"title holds {len(titles)} titles and {param} {len(inputs)} texts: give each text"
-                " its own, an empty one where it has none",
+                f"title holds {len(titles)} titles and {param} {len(inputs)} texts: give one each",
                 param="title",
             )
         texts = [item for item in inputs if isinstance(item, str)]

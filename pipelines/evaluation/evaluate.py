@@ -137,10 +137,8 @@ class Result:
     def from_json(cls, row: Mapping[str, Any]) -> Result:
         """Reads what :meth:`to_json` wrote, that of single items included."""
         samples = {
-            metric: [
-                Sample(statistic="mean", rows=np.array([[*scores.values()]]), ids=tuple(scores))
-            ]
-            for metric, scores in row["per_query"].items()
+            metric: [Sample(statistic="mean", rows=np.array([[*items.values()]]), ids=tuple(items))]
+            for metric, items in row["per_query"].items()
         } | {
             metric: [Sample.from_json(each) for each in samples]
             for metric, samples in row["samples"].items()
