@@ -18,7 +18,7 @@ def set_environment() -> None:
 
 
 def engine_arguments(options: EngineOptions) -> dict[str, Any]:
-    """Returns the keyword arguments of `LLM` beside the model."""
+    """Returns the keyword arguments of `LLM` besides the model."""
     return {
         "dtype": options.dtype,
         "max_model_len": options.max_model_tokens,

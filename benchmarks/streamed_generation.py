@@ -37,7 +37,7 @@ class Stamped:
 
 
 class Quiet:
-    """Nobody watches."""
+    """Progress that nobody watches."""
 
     def update(self, done: float, total: float | None = None, note: str = "") -> None:
         pass

@@ -325,8 +325,8 @@ def _num_negatives(recipe: Recipe, mixture: SetsConfig) -> int:
 
 def _num_tokens(recipe: Recipe, mixture: SetsConfig, training: TrainingConfig) -> tuple[int, int]:
     """Returns the tokens of the longest text, and of a worker's part of the longest batch."""
-    most = recipe.student.max_tokens
-    query, passage = min(most, training.max_query_tokens), min(most, training.max_passage_tokens)
+    limit = recipe.student.max_tokens
+    query, passage = min(limit, training.max_query_tokens), min(limit, training.max_passage_tokens)
     own = -(-training.batch_size // training.num_workers)
     example = query + (1 + _num_negatives(recipe, mixture)) * passage
     return max(query, passage), own * example
