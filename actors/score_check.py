@@ -1,4 +1,4 @@
-"""Before an engine scores: are its fast scores those of the slow way?
+"""Checks, before an engine scores, that its fast scores are those of the slow way.
 
 Fast scores come over a prefix cache, from one prompt, by requests that an engine's version, its
 model runner and its device may each answer differently, and a wrong number looks like a right one.
@@ -25,7 +25,7 @@ async def check_scores(
 
     Args:
         llm: The engine.
-        pairs: A run's own.
+        pairs: Some of a run's own.
         tolerance: How far two scores may be apart; what the engine's precision allows if None.
 
     Returns:
@@ -33,21 +33,21 @@ async def check_scores(
         read from the cache.
 
     Raises:
-        ScoresDiffer: They are further apart.
+        ScoresDiffer: The scores are further apart.
     """
     chosen = list(pairs[:NUM_CHECKED])
     fast = await llm.score(chosen)
     if not any(score.num_cached_tokens > 0 for score in fast):
         return None
     slow = await llm.score(chosen, separate=True)
-    found = [
+    compared = [
         (_apart(one, other), pair.query.strip(), one, other)
         for pair, one, other in zip(chosen, fast, slow, strict=True)
         if one.error is None and other.error is None
     ]
-    if not found:
+    if not compared:
         return None
-    apart, query, one, other = max(found, key=lambda row: row[0])
+    apart, query, one, other = max(compared, key=lambda row: row[0])
     accepted = llm.score_tolerance if tolerance is None else tolerance
     if apart > accepted:
         raise ScoresDiffer(

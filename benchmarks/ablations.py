@@ -4,17 +4,17 @@
         [--dimensions 384 128] [--tables mixture labels tasks format] [--training-seeds 1]
         [--set KEY=VALUE ...]
 
-- stages: as the student begins, pre-finetuned, FRet alone, all sets.
-- mixture: all sets; without FRet; without those of one kind.
+- stages: the untrained student, pre-finetuned, FRet alone, all sets.
+- mixture: all sets; without FRet; without the sets of one kind.
 - labels: FRet alone; the seed or the relabelled passage as positive; without a hard negative, with
   a random one, or the lowest ranked one.
-- tasks: as many of FRet's examples of one task alone, of all tasks by rows, of all tasks evenly.
+- tasks: equally many FRet examples of one task alone, of all tasks by rows, of all tasks evenly.
 - format: all sets without the unified format.
 
 The recipe's queries are written and scored once; RUN may be a copy of a finished run, and is left
 with the last variant. FRet alone is trained for --fret-epochs. Each variant is judged on the named
-test sets of the recipe, or all of them. Prints a table in Markdown and a JSON line; killed, it goes
-on where it stopped.
+test sets of the recipe, or all of them. Prints a table in Markdown and a JSON line; run again, it
+goes on where it stopped.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from pipelines.datasets.test_sets import TestSet
 from pipelines.recipe.read import load_recipe
 from pipelines.recipe.recipe import Recipe
 
-FLAGS = {"retrieval": "--beir"}  # the others are called like their kind
+FLAGS = {"retrieval": "--beir"}  # the others are named after their kind
 BEFORE = {"start": "student/model", "pre-finetuned": "prefinetuning/encoder"}
 
 
@@ -131,7 +131,7 @@ class Ablations:
         return Counter(row["task"] for row in table if row["dropped_by"] is None)
 
     def measure(self, variant: Variant, seed: int) -> None:
-        """Trains and judges a variant, unless that was done."""
+        """Trains and judges a variant, unless that is done."""
         key = variant.key(seed)
         if self._is_judged(key):
             return
@@ -143,11 +143,11 @@ class Ablations:
         self._judge(key, "export/model")
 
     def _is_judged(self, key: str) -> bool:
-        found = self.scores.get(key, {})
+        scores = self.scores.get(key, {})
         names = {test_set.name for test_set in self.test_sets}
         if not self.dimensions:
-            return names <= {each.rpartition("@")[0] for each in found}
-        return {f"{name}@{size}" for name in names for size in self.dimensions} <= found.keys()
+            return names <= {each.rpartition("@")[0] for each in scores}
+        return {f"{name}@{size}" for name in names for size in self.dimensions} <= scores.keys()
 
     def _run(self, settings: dict[str, object], until: str) -> None:
         given = [*self.fixed]
@@ -168,9 +168,9 @@ class Ablations:
             flags = ["--split", split, *(["--task", task] if task else []), *cut]
             for each in test_sets:
                 flags += [FLAGS.get(each.kind, f"--{each.kind}"), each.path]
-            found = json.loads(tokay("eval", str(self.storage / folder), *flags, "--json"))
+            report = json.loads(tokay("eval", str(self.storage / folder), *flags, "--json"))
             names = {Path(each.path).resolve().name: each.name for each in test_sets}
-            for row in found["results"]:
+            for row in report["results"]:
                 place = f"{names[row['dataset']]}@{row['dimensions']}"
                 self.scores.setdefault(key, {})[place] = row["score"]
         self.notes.write_text(
@@ -180,12 +180,12 @@ class Ablations:
 
     def rows(self, table: str, name: str, keys: list[str]) -> Iterator[list[str]]:
         """Yields a row of the table for each number of dimensions, means over the keys."""
-        found = [self.scores[key] for key in keys if key in self.scores]
-        sizes = {int(key.rpartition("@")[2]) for scores in found for key in scores}
-        for size in self.dimensions or [max(sizes)] if found else ():
+        measured = [self.scores[key] for key in keys if key in self.scores]
+        sizes = {int(key.rpartition("@")[2]) for scores in measured for key in scores}
+        for size in self.dimensions or [max(sizes)] if measured else ():
             each = [
                 [scores[f"{test_set.name}@{size}"] for test_set in self.test_sets]
-                for scores in found
+                for scores in measured
             ]
             means = [statistics.fmean(scores) for scores in each]
             cells = [*map(statistics.fmean, zip(*each, strict=True)), statistics.fmean(means)]

@@ -18,7 +18,7 @@ def set_environment() -> None:
 
 
 def engine_arguments(llm: LlmConfig, config: EngineConfig) -> dict[str, Any]:
-    """Returns the keyword arguments of `LLM` beside the model."""
+    """Returns the keyword arguments of `LLM` besides the model."""
     return {
         "dtype": llm.dtype,
         "max_model_len": llm.max_model_tokens,

@@ -21,7 +21,7 @@ from cluster.plain_json import dump_json
 
 
 class StampedVLLM(vLLM):  # type: ignore[misc]
-    """Notes when the engine is up. Mends two calls that vLLM 0.32 no longer knows."""
+    """Notes when the engine is up. Adapts two calls that vLLM 0.32 no longer accepts."""
 
     stamp: str
 
@@ -44,12 +44,12 @@ class StampedVLLM(vLLM):  # type: ignore[misc]
         return str(input[-1]["content"])
 
     def unload(self) -> None:
-        """Ends the engine; distilabel's own way reaches for what is no longer there."""
+        """Ends the engine; distilabel's own way uses what no longer exists."""
         self._model.llm_engine.engine_core.shutdown()
 
 
 def main() -> None:
-    """Reads the job from stdin; the answers lie in the pipeline's Parquet files."""
+    """Reads the job from stdin; the answers are in the pipeline's Parquet files."""
     job = json.load(sys.stdin)
     folder = Path(job["folder"])
     extra = engine_arguments(LlmConfig(**job["llm"]), EngineConfig(**job["engine"]))

@@ -1,4 +1,4 @@
-"""Texts a second of `Encoder.encode` beside `SentenceTransformer.encode`, on real texts.
+"""Texts per second of `Encoder.encode` beside `SentenceTransformer.encode`, on real texts.
 
 Both embed the same queries, titles and passages of mixed length with the same model in the same
 precision, each at the batch size that a first round found to be its best, in turns; medians. No
@@ -87,13 +87,13 @@ def mixed_texts(data: Path, num_texts: int) -> list[str]:
         kinds[name, "title"] = [row["title"] for row in passages if row.get("title")]
     if not kinds:
         raise SystemExit(f"{data}: no */corpus.jsonl is in it; give a folder of BEIR folders")
-    for texts in kinds.values():
-        rng.shuffle(texts)
+    for group in kinds.values():
+        rng.shuffle(group)
     drawn: dict[str, None] = {}
     for place in range(max(map(len, kinds.values()))):
-        for texts in kinds.values():
-            if place < len(texts) and texts[place].strip():
-                drawn[texts[place]] = None
+        for group in kinds.values():
+            if place < len(group) and group[place].strip():
+                drawn[group[place]] = None
     return list(drawn)[:num_texts]
 
 
@@ -139,7 +139,7 @@ def compare(path: str, precision: str, texts: list[str], rounds: int) -> dict[st
 def fastest(encoders: dict[int, Encode], texts: list[str]) -> int:
     """Returns the setting that takes the least time, by the better of two runs in turns."""
     times: dict[int, float] = {}
-    next(iter(encoders.values()))(texts[:16])  # the first pass of all makes what is made once
+    next(iter(encoders.values()))(texts[:16])  # the very first pass sets up what is set up once
     for _ in range(2):
         for setting, encode in encoders.items():
             began = time.perf_counter()

@@ -5,8 +5,8 @@
 
 Both are in float32 unless --dtype says otherwise (then both are in that), cut texts at the same
 number of tokens, and must find the same score. The seconds are those of a whole evaluation (encode,
-search or classify, score), the models loaded and warm, in turns, the median of each. With --actors
-no rival runs: so many Ray actors encode, in turns, a core each.
+search or classify, score) with the models loaded and warm, in turns, the median of each. With
+--actors no rival runs: that many Ray actors encode, in turns, a core each.
 """
 
 import argparse
@@ -53,10 +53,10 @@ def main() -> None:
         "dtype": options.dtype,
     }
     if options.actors:
-        found = compare_actors(load, data, options.actors, options.repeats)
+        figures = compare_actors(load, data, options.actors, options.repeats)
     else:
-        found = compare_with_mteb(load(), data, options)
-    print(dump_json(report | found))
+        figures = compare_with_mteb(load(), data, options)
+    print(dump_json(report | figures))
 
 
 def compare_with_mteb(ours: Encoder, data: TestData, options: argparse.Namespace) -> dict[str, Any]:
@@ -106,10 +106,10 @@ def compare_with_mteb(ours: Encoder, data: TestData, options: argparse.Namespace
 def compare_actors(
     load: Callable[[], Encoder], data: TestData, numbers: list[int], repeats: int
 ) -> dict[str, Any]:
-    """Returns the seconds with each number of actors, and what they are of those of the first."""
+    """Returns the seconds with each number of actors, and their share of the first's."""
 
     def started(number: int) -> EncoderActors:
-        actors = EncoderActors(load, number)  # which have a core each, so the others have ended
+        actors = EncoderActors(load, number)  # with a core each, so the others have ended
         actors.encode_queries(data.judged_texts()[: 64 * number], task="")
         with quiet_mteb():
             pass

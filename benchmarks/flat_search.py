@@ -1,9 +1,9 @@
-"""Flat search on a GPU beside the same exact search on the CPU: the same rows, and how long each.
+"""Flat search on a GPU and the same exact search on the CPU: whether rows are equal, and the times.
 
     python benchmarks/flat_search.py [--rows 1000000] [--dimensions 768] [--queries 1024]
 
 Vectors and queries are random and of unit length. Both sides are `PassageIndex`, the CPU's with all
-its threads; a first search of a few queries counts in neither. Needs numpy and faiss-gpu alone.
+its threads; a first search of a few queries counts in neither. Needs only numpy and faiss-gpu.
 Prints one JSON line; `identical` is the share of queries whose rows are all the same, in order.
 """
 
@@ -76,7 +76,7 @@ def main() -> None:
     }
     print(dump_json(report))
     if report["identical"] < 1:
-        sys.exit("the GPU found other rows than the CPU")
+        sys.exit("the GPU found different rows from the CPU")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from pipelines.run.console import JsonLines
 
 
 def bare(connection: Connection, recipe: Recipe, passages: list[dict[str, Any]]) -> None:
-    """Writes all queries with `LLM.generate`, and tells how long it took."""
+    """Writes all queries with `LLM.generate`, and reports how long it took."""
     from vllm import SamplingParams
 
     llm = bare_llm(
@@ -65,7 +65,7 @@ def bare(connection: Connection, recipe: Recipe, passages: list[dict[str, Any]])
 
 
 def run_bare(recipe: Recipe, passages: list[dict[str, Any]]) -> tuple[float, int]:
-    """Runs the rival in a process that is gone afterwards, as ours is: an idle engine costs too."""
+    """Runs the rival in a process that ends afterwards, as ours is: an idle engine costs too."""
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(
         target=bare, args=(theirs, recipe, passages)

@@ -6,10 +6,10 @@ FOLDER is a corpus as recipes take it. Both write answers to the same prompts wi
 engine settings and sampling, as Parquet; the clock runs from the moment the engine is up to the
 last file. distilabel 1.5.3 runs with the vLLM that Tokay uses, in a virtual environment of its own
 because its other pins clash, which is made at the first run; two calls that vLLM 0.32 no longer
-knows are mended for it (`distilabel_generation.py`). It is measured with its own batch size, 50,
+accepts are adapted for it (`distilabel_generation.py`). It is measured with its own batch size, 50,
 and with all prompts in one batch, which is the best that it can do and holds all of them in memory;
-`ratio` is of the first, `ratio_one_batch` of the second, both of prompts a second: the rival's
-requests bring no seeds, so that what it writes differs a little. Prints one JSON line.
+`ratio` is of the first, `ratio_one_batch` of the second, both of prompts per second: the
+rival's requests carry no seeds, so that what it writes differs a little. Prints one JSON line.
 """
 
 import argparse

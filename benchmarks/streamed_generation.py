@@ -28,7 +28,7 @@ class Stamped(Stage):
 
 
 class Quiet:
-    """Nobody watches."""
+    """Progress that nobody watches."""
 
     def update(self, done: float, total: float | None = None, note: str = "") -> None:
         pass

@@ -7,7 +7,7 @@ same order, in-batch negatives only and without dropout, so that both minimise t
 `MultipleNegativesRankingLoss` in `MatryoshkaLoss` at two sizes, and then, with batches of
 --cached-batch, `CachedMultipleNegativesRankingLoss`. The rival's mini-batch in the cached loss is
 the faster of 16 and 32. Both are timed from a model's folder and a list of pairs to the folder of
-the trained model, without imports. Each repeat is a process of its own, whose highest memory
+the trained model, without imports. Each repeat is a process of its own, whose peak memory
 counts. Prints one JSON line.
 """
 
@@ -196,9 +196,9 @@ def measure(worker: Any, task: Task) -> tuple[float, int, list[float]]:
     process = spawn.Process(target=worker, args=(theirs, task))
     process.start()
     theirs.close()
-    found = ours.recv()
+    result = ours.recv()
     process.join()
-    return found
+    return result
 
 
 def quarters(losses: list[float]) -> list[float]:
@@ -208,20 +208,20 @@ def quarters(losses: list[float]) -> list[float]:
 
 
 def compare(task: Task, repeats: int) -> dict[str, Any]:
-    """Runs both in turns and returns pairs/s, memory and how far the loss curves are apart."""
+    """Runs both in turns and returns pairs/s, memory and how far apart the loss curves are."""
     workers = (tokay, sentence_transformers)
-    found: dict[str, list[tuple[float, int, list[float]]]] = {w.__name__: [] for w in workers}
+    results: dict[str, list[tuple[float, int, list[float]]]] = {w.__name__: [] for w in workers}
     for _, worker in itertools.product(range(repeats), workers):
-        found[worker.__name__].append(measure(worker, task))
+        results[worker.__name__].append(measure(worker, task))
     report: dict[str, Any] = {"batch": task.batch_size}
-    for name, rows in found.items():
+    for name, rows in results.items():
         report[name] = {
             "pairs_per_s": [round(len(task.pairs) / row[0], 1) for row in rows],
             "peak_mib": round(statistics.median(row[1] for row in rows) / 2**20),
             "losses": quarters(rows[0][2]),
         }
-    ours, theirs = ([row[0] for row in rows] for rows in found.values())
-    curves = [np.array(rows[0][2]) for rows in found.values()]
+    ours, theirs = ([row[0] for row in rows] for rows in results.values())
+    curves = [np.array(rows[0][2]) for rows in results.values()]
     report["ratio"] = round(statistics.median(theirs) / statistics.median(ours), 2)
     report["largest_loss_difference"] = round(float(np.abs(curves[0] - curves[1]).max()), 4)
     return report

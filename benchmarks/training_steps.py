@@ -3,17 +3,17 @@
     python benchmarks/training_steps.py [--device cuda] [--batch 64] [--steps 10] [--students ...]
 
 The students have random weights in the shapes of BERT-base, of ModernBERT-base, which the recipes
-for GPUs train, and of Qwen3-0.6B with attention both ways; all pool by the mean. A batch is of
-random token ids: query, positive and one hard negative an example, as long as the questions and
-answers of stackexchange-answers behind a task. A step is `train_batch`: encoding, equation 3 at two
+for GPUs train, and of Qwen3-0.6B with bidirectional attention; all pool by the mean. A batch is of
+random token ids: query, positive and one hard negative per example, as long as the questions and
+answers of stackexchange-answers after a task. A step is `train_batch`: encoding, equation 3 at two
 sizes, gradients, clipping and AdamW. It is measured in float32 (no TF32) and in bfloat16; plain,
 with a gradient cache, and with gradient checkpointing. With `--modes auto` a batch is the largest
 of the recipes, 512 examples of 96, 384 and 384 tokens, and the gradient cache as large as a trial
 finds, smaller after a step that runs out of memory.
 The first three steps of each do not count; medians. FLOPs are the model's, as in PaLM (arXiv
-2204.02311, appendix B): 6 a weight and token, embeddings left out, and for attention 12 x layers x
-width x length a token, a window's length where there is one; what is padded or computed twice adds
-nothing to them. The share of the peak is that of bfloat16.
+2204.02311, appendix B): 6 per weight and token, embeddings left out, and for attention 12 x layers
+x width x length per token, a window's length where there is one; what is padded or computed twice
+adds nothing to them. The share of the peak is that of bfloat16.
 
 Needs no Ray, no vLLM and no download; of the packages only torch, transformers, pydantic and
 pyarrow. Without a GPU, try `--layers 2 --hidden 128 --batch 8`. Each measurement goes to stderr
@@ -74,7 +74,7 @@ WARM_UP_STEPS = 3
 
 
 def bert(layers: int = 12, hidden: int = 768) -> Any:
-    """BERT-base, or one of its shape that is smaller."""
+    """Returns the configuration of BERT-base, or of a smaller model of its shape."""
     return transformers.BertConfig(
         num_hidden_layers=layers,
         hidden_size=hidden,
@@ -84,7 +84,7 @@ def bert(layers: int = 12, hidden: int = 768) -> Any:
 
 
 def modernbert(layers: int = 22, hidden: int = 768) -> Any:
-    """ModernBERT-base, or one of its shape that is smaller."""
+    """Returns the configuration of ModernBERT-base, or of a smaller model of its shape."""
     return transformers.ModernBertConfig(
         num_hidden_layers=layers,
         hidden_size=hidden,
@@ -94,7 +94,7 @@ def modernbert(layers: int = 22, hidden: int = 768) -> Any:
 
 
 def qwen3(layers: int = 28, hidden: int = 1024) -> Any:
-    """Qwen3-0.6B, or one of its shape that is smaller."""
+    """Returns the configuration of Qwen3-0.6B, or of a smaller model of its shape."""
     return transformers.Qwen3Config(
         num_hidden_layers=layers,
         hidden_size=hidden,
@@ -133,12 +133,12 @@ def make_student(model: Any) -> Encoder:
 
 
 def random_batches(num_batches: int, batch_size: int, vocabulary: int) -> list[Batch]:
-    """Draws token ids, in lengths as those of stackexchange-answers behind a task of 12 tokens."""
+    """Draws token ids, in lengths like those of stackexchange-answers after a task of 12 tokens."""
     rng = np.random.default_rng(0)
 
-    def texts(log_mean: float, log_deviation: float, more: int, most: int) -> list[np.ndarray]:
-        drawn = more + rng.lognormal(log_mean, log_deviation, batch_size)
-        lengths = np.clip(drawn, 4, most).astype(int)
+    def texts(log_mean: float, log_deviation: float, task: int, longest: int) -> list[np.ndarray]:
+        drawn = task + rng.lognormal(log_mean, log_deviation, batch_size)
+        lengths = np.clip(drawn, 4, longest).astype(int)
         return [rng.integers(1000, vocabulary, length) for length in lengths]
 
     return [
@@ -176,7 +176,7 @@ def longest_batches(num_batches: int, batch_size: int, vocabulary: int) -> list[
 
 
 def model_flops(model: Any, lengths: Sequence[int]) -> float:
-    """FLOPs of one training step over texts of these lengths; see above."""
+    """Returns the FLOPs of one training step over texts of these lengths; see above."""
     config = model.config
     looked_up = sum(
         module.weight.numel()
@@ -207,8 +207,8 @@ def measure(model: Any, config: TrainingConfig, batches: Sequence[Batch]) -> dic
 
     def count(_: Any, __: Any, given: dict[str, Any]) -> None:
         nonlocal computed
-        words = given.get("input_ids", given.get("inputs_embeds"))
-        computed += words.shape[0] * words.shape[1]
+        ids = given.get("input_ids", given.get("inputs_embeds"))
+        computed += ids.shape[0] * ids.shape[1]
 
     encoder.model.register_forward_pre_hook(count, with_kwargs=True)
     seconds, losses, flops = [], [], []
@@ -249,7 +249,7 @@ def measure(model: Any, config: TrainingConfig, batches: Sequence[Batch]) -> dic
 
 
 def product_tflops(device: str) -> float:
-    """TFLOP/s of one large product in bfloat16: what this device reaches, as a program sees it."""
+    """Returns the TFLOP/s of one large product in bfloat16: what a program reaches here."""
     size = 1024 if device == "cpu" else 8192
     one, other = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
     seconds = []
@@ -328,14 +328,14 @@ def main() -> None:
                     gradient_checkpointing=mode == "gradient_checkpointing",
                 )
                 try:
-                    found = measure(make_model(student, device), config, batches)
+                    measured = measure(make_model(student, device), config, batches)
                 except (OutOfMemory, torch.OutOfMemoryError):
-                    found = {"out_of_memory": True}
+                    measured = {"out_of_memory": True}
                 else:
                     if peak and precision == "bfloat16":
-                        found["share_of_peak"] = round(found["model_tflops"] / peak, 3)
-                figures[kind][precision][mode] = found
-                print(kind, precision, mode, json.dumps(found), file=sys.stderr, flush=True)
+                        measured["share_of_peak"] = round(measured["model_tflops"] / peak, 3)
+                figures[kind][precision][mode] = measured
+                print(kind, precision, mode, json.dumps(measured), file=sys.stderr, flush=True)
                 gc.collect()
                 if on_gpu:
                     torch.cuda.empty_cache()

@@ -31,7 +31,7 @@ Settings = Annotated[
 StorageUri = Annotated[
     str | None, typer.Option("--storage", help="Run folder: a path, file:// or s3://.")
 ]
-Rebuild = Annotated[bool, typer.Option(help="Make steps of another configuration anew.")]
+Rebuild = Annotated[bool, typer.Option(help="Rebuild steps made with another configuration.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 Address = Annotated[
     str, typer.Option(help="The cluster's dashboard.", envvar="RAY_API_SERVER_ADDRESS")
@@ -49,7 +49,7 @@ RecipeFile = Annotated[
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
-        "--trust-remote-code", help="Run Python code of a model; a recipe must say so too."
+        "--trust-remote-code", help="Run a model's own Python code; a recipe must allow it too."
     ),
 ]
 MAX_ERROR = 2000  # characters
@@ -98,7 +98,7 @@ def demo(
     storage: Annotated[str, typer.Option(help="Run folder.")] = "runs/demo",
     settings: Settings = None,
     rebuild: Rebuild = False,
-    fresh: Annotated[bool, typer.Option(help="Start anew.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Start over.")] = False,
 ) -> None:
     """Learn to search the documentation of this Python environment, end to end."""
     from pipelines.demo.command import run_demo
@@ -135,8 +135,8 @@ def keys(
 
     from pipelines.recipe.keys import print_keys, recipe_keys
 
-    found = recipe_keys(below)
-    _print_json([asdict(key) for key in found]) if as_json else print_keys(found, console)
+    listed = recipe_keys(below)
+    _print_json([asdict(key) for key in listed]) if as_json else print_keys(listed, console)
 
 
 @app.command()
@@ -159,7 +159,7 @@ def inspect(
     ] = "shift",
     task: Annotated[str | None, typer.Option(help="Only queries of this task.")] = None,
     dropped: Annotated[
-        str | None, typer.Option(help="Queries dropped for this reason; 'any': for every one.")
+        str | None, typer.Option(help="Queries dropped for this reason; 'any': for any reason.")
     ] = None,
     num: Annotated[int, typer.Option("--num", "-n", min=1, help="How many.")] = 5,
     as_json: AsJson = False,
@@ -167,8 +167,8 @@ def inspect(
     """Read a run's training examples: queries, candidates, scores and what became of them."""
     from pipelines.report.inspection import inspect_run, print_examples
 
-    found = inspect_run(run, task=task, dropped_by=dropped, order=by, num_examples=num)
-    _print_json(found) if as_json else print_examples(found, console)
+    examples = inspect_run(run, task=task, dropped_by=dropped, order=by, num_examples=num)
+    _print_json(examples) if as_json else print_examples(examples, console)
 
 
 @app.command("eval")
@@ -183,14 +183,14 @@ def eval_command(
     clustering: TestFolders = None,
     rerank: TestFolders = None,
     mteb: Annotated[list[str] | None, typer.Option(help="An mteb task's name.")] = None,
-    split: Annotated[str, typer.Option(help="Of the folders.")] = "test",
+    split: Annotated[str, typer.Option(help="Split of the folders.")] = "test",
     task: Annotated[str | None, typer.Option(help="The {task} of the query template.")] = None,
     dimensions: Annotated[
-        str | None, typer.Option(help="Cut the vectors to these, such as 768,256.")
+        str | None, typer.Option(help="Cut the vectors to these dimensions, such as 768,256.")
     ] = None,
     results: Annotated[
         Path | None,
-        typer.Option(help="Keep mteb's results here, and measure nothing again [default: not]."),
+        typer.Option(help="Keep mteb's results here, and reuse those there are [default: no]."),
     ] = None,
     actors: Annotated[int, typer.Option(min=1, help="Ray actors to encode with; 1: no Ray.")] = 1,
     max_tokens: Annotated[
@@ -234,8 +234,8 @@ def eval_command(
         trust_remote_code=trust_remote_code,
         as_json=as_json,
     )
-    found = {model: find_models(model, trust_remote_code=trust_remote_code) for model in models}
-    run_eval(name_models(found), test_sets, options)
+    locations = {model: find_models(model, trust_remote_code=trust_remote_code) for model in models}
+    run_eval(name_models(locations), test_sets, options)
 
 
 @app.command()
@@ -256,7 +256,7 @@ def submit(
     from pipelines.run.fit import refuse_unfit
     from pipelines.yaml_files import write_yaml
 
-    # A mistake is told here, not by a job an hour later.
+    # A mistake is reported here, not by a job an hour later.
     loaded = load_recipe(recipe, settings, trust_remote_code=trust_remote_code)
     check_recipe(loaded, here=False)
     refuse_unfit(loaded, here=False)
@@ -290,9 +290,9 @@ def status(
     from cluster import jobs
     from pipelines.run.execute import run_status
 
-    found = run_status(target) if target else None
-    if target and found is not None:
-        _print_rows([{"step": s, **row} for s, row in found.items()], as_json)
+    steps = run_status(target) if target else None
+    if target and steps is not None:
+        _print_rows([{"step": s, **row} for s, row in steps.items()], as_json)
         return
     _print_rows(
         [
@@ -329,7 +329,7 @@ def logs(
 def stop(
     job: Annotated[str, typer.Argument(help="A job's id.")], address: Address = LOCAL_DASHBOARD
 ) -> None:
-    """Stop a job; its run goes on where it stopped when submitted again."""
+    """Stop a job; submitted again, its run goes on where it stopped."""
     from cluster import jobs
 
     stopped = jobs.stop(address, job)
@@ -363,7 +363,7 @@ def _print_rows(rows: list[dict[str, object]], as_json: bool) -> None:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Answers the user's mistakes and our failures with one line and the exit code."""
+    """Reports the user's mistakes and our failures in one line, and exits with their code."""
     try:
         yield
     except TokayError as error:
@@ -383,7 +383,7 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def main() -> None:
-    """The console script's entry."""
+    """Runs the console script."""
     write_any_text()
     gc.set_threshold(100_000)  # it took a fifth of the time in which torch and mteb are imported
     for command in entry_points(group="tokay.commands"):

@@ -1,4 +1,4 @@
-"""Addresses that hold a name or a password, which a recipe may not: it is kept and shown."""
+"""Addresses with a user name or a password; a recipe may hold none, since it is kept and shown."""
 
 import re
 from collections.abc import Iterable

@@ -13,7 +13,7 @@ _SET_NAME = re.compile(r"(?!\.)[^/\\\x00-\x1f\x7f]{1,100}")
 def _run_name(name: str) -> str:
     if not _RUN_NAME.fullmatch(name):
         raise ValueError(
-            f"accepted are up to {MAX_LENGTH} letters, digits, '.', '_' and '-', the first no '.'"
+            f"accepted are up to {MAX_LENGTH} letters, digits, '.', '_' and '-', the first not '.'"
         )
     return name
 
@@ -21,7 +21,7 @@ def _run_name(name: str) -> str:
 def _set_name(name: str) -> str:
     if not _SET_NAME.fullmatch(name):
         raise ValueError(
-            f"accepted are up to {MAX_LENGTH} characters without '/' and '\\', the first no '.'"
+            f"accepted are up to {MAX_LENGTH} characters without '/' and '\\', the first not '.'"
         )
     return name
 

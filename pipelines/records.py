@@ -29,7 +29,7 @@ CANDIDATES = pa.schema(
         # Nearest first, the seed always among them; empty for a query that was dropped before.
         ("candidate_ids", pa.list_(pa.string())),
         ("similarities", pa.list_(pa.float32())),
-        ("seed_rank", pa.int32()),  # in the retriever's list from 1; 0: it was put in
+        ("seed_rank", pa.int32()),  # in the retriever's list from 1; 0: it was added
     ]
 )
 
@@ -48,7 +48,7 @@ SCORES = pa.schema(
     [
         ("passage_id", pa.string()),
         ("query_ids", pa.list_(pa.string())),
-        # Of each query, in their order.
+        # One of each per query, in their order.
         ("query_likelihoods", pa.list_(pa.float32())),  # null: there is an error
         ("relevances", pa.list_(pa.float32())),  # null: there is an error
         ("errors", pa.list_(pa.string())),  # null: there is none
@@ -58,7 +58,7 @@ SCORES = pa.schema(
 FRET = pa.schema(
     [
         *CANDIDATES,
-        # Of the first candidates, those that were scored; empty for a query dropped before.
+        # Of the first candidates, which were scored; empty for a query dropped before.
         ("query_likelihoods", pa.list_(pa.float32())),
         ("relevances", pa.list_(pa.float32())),
         ("fused", pa.list_(pa.float32())),
@@ -66,7 +66,7 @@ FRET = pa.schema(
         ("positive_title", pa.string()),
         ("positive", pa.string()),
         ("positive_is_seed", pa.bool_()),
-        # The worst first; empty: no candidate was fit.
+        # The worst first; empty: no candidate qualified.
         ("negative_ids", pa.list_(pa.string())),
         ("negative_titles", pa.list_(pa.string())),
         ("negatives", pa.list_(pa.string())),
@@ -84,7 +84,7 @@ EXAMPLE = pa.schema(
         ("query_tokens", pa.list_(pa.int32())),
         ("positive_tokens", pa.list_(pa.int32())),
         ("negative_tokens", pa.list_(pa.list_(pa.int32()))),
-        # The LLM's fused scores of the positive and then of each negative; empty: nobody scored it.
+        # The LLM's fused scores of the positive and then of each negative; empty: unscored.
         ("teacher_scores", pa.list_(pa.float32())),
         ("query_id", pa.string()),
         ("positive_id", pa.string()),

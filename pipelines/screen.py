@@ -1,4 +1,4 @@
-"""What is printed is text: of a corpus, a recipe, a cluster, none of which the reader has written.
+"""Prints text as text: that of a corpus, a recipe or a cluster, which the reader did not write.
 
 rich takes ``[bold]`` in a text for markup and ``:smile:`` for a picture, and passes control
 characters on to the terminal, which may obey them.
@@ -17,7 +17,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def plain(text: str) -> str:
-    """Returns a text without what a terminal would obey; line ends and tabs are kept."""
+    """Returns a text without what a terminal would obey; keeps line ends and tabs."""
     return _CONTROL.sub("", _SEQUENCE.sub("", text))
 
 
@@ -31,7 +31,7 @@ class Screen(Console):
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """Renders as `Console` does, and takes control characters out of what is not its own."""
+        """Renders as `Console` does, and removes control characters from what is not its own."""
         for segment in super().render(renderable, options):
             if segment.control or not _CONTROL.search(segment.text):
                 yield segment
@@ -40,7 +40,7 @@ class Screen(Console):
 
 
 def write_any_text() -> None:
-    """Lets standard output and error show `?` for a character that they cannot."""
+    """Lets standard output and error show `?` for a character that they cannot encode."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure: Any = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

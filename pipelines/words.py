@@ -1,8 +1,8 @@
 """Words, sentences and letters by Unicode's rules, for every place that counts or compares them.
 
-Scripts that part words by spaces, and need no more than that, go a quick way; the rest go through
-ICU, which has dictionaries for those that write no spaces (Unicode Standard Annex 29). All of it
-takes any string in time proportional to its length.
+Scripts that separate words by spaces alone take a fast path; the rest go through ICU, which has
+dictionaries for those that write no spaces (Unicode Standard Annex 29). Every function takes any
+string in time proportional to its length.
 """
 
 import re
@@ -12,9 +12,9 @@ from functools import cache
 from itertools import accumulate, pairwise
 
 MAX_WORD_CHARACTERS = 50
-"""An unbroken string (base64, a URL) counts as one word for every so many characters."""
+"""An unbroken string (base64, a URL) counts as one word per this many characters."""
 
-# Plain are Latin, Greek, Cyrillic, Armenian and Georgian, punctuation, symbols and emoji.
+# Plain scripts: Latin, Greek, Cyrillic, Armenian and Georgian, punctuation, symbols and emoji.
 _NOT_PLAIN = re.compile(
     "[^\u0000-\u058f\u10a0-\u10ff\u1c80-\u1cbf\u1d00-\u2d2f\u2de0-\u2e7f\ua640-\ua69f\ua700-\ua7ff"
     "\uab30-\uab6f\ufb00-\ufb17\ufe00-\ufe0f\ufe20-\ufe2f\ufff9-\uffff\U0001d400-\U0001d7ff"
@@ -33,7 +33,7 @@ _JOINERS = "\u200c\u200d"
 def normalized(text: str) -> str:
     """Returns the text in NFC.
 
-    Behind every 30th combining mark in a row a combining grapheme joiner is put, as in Unicode's
+    After every 30th combining mark in a row a combining grapheme joiner is put, as in Unicode's
     Stream-Safe Text Format (Standard Annex 15), since a run of marks is sorted in quadratic time.
     """
     if _PERHAPS_MARKS.search(text):
@@ -42,10 +42,10 @@ def normalized(text: str) -> str:
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:
-    """Returns where the words by which a text is measured begin and end.
+    """Returns the start and end of each of the words by which a text is measured.
 
-    They stand between spaces; where a script does not write them, or what stands between spaces is
-    not all of a plain script, they are ICU's. Punctuation belongs to the word before it.
+    They are what stands between spaces; where that is not wholly in a plain script, they are ICU's
+    words in it. Punctuation belongs to the word before it.
     """
     if not _NOT_PLAIN.search(text):
         return [match.span() for match in _PLAIN_WORD.finditer(text)]
@@ -61,7 +61,7 @@ def word_spans(text: str) -> list[tuple[int, int]]:
         start, end = match.span()
         borders = [start, end]
         if _NOT_PLAIN.search(match[0]):
-            # Punctuation before the first word belongs to that.
+            # Punctuation before the first word belongs to it.
             borders[1:1] = starts[bisect_left(starts, start) : bisect_left(starts, end)][1:]
         for left, right in pairwise(borders):
             while right - left > MAX_WORD_CHARACTERS:
@@ -72,7 +72,7 @@ def word_spans(text: str) -> list[tuple[int, int]]:
 
 
 def num_words(text: str) -> int:
-    """Counts the words by which a text is measured; those of texts with space between add up.
+    """Counts the words by which a text is measured; counts of texts joined by spaces add up.
 
     >>> num_words("Well-known, isn't it?"), num_words("日本の朝市へ")
     (3, 4)
@@ -101,7 +101,7 @@ def compared_words(text: str) -> list[str]:
 
 
 def sentence_starts(text: str) -> list[int]:
-    """Returns where each sentence begins: 0, and behind every sentence's end and its spaces."""
+    """Returns where each sentence begins: 0, and after every sentence's end and its spaces."""
     if not _NOT_PLAIN.search(text):
         return [0, *(match.end() for match in _SENTENCE_END.finditer(text))]
     from icu4py.breakers import SentenceBreaker
@@ -113,7 +113,7 @@ def sentence_starts(text: str) -> list[int]:
 
 
 def letter_share(text: str) -> float:
-    """Returns the share of letters, with the marks that belong to them, of what is no space."""
+    """Returns the share of letters, with their combining marks, in what is not space."""
     num_letters = num_all = 0
     of_letter = False
     for character in text:
@@ -129,7 +129,7 @@ def letter_share(text: str) -> float:
 
 
 def _segments(text: str) -> list[str]:
-    from icu4py.breakers import WordBreaker  # here, since plain texts go without it
+    from icu4py.breakers import WordBreaker  # imported here, since plain texts do without it
 
     return list(WordBreaker(_SURROGATE.sub("\ufffd", text), "root"))
 

@@ -1,4 +1,4 @@
-"""YAML as version 1.2 means it, read from files that anybody may have written.
+"""YAML by version 1.2, read from files that anybody may have written.
 
 PyYAML follows version 1.1, in which ``no`` is false, ``12:30`` is 750 and ``1e-4`` is a text, and
 keeps the last of two equal keys. Here such files are refused or read as their authors meant them,
@@ -40,14 +40,14 @@ def read_yaml(content: str | bytes, place: str) -> Any:
     """Reads one YAML document.
 
     Args:
-        content: The file's.
+        content: The file's content.
         place: What the file is called in an error.
 
     Returns:
         Mappings, lists, texts, numbers, booleans and None.
 
     Raises:
-        UserError: It is no YAML, holds a key twice, a number that versions 1.1 and 1.2 read
+        UserError: It is not YAML, holds a key twice, a number that versions 1.1 and 1.2 read
             differently, several documents or a tag, or is too large or too deep.
     """
     return _read(content, place)[0]
@@ -57,7 +57,7 @@ def read_value(text: str, place: str) -> Any:
     """Reads the value of a setting: a list, mapping or quoted text as YAML, else the whole text.
 
     Raises:
-        UserError: As :func:`read_yaml`, or something stands behind the value.
+        UserError: As :func:`read_yaml`, or something follows the value.
     """
     text = text.strip()
     if not text.startswith(("[", "{", '"', "'")):
@@ -65,7 +65,7 @@ def read_value(text: str, place: str) -> Any:
     value, end = _read(text, place)
     if text[end:].strip():
         raise UserError(
-            f"{place}: {excerpt(text[end:].strip())!r} stands behind the value: put it in quotes"
+            f"{place}: {excerpt(text[end:].strip())!r} follows the value: put it in quotes"
         )
     return value
 
@@ -77,7 +77,7 @@ def write_yaml(tree: Any) -> str:
 
 
 class _Refused(yaml.MarkedYAMLError):
-    """What YAML allows and a file of ours does not."""
+    """What YAML allows, and our files do not."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -95,7 +95,7 @@ class _Loader(yaml.SafeLoader):
             node = super().compose_node(parent, index)
             if id(node) not in self._sizes:
                 raise _Refused(
-                    problem=f"*{excerpt(str(event.anchor))} holds itself", problem_mark=mark
+                    problem=f"*{excerpt(str(event.anchor))} contains itself", problem_mark=mark
                 )
             self._count(self._sizes[id(node)], mark)
             return node
@@ -109,7 +109,7 @@ class _Loader(yaml.SafeLoader):
             raise _Refused(problem=f"more than {MAX_DEPTH} levels", problem_mark=mark)
         node = super().compose_node(parent, index)
         if isinstance(node, yaml.ScalarNode) and _SURROGATE.search(node.value):
-            raise _Refused(problem="half a character", problem_mark=mark)
+            raise _Refused(problem="a lone surrogate", problem_mark=mark)
         self._depth -= 1
         self._sizes[id(node)] = self._num_nodes - before
         return node
@@ -119,17 +119,15 @@ class _Loader(yaml.SafeLoader):
         lines: dict[str, list[int]] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise _Refused(problem="a key that is no text", problem_mark=key.start_mark)
+                raise _Refused(problem="a key that is not text", problem_mark=key.start_mark)
             lines.setdefault(key.value, []).append(key.start_mark.line + 1)
         twice = [
-            f"{excerpt(key, 60)!r} in lines {found[0]} and {found[1]}"
-            for key, found in lines.items()
-            if len(found) > 1
+            f"{excerpt(key, 60)!r} in lines {at[0]} and {at[1]}"
+            for key, at in lines.items()
+            if len(at) > 1
         ]
         if twice:
-            raise _Refused(
-                problem=f"keys that are there twice: {', '.join(twice[:3])}; take one out"
-            )
+            raise _Refused(problem=f"keys that occur twice: {', '.join(twice[:3])}; take one out")
         return node
 
     def _count(self, number: int, mark: Any) -> None:
@@ -145,7 +143,7 @@ class _Dumper(yaml.SafeDumper):
 
 for _name, _pattern, _first in _SCALARS:
     _Loader.add_implicit_resolver(f"{_CORE}{_name}", re.compile(f"(?:{_pattern})\\Z"), list(_first))
-    # Beside version 1.1's own, so that a text which either takes for something else is quoted.
+    # Besides version 1.1's own, so that text that either takes for something else is quoted.
     _Dumper.add_implicit_resolver(f"{_CORE}{_name}", re.compile(f"(?:{_pattern})\\Z"), list(_first))
 
 
@@ -154,7 +152,7 @@ def _integer(loader: _Loader, node: Any) -> int:
     if _LEADING_ZERO.fullmatch(text):
         plain = text.lstrip("+-").lstrip("0") or "0"
         raise _Refused(
-            problem=f"{excerpt(text)} is no number: write {excerpt(plain)}, or quote it to keep it",
+            problem=f"{excerpt(text)} is not a number: write {excerpt(plain)}, or quote it",
             problem_mark=node.start_mark,
         )
     if len(text) > MAX_DIGITS:
@@ -194,7 +192,7 @@ def _plain(text: str, place: str) -> Any:
     """Returns what a text without quotes stands for."""
     loader = _Loader("")
     if _SURROGATE.search(text):
-        raise UserError(f"{place}: half a character, or none of this locale: try LC_ALL=C.UTF-8")
+        raise UserError(f"{place}: a lone surrogate, or not of this locale: try LC_ALL=C.UTF-8")
     tag = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
     if tag == f"{_CORE}merge":
         return text
@@ -206,11 +204,11 @@ def _plain(text: str, place: str) -> Any:
 
 def _why(error: yaml.YAMLError) -> str:
     """Returns what is wrong with a file, and where."""
-    said, where = str(error), ""
+    reason, where = str(error), ""
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark
-        said, where = str(error.problem), f" line {mark.line + 1}:" if mark else ""
+        reason, where = str(error.problem), f" line {mark.line + 1}:" if mark else ""
         if error.context == "expected a single document in the stream":
-            said = "a second document begins here; one is accepted"
-    said = excerpt(" ".join(said.split()), 240)
-    return f":{where} {said}" if isinstance(error, _Refused) else f" is not YAML:{where} {said}"
+            reason = "a second document begins here; one is accepted"
+    reason = excerpt(" ".join(reason.split()), 240)
+    return f":{where} {reason}" if isinstance(error, _Refused) else f" is not YAML:{where} {reason}"

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 # Above what the token budget admits, so that overload is answered by our 429 and never by a queue
 # in Serve's router, which knows nothing of tokens.
 _MAX_ONGOING_REQUESTS = 4096
-# Behind them, small requests may wait in each proxy; beyond it, Serve answers 503.
+# Beyond those, small requests may queue in each proxy; beyond this, Serve answers 503.
 _MAX_QUEUED_REQUESTS = 1024
 _LIMITS = RequestLimits()
-# Without a limit of its own, a model's length counts, up to this.
+# Without a limit of the user's, that of the model holds, up to this.
 _MAX_TOKENS = 8192
 
 
@@ -32,15 +32,15 @@ class ServeOptions(BaseModel):
 
     model: str = Field(description="Model folder, hub id, or embedded:NAME")
     name: str = Field(min_length=1, description="What requests call the model")
-    corpus: str | None = Field(None, description="What /v1/search answers from; see serving.corpus")
+    corpus: str | None = Field(None, description="What /v1/search searches; see serving.corpus")
     task: str = Field("search result", description="The task of queries that name none")
     max_tokens: int = Field(
-        _MAX_TOKENS, ge=8, description="Longer texts are refused; a model may lower it"
+        _MAX_TOKENS, ge=8, description="Longer texts are refused; a model may allow less"
     )
     dtype: str = Field("float32", pattern="^(float32|bfloat16|float16)$")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
     replicas: int = Field(1, ge=1)
-    cpus_per_replica: float = Field(1, ge=0, description="Ray gives the encoder so many threads")
+    cpus_per_replica: float = Field(1, ge=0, description="Also the encoder's number of threads")
     gpus_per_replica: float = Field(0, ge=0)
     batch_tokens: int = Field(
         2048, ge=1, description="Tokens taken from the queue at once; 16384 suits a GPU"
@@ -49,24 +49,24 @@ class ServeOptions(BaseModel):
         262_144, ge=1, description="Tokens that may wait in a replica; beyond it, 429"
     )
     max_request_bytes: int = Field(
-        _LIMITS.max_bytes, ge=1024, description="Of a request's body; beyond it, 413"
+        _LIMITS.max_bytes, ge=1024, description="Bytes of a request's body; beyond it, 413"
     )
-    max_texts: int = Field(_LIMITS.max_texts, ge=1, description="In one request")
+    max_texts: int = Field(_LIMITS.max_texts, ge=1, description="Texts in one request")
     max_characters: int = Field(
         _LIMITS.max_characters,
         ge=1,
-        description="Of a request's texts together, in the model's template; beyond it, 413",
+        description="Characters of a request's texts, in the model's template; beyond it, 413",
     )
     allow_token_ids: bool = Field(
-        False, description="Take ids of the model's own tokenizer; those of others pass as wrong"
+        False, description="Take token ids of the model's own tokenizer; others give wrong vectors"
     )
     allowed_hosts: frozenset[str] | None = Field(
-        None, description="Names that a request may call the server by; null: any"
+        None, description="Host names by which requests may address the server; null: any"
     )
     api_key_sha256: str | None = Field(
         None,
         pattern="^[0-9a-f]{64}$",
-        description="SHA-256 of the key that requests must bring: printf %s KEY | sha256sum",
+        description="SHA-256 of the key that requests must send: printf %s KEY | sha256sum",
     )
 
 

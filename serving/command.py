@@ -68,23 +68,23 @@ def serve(
     ] = False,
     allowed_host: Annotated[
         list[str] | None,
-        typer.Option(help="A name by which requests may call this server; may be given again"),
+        typer.Option(help="A name by which requests may address this server; may be repeated"),
     ] = None,
     allow_token_ids: Annotated[
         bool,
         typer.Option("--allow-token-ids", help="Take token ids of this model's own tokenizer"),
     ] = False,
     max_request_bytes: Annotated[
-        int, typer.Option(min=1024, help="Of a request's body")
+        int, typer.Option(min=1024, help="Bytes of a request's body")
     ] = _LIMITS.max_bytes,
-    max_texts: Annotated[int, typer.Option(min=1, help="In a request")] = _LIMITS.max_texts,
+    max_texts: Annotated[int, typer.Option(min=1, help="Texts in a request")] = _LIMITS.max_texts,
     max_characters: Annotated[
-        int, typer.Option(min=1, help="Of a request's texts together, in the model's template")
+        int, typer.Option(min=1, help="Characters of a request's texts, in the model's template")
     ] = _LIMITS.max_characters,
 ) -> None:
     """Serves a model through OpenAI's embeddings API, with search over a corpus and a console.
 
-    With TOKAY_API_KEY in the environment, requests must bring that key.
+    With TOKAY_API_KEY in the environment, requests must send that key.
     """
     key_sha256 = hash_key(os.environ.get(_KEY))
     hosts = find_hosts(host, allowed_host or [])
@@ -174,7 +174,7 @@ def is_loopback(host: str) -> bool:
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name of the network's
+    except ValueError:  # a host name
         return False
 
 
@@ -182,7 +182,7 @@ def network_warning(host: str, key_sha256: str | None) -> str | None:
     """Says what an operator who opens a server to the network should know."""
     if is_loopback(host):
         return None
-    keyless = f", and anybody may ask: set {_KEY} to a key that requests must bring"
+    keyless = f", and anybody may use it: set {_KEY} to a key that requests must send"
     return (
         "warning: the network reaches this server, without encryption (no TLS)"
         f"{'' if key_sha256 else keyless}"
@@ -190,13 +190,13 @@ def network_warning(host: str, key_sha256: str | None) -> str | None:
 
 
 def find_hosts(host: str, allowed: Sequence[str]) -> frozenset[str] | None:
-    """Returns the names that requests may call the server by; None where it is not known.
+    """Returns the names by which requests may address the server; None where any will do.
 
-    A page that someone opens here may make its own name lead to a server on loopback, and would
-    then read what it answers; so there only names of loopback pass, and those that are allowed.
+    A page that is opened on this machine may make its own name lead to a server on loopback, and
+    would then read its answers; so only names of loopback pass there, and those that are allowed.
 
     Raises:
-        UserError: A name is none.
+        UserError: A name is malformed.
     """
     for name in allowed:
         if not re.fullmatch(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:]+", name):
@@ -219,14 +219,14 @@ def hash_key(key: str | None) -> str | None:
         return None
     if len(key) < _KEY_CHARACTERS or not key.isascii() or not key.isprintable() or " " in key:
         raise UserError(
-            f"{_KEY} must be {_KEY_CHARACTERS} or more ASCII letters, digits and signs: make one"
+            f"{_KEY} must be {_KEY_CHARACTERS} or more ASCII letters, digits and symbols: make one"
             " with `openssl rand -hex 32`, or unset it to serve without a key"
         )
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises UserError if nobody could listen there."""
+    """Raises UserError if a server cannot listen there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         # As the server does: a port whose old connections are still closing is free.

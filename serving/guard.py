@@ -1,4 +1,4 @@
-"""What stands in front of the routes: who may ask, how much may come, and what browsers may do.
+"""What stands in front of the routes: who may ask, how much may be sent, what browsers may do.
 
 A server on this machine can be reached by any page that its user opens: the page's own host name
 may be made to lead here (DNS rebinding), and a form may post here. So names in `Host` and `Origin`
@@ -28,7 +28,7 @@ LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 # The console holds no data, and a load balancer has no key.
 _WITHOUT_KEY = frozenset({"/", "/healthz"})
 _BODY_TIMEOUT_S = 60
-# As many of the largest bodies may be held at once, waiting for their turn in the encoder.
+# This many of the largest bodies may be held at once, waiting for their turn in the encoder.
 _BODIES_AT_ONCE = 8
 _HEADERS = {
     "content-security-policy": "default-src 'none'; base-uri 'none'; form-action 'none';"
@@ -69,7 +69,7 @@ class Access:
         if self.hosts is not None and name not in LOOPBACK_NAMES | self.hosts:
             raise ApiError(
                 403,
-                f"host {excerpt(host, 80)!r} is not served here: ask for localhost, or let the"
+                f"host {excerpt(host, 80)!r} is not served here: ask for localhost, or have the"
                 " operator start the server with --allowed-host NAME",
                 code="host_not_allowed",
             )
@@ -77,7 +77,7 @@ class Access:
         if origin is not None and not self._is_own(origin, host):
             raise ApiError(
                 403,
-                f"a page of {excerpt(origin, 80)!r} may not ask this server: let the operator"
+                f"a page of {excerpt(origin, 80)!r} may not call this server: have the operator"
                 " start it with --allowed-host NAME",
                 code="origin_not_allowed",
             )
@@ -88,19 +88,19 @@ class Access:
         if scheme.lower() != "bearer" or not hmac.compare_digest(given, self.key_sha256):
             raise ApiError(
                 401,
-                "the API key is missing or wrong: send `Authorization: Bearer KEY`, in OpenAI's"
-                " clients api_key",
+                "the API key is missing or wrong: send `Authorization: Bearer KEY` (api_key"
+                " in OpenAI's clients)",
                 code="invalid_api_key",
             )
 
     def _is_own(self, origin: str, host: str) -> bool:
-        """Says whether a page came from this server, perhaps through a proxy that names it anew."""
+        """Says whether a page came from this server, perhaps through a proxy that renames it."""
         _, _, place = origin.partition("://")
         return place.lower() == host.lower() or _host_name(place) in (self.hosts or ())
 
 
 class Guard:
-    """Checks, bounds, counts and labels; plain ASGI, so that a client's leaving still cancels."""
+    """Checks, limits, counts and labels; plain ASGI, so that a disconnect still cancels."""
 
     def __init__(self, app: ASGIApp, *, access: Access, max_bytes: int, metrics: Metrics) -> None:
         self.app = app
@@ -110,12 +110,12 @@ class Guard:
         self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request, whatever happens behind."""
+        """Answers one request, whatever happens inside."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         began = time.perf_counter()
-        status = 499  # nginx' number for a client that left before the answer
+        status = 499  # nginx's code for a client that left before the answer
         started = False
 
         async def watched(message: Message) -> None:
@@ -142,12 +142,12 @@ class Guard:
                 failed = ApiError(500, "the server failed; its log says why")
                 await refusal(failed)(scope, receive, watched)
         finally:
-            # The route's pattern, so that random paths cannot make endless series.
+            # The route's pattern, so that random paths cannot make endless time series.
             path = getattr(scope.get("route"), "path", "other")
             self._metrics.count_request(path, status, time.perf_counter() - began)
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Reads the body within its bounds, then runs the application on it."""
+        """Reads the body within its limits, then runs the application on it."""
         held = bytearray()
         try:
             await self._read_body(Headers(scope=scope), receive, held)
@@ -166,7 +166,7 @@ class Guard:
 
     async def _read_body(self, headers: Headers, receive: Receive, held: bytearray) -> None:
         declared = headers.get("content-length", "")
-        # What is declared need not come, so it is refused but never accepted by.
+        # A declared length may be refused, but not trusted: more may come.
         if declared.isdecimal() and (len(declared) > 18 or int(declared) > self._max_bytes):
             raise self._too_long(f"of {declared[:18]} bytes")
         try:
@@ -211,11 +211,11 @@ def refusal(error: ApiError) -> Response:
         headers["retry-after"] = str(error.retry_after_s)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    # ASCII, because the body may quote a key that is no valid Unicode.
+    # ASCII, because the body may quote a key that is not valid Unicode.
     return Response(json.dumps(error.body()), error.status, headers, "application/json")
 
 
 def _host_name(place: str) -> str:
-    """Returns the name in `NAME:PORT`, in small letters; nothing where it is malformed."""
-    found = _HOST.fullmatch(place)
-    return (found[1] or found[2]).lower().removesuffix(".") if found else ""
+    """Returns the name in `NAME:PORT`, in lower case; empty where it is malformed."""
+    match = _HOST.fullmatch(place)
+    return (match[1] or match[2]).lower().removesuffix(".") if match else ""

@@ -25,8 +25,8 @@ class Key:
     Attributes:
         key: Path from the top, such as ``training.loss.temperature``; in a list's members
             ``evaluation[].name``.
-        accepts: Its type, as Python writes it, or the words that it may be.
-        default: As YAML would have it; ``required`` where there is none.
+        accepts: Its type, in words, or the values that it may have.
+        default: As YAML writes it; ``required`` where there is none.
         description: What it means; empty where its name says it.
         fingerprinted: Whether another value makes another artifact.
     """
@@ -45,7 +45,7 @@ def recipe_keys(below: str = "") -> list[Key]:
         below: Only this key and those below it.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such key.
     """
     keys = [
         each
@@ -99,8 +99,8 @@ def _model(annotation: Any) -> type[BaseModel] | None:
     """Returns the model in ``Model``, ``Model | None`` or ``tuple[Model, ...]``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    found = [_model(each) for each in get_args(annotation)]
-    return next((each for each in found if each), None)
+    models = [_model(each) for each in get_args(annotation)]
+    return next((each for each in models if each), None)
 
 
 def _words(annotation: Any) -> str:

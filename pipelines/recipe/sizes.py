@@ -17,15 +17,15 @@ GIB = 2**30
 
 
 class ModelSize(BaseModel):
-    """What memory goes by; names are those of config.json."""
+    """What a model's memory depends on; names are those of config.json."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     parameters: float = Field(gt=0)
     weights_gib: float | None = Field(
-        default=None, gt=0, description="of a quantised model; default: by its type of numbers"
+        default=None, gt=0, description="of a quantised model; default: by its data type"
     )
-    model_type: str | None = Field(default=None, description="bert, modernbert, qwen3 or alike")
+    model_type: str | None = Field(default=None, description="bert, modernbert, qwen3 or similar")
     hidden_size: int | None = Field(default=None, gt=0)
     intermediate_size: int | None = Field(default=None, gt=0)
     num_hidden_layers: int | None = Field(default=None, gt=0)
@@ -34,7 +34,7 @@ class ModelSize(BaseModel):
     head_dim: int | None = Field(default=None, gt=0)
 
     def weights_bytes(self, dtype: str) -> float:
-        """Returns the bytes of the weights as numbers of a type; `auto` is one of 16 bits."""
+        """Returns the bytes of the weights in a data type; `auto` means one of 16 bits."""
         if self.weights_gib is not None:
             return self.weights_gib * GIB
         return self.parameters * (4 if dtype in ("float32", "float") else 2)
@@ -69,15 +69,15 @@ class ModelSize(BaseModel):
         }
 
     def kept_bytes(self, *, bfloat16: bool, checkpointing: bool = False) -> float | None:
-        """Reckons the bytes that a training step keeps for each token until its backward pass.
+        """Estimates the bytes that a training step keeps for each token until its backward pass.
 
         What autograd saves was counted for each kind of model on a CPU, in terms of its shape; see
         ``tests/unit/pipelines/recipe/test_sizes.py``. Left out: the mask of padded batches, one
-        number for each two tokens, and what a kernel needs for a moment.
+        number per pair of tokens, and what a kernel needs for a moment.
 
         Args:
             bfloat16: Under autocast; else float32.
-            checkpointing: Only each layer's input is kept, and one layer at a time computed again.
+            checkpointing: Only each layer's input is kept, and one layer at a time is recomputed.
 
         Returns:
             None for a kind of model that was not counted.
@@ -103,13 +103,13 @@ class ModelSize(BaseModel):
         return layer * self.num_hidden_layers + ends
 
     def with_layers(self, num_layers: int) -> ModelSize:
-        """Returns the size of a model cut to so many layers; an unknown kind stays as large."""
+        """Returns the size of a model cut to `num_layers`; an unknown kind keeps its parameters."""
         matrices = self.layer_matrices()
         fewer = (self.num_hidden_layers or num_layers) - num_layers
-        a_layer = sum(ins * outs for ins, outs in matrices.values()) if matrices else 0
+        per_layer = sum(ins * outs for ins, outs in matrices.values()) if matrices else 0
         return self.model_copy(
             update={
-                "parameters": self.parameters - fewer * a_layer,
+                "parameters": self.parameters - fewer * per_layer,
                 "num_hidden_layers": num_layers,
             }
         )
@@ -155,18 +155,18 @@ def read_size(folder: Path) -> ModelSize | None:
             weights_gib=num_bytes / GIB if config.get("quantization_config") else None,
             **shape,
         )
-    # A run reads them anyway, with libraries that say better what is wrong.
+    # A run reads them anyway, with libraries that report better what is wrong.
     except (OSError, ValueError, TypeError, LookupError, AttributeError, struct.error):
         return None
 
 
 def _by_shape(config: dict[str, Any], size: ModelSize) -> ModelSize | None:
-    """Counts the parameters of the matrices and the words."""
-    matrices, words = size.layer_matrices(), config.get("vocab_size")
-    if not (matrices and words and size.num_hidden_layers) or config.get("quantization_config"):
+    """Counts the parameters of the matrices and the token embeddings."""
+    matrices, vocab = size.layer_matrices(), config.get("vocab_size")
+    if not (matrices and vocab and size.num_hidden_layers) or config.get("quantization_config"):
         return None
-    a_layer = sum(ins * outs for ins, outs in matrices.values())
-    parameters = words * config["hidden_size"] + size.num_hidden_layers * a_layer
+    per_layer = sum(ins * outs for ins, outs in matrices.values())
+    parameters = vocab * config["hidden_size"] + size.num_hidden_layers * per_layer
     return size.model_copy(update={"parameters": parameters})
 
 
@@ -184,5 +184,5 @@ def _header(file: Path) -> list[dict[str, Any]]:
     """Returns shape and place of each tensor."""
     with file.open("rb") as source:
         (length,) = struct.unpack("<Q", source.read(8))
-        found: dict[str, Any] = json.loads(source.read(min(length, _MAX_HEADER)))
-    return [tensor for name, tensor in found.items() if name != "__metadata__"]
+        header: dict[str, Any] = json.loads(source.read(min(length, _MAX_HEADER)))
+    return [tensor for name, tensor in header.items() if name != "__metadata__"]

@@ -21,16 +21,16 @@ def fill_in(tree: Any, place: str, *, names: Sequence[str] = (), keep_unset: boo
     """Returns a tree with the variables in its texts replaced.
 
     Args:
-        tree: What was read of YAML; keys are left as they are.
-        place: What is read, for an error.
-        names: Variables that may be read beside `TOKAY_*`.
-        keep_unset: Leave one that the environment lacks as it stands.
+        tree: What was read from YAML; keys are left as they are.
+        place: What is being read, for an error.
+        names: Variables that may be read besides `TOKAY_*`.
+        keep_unset: Leave a variable that is not set as it stands.
 
     Raises:
         UserError: A variable that is not set, or may not be read.
     """
     if isinstance(tree, str):
-        return VARIABLE.sub(lambda found: _value(found, place, names, keep_unset), tree)
+        return VARIABLE.sub(lambda match: _value(match, place, names, keep_unset), tree)
     if isinstance(tree, list):
         return [fill_in(each, place, names=names, keep_unset=keep_unset) for each in tree]
     if isinstance(tree, dict):
@@ -43,7 +43,7 @@ def fill_in(tree: Any, place: str, *, names: Sequence[str] = (), keep_unset: boo
 
 def unset_variables(texts: Iterable[str]) -> list[str]:
     """Returns those that were kept, as they stand in the texts."""
-    return [found[0] for text in texts for found in VARIABLE.finditer(text)]
+    return [match[0] for text in texts for match in VARIABLE.finditer(text)]
 
 
 def is_name(text: object) -> bool:
@@ -51,22 +51,22 @@ def is_name(text: object) -> bool:
     return isinstance(text, str) and _NAME.fullmatch(text) is not None
 
 
-def _value(found: re.Match[str], place: str, names: Sequence[str], keep_unset: bool) -> str:
-    name = found[1]
+def _value(match: re.Match[str], place: str, names: Sequence[str], keep_unset: bool) -> str:
+    name = match[1]
     if not is_name(name):
-        raise UserError(f"{place} reads {excerpt(found[0])}: write ${{NAME}}, NAME of A-Z, 0-9, _")
+        raise UserError(f"{place} reads {excerpt(match[0])}: write ${{NAME}}, NAME of A-Z, 0-9, _")
     if name in SECRETS:
         raise UserError(
             f"{place} reads ${{{name}}}, a secret, which a run's files would show: take it out"
         )
     if not name.startswith(OWN) and name not in names:
         raise UserError(
-            f"{place} reads ${{{excerpt(name)}}}, which may be no business of a run's files: call"
+            f"{place} reads ${{{excerpt(name)}}}, which may not be meant for a run's files: call"
             f" it {OWN}{excerpt(name)}, or list it under the recipe's key `variables`"
         )
     value = os.environ.get(name)
     if value:
         return value
     if keep_unset:
-        return found[0]
+        return match[0]
     raise UserError(f"{place} reads ${{{name}}}: set it in the environment, {name}=...")

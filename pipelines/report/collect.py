@@ -14,7 +14,7 @@ from pipelines.report.run_folder import RunFolder
 from pipelines.report.test_sets import MODELS, collect_scores, collect_test_sets
 from pipelines.report.training import STAGES, collect_stage
 
-# What passed each filter of the step `fret`, in the order in which it asks them, and whose reasons.
+# The filters of the step `fret` in the order in which it applies them, and what passed each.
 FILTERS = {
     "not repeating an evaluation query": REASONS,
     "not repeating another query": REPEATS[:1],
@@ -56,7 +56,7 @@ def collect(run: RunFolder) -> dict[str, Json]:
 
 
 def collect_funnel(run: RunFolder) -> list[dict[str, Json]]:
-    """Returns what was left after each step, from documents to training examples."""
+    """Returns how many were left after each step, from documents to training examples."""
     fret = _metrics(run, "fret")
     rows = [
         ("documents", _metrics(run, "passages").get("num_documents")),
@@ -99,7 +99,7 @@ def _rejects(run: RunFolder) -> dict[str, dict[str, int]]:
 
 
 def _seed_ranks(fret: Artifact | None) -> list[dict[str, int]]:
-    """Counts queries by the rank of their seed; rank 0, not among the neighbours, comes last."""
+    """Counts queries by the rank of their seed; rank 0 (not among the neighbours) comes last."""
     scored: Counter[int] = Counter()
     kept: Counter[int] = Counter()
     for table in fret.tables(["seed_rank", "dropped_by"]) if fret else []:
@@ -126,10 +126,10 @@ def _step(name: str, artifact: Artifact) -> dict[str, Json]:
 
 def _versions(run: RunFolder) -> dict[str, str]:
     """Returns each library's version; several where the steps were run with different ones."""
-    found: dict[str, list[str]] = {}
+    by_library: dict[str, list[str]] = {}
     for artifact in run.artifacts.values():
         for library, version in artifact.manifest.versions.items():
-            versions = found.setdefault(library, [])
+            versions = by_library.setdefault(library, [])
             if version not in versions:
                 versions.append(version)
-    return {library: ", ".join(versions) for library, versions in sorted(found.items())}
+    return {library: ", ".join(versions) for library, versions in sorted(by_library.items())}

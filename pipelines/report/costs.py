@@ -1,4 +1,4 @@
-"""What the examples cost: tokens, time and money of each step, and for each accepted example."""
+"""What the examples cost: tokens, time and money per step and per accepted example."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ LLM_STEPS = ("queries", "scores")
 def collect_costs(run: RunFolder) -> dict[str, Json] | None:
     """Returns the costs of making the examples; None until the step `fret` is done.
 
-    `computed_tokens` are prompt tokens that were not in the engine's cache. `cost_usd` is of the
-    LLM's actors, at the recipe's price for their hours; other steps run on them or beside them.
+    `computed_tokens` are prompt tokens that were not in the engine's cache. `cost_usd` covers the
+    LLM's actors, at the recipe's hourly price; other steps run on them or beside them.
     """
     if "fret" not in run.artifacts:
         return None
@@ -47,7 +47,7 @@ def collect_costs(run: RunFolder) -> dict[str, Json] | None:
 
 
 def _number(recipe: dict[str, Any], *path: Any) -> Any:
-    """Reads a key of a recipe that nobody has validated; the last of `path` is the default."""
+    """Reads a key of an unvalidated recipe; the last item of `path` is the default."""
     *keys, default = path
     value: Any = recipe
     for key in keys:

@@ -1,4 +1,4 @@
-"""Some FRet examples with everything the choice of their labels was made from."""
+"""Some FRet examples, with everything that their labels were chosen by."""
 
 import heapq
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from pipelines.report.run_folder import find_passages
 NUM_OF_EACH_KIND = 3
 CANDIDATE_CHARACTERS = 140
 
-# What comes first when scored queries are put in order.
+# How scored queries may be sorted: the highest value comes first.
 ORDERS: dict[str, Callable[[dict[str, Any]], float]] = {
     "shift": lambda row: row["candidate_ids"].index(row["positive_id"]),
     "doubt": lambda row: -rank_correlation(row["query_likelihoods"], row["relevances"]),
     "hardest": lambda row: -row["query_likelihoods"][ranks(row["fused"]).argmin()],
     "stored": lambda row: 0,
 }
-# What the report shows, and why: kept queries by an order, drawn evenly for the first kind.
+# The kinds of kept queries that the report shows, the highest of each first.
 KINDS: dict[str, Callable[[dict[str, Any]], float]] = {
     "Drawn at random": lambda row: crc32(row["id"].encode()),
     "The positive that the retriever ranked lowest": ORDERS["shift"],
@@ -34,7 +34,7 @@ DROPPED = "Dropped, one for each reason"
 def choose_examples(fret: Artifact | None, passages: Artifact | None) -> list[dict[str, Json]]:
     """Returns some kept queries of each kind of `KINDS`, and one for each reason for dropping.
 
-    Each is described as by `describe_examples`, and has its `kind`; none comes twice.
+    Each is what `describe_examples` returns, with its `kind`; none appears twice.
     """
     best: dict[str, list[tuple[float, int, dict[str, Any]]]] = {kind: [] for kind in KINDS}
     dropped: dict[str, dict[str, Any]] = {}
@@ -46,7 +46,7 @@ def choose_examples(fret: Artifact | None, passages: Artifact | None) -> list[di
             dropped.setdefault(row["dropped_by"], row)
             continue
         for kind, key in KINDS.items():
-            entry = (key(row), -number, row)  # of equal ones the first
+            entry = (key(row), -number, row)  # the first wins a tie
             if len(best[kind]) < NUM_OF_EACH_KIND:
                 heapq.heappush(best[kind], entry)
             else:
@@ -84,12 +84,12 @@ def _example(row: dict[str, Any], texts: dict[str, dict[str, str]]) -> dict[str,
     ql_ranks, rc_ranks = ranks(row["query_likelihoods"]), ranks(row["relevances"])
     candidates = []
     for place, id_ in enumerate(ids):
-        found = passage(id_)
+        candidate = passage(id_)
         candidates.append(
             {
                 "id": id_,
-                "title": found["title"],
-                "text": excerpt(found["text"], CANDIDATE_CHARACTERS),
+                "title": candidate["title"],
+                "text": excerpt(candidate["text"], CANDIDATE_CHARACTERS),
                 "roles": [role for role, holders in roles.items() if id_ in holders],
                 "similarity": row["similarities"][place],
                 "ql": row["query_likelihoods"][place],
@@ -109,5 +109,5 @@ def _example(row: dict[str, Any], texts: dict[str, dict[str, str]]) -> dict[str,
         "seed": passage(row["seed_id"]),
         "positive": row["positive_id"] and passage(row["positive_id"]),
         "negatives": [passage(id_) for id_ in row["negative_ids"]],
-        "candidates": sorted(candidates, key=lambda candidate: -candidate["fused"]),
+        "candidates": sorted(candidates, key=lambda row: -row["fused"]),
     }

@@ -1,4 +1,4 @@
-"""The report's figures: SVG that lives inside the page, takes its colours and reads as text."""
+"""The report's figures: inline SVG in the page's own colours, whose text stays text."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def loss_curve(
 def curve(
     name: str, label: str, points: Sequence[Sequence[float]], what: str, *, noisy: bool = False
 ) -> str:
-    """Draws (batch, value), and its moving mean where that is `noisy`, at half the page's width."""
+    """Draws (batch, value), and its moving mean if `noisy`, at half the page's width."""
 
     def draw(axes: Axes) -> None:
         _draw_curve(axes, points, what, noisy=noisy, num_ticks=5)
@@ -143,7 +143,7 @@ def curve(
 def _draw_curve(
     axes: Axes, points: Sequence[Sequence[float]], what: str, *, noisy: bool, num_ticks: int
 ) -> str:
-    """Draws the points and their mean over a twentieth of them, and says what that is."""
+    """Draws the points and their mean over a twentieth of them; returns the mean's label."""
     import numpy as np
     from matplotlib.ticker import MaxNLocator
 
@@ -165,7 +165,7 @@ def _draw_curve(
 
 
 def sparkline(label: str, points: Sequence[Sequence[float]]) -> str:
-    """Draws (batch, value), smoothed to thirty steps, as a line of the height of text."""
+    """Draws (batch, value), averaged into thirty points, as a line of the height of text."""
     import numpy as np
 
     parts = np.array_split(np.asarray(points, dtype=np.float64), min(30, len(points)))
@@ -185,7 +185,7 @@ def _svg(
     draw: Callable[[Axes], object],
     width_inches: float = WIDTH_INCHES,
 ) -> str:
-    """Draws into an SVG element whose ids begin with `name` and which needs nothing outside."""
+    """Draws a self-contained SVG element, whose ids begin with `name`."""
     import matplotlib
     from matplotlib.figure import Figure
 

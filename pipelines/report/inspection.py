@@ -1,4 +1,4 @@
-"""`tokay inspect`: the factory's examples in the terminal, to be read before they are believed."""
+"""`tokay inspect`: training examples in the terminal, to be read before they are trusted."""
 
 import heapq
 from typing import Any
@@ -23,14 +23,14 @@ def inspect_run(
     Args:
         uri: The run folder.
         task: Only queries of this task.
-        dropped_by: Only queries dropped for this reason (a part of it is enough, `any` means every
-            one); None: only kept ones.
+        dropped_by: Only queries dropped for this reason (part of it is enough; `any`: for any
+            reason); None: only kept ones.
         order: A key of `ORDERS`: `shift` (positives that the retriever ranks lowest first), `doubt`
             (QL and RC disagree most), `hardest` (the positive explains the query least), `stored`.
         num_examples: How many.
 
     Raises:
-        UserError: The run has no FRet artifact, there is no such order, or nothing fits.
+        UserError: The run has no FRet artifact, there is no such order, or no query matches.
     """
     run = open_run_folder(uri)
     fret = run.artifacts.get("fret")
@@ -39,7 +39,7 @@ def inspect_run(
     if order not in ORDERS:
         raise UserError(f"--by {order!r}: accepted are {', '.join(ORDERS)}")
 
-    def fits(row: dict[str, Any]) -> bool:
+    def matches(row: dict[str, Any]) -> bool:
         reason = row["dropped_by"]
         if dropped_by is None:
             wanted = reason is None
@@ -51,7 +51,7 @@ def inspect_run(
         return ORDERS[order](row) if row["query_likelihoods"] else float("-inf")
 
     with files_of_a_run(uri):
-        rows = (row for table in fret.tables() for row in table.to_pylist() if fits(row))
+        rows = (row for table in fret.tables() for row in table.to_pylist() if matches(row))
         chosen = heapq.nlargest(num_examples, rows, key=key)
         if not chosen:
             reasons = ", ".join(sorted(fret.manifest.metrics.get("dropped_by", {})))

@@ -1,4 +1,4 @@
-"""What the factory made, in figures: tasks, queries, how QL and RC agree, and what they changed."""
+"""The labels in figures: tasks, queries, how far QL and RC agree, and what they changed."""
 
 import math
 from collections import Counter, defaultdict
@@ -27,10 +27,10 @@ REPEATS = ("repeats another query", "nearly repeats another query")
 def collect_labels(fret: Artifact | None) -> dict[str, Json] | None:
     """Streams the step's shards and returns its figures; None where there is no scored query.
 
-    `ql_rc_correlation` is Spearman's, the mean over queries. `rank_shifts` counts scored queries by
-    the retriever's rank (from 1) of the passage that became the positive. `task_entropy_bits` is of
-    the kept queries' tasks. `near_duplicate_share` is of the queries that passed every filter but
-    those for repetition.
+    `ql_rc_correlation` is Spearman's, averaged over queries. `rank_shifts` counts scored queries by
+    the retriever's rank (from 1) of the passage that became the positive. `task_entropy_bits` is
+    that of the kept queries' tasks. `near_duplicate_share` is the repeated share of the queries
+    that passed all other filters.
     """
     tasks: dict[str, Counter[str]] = defaultdict(Counter)
     correlations: list[float] = []
@@ -50,9 +50,9 @@ def collect_labels(fret: Artifact | None) -> dict[str, Json] | None:
             repeats += row["dropped_by"] in REPEATS
             if row["dropped_by"] is None:
                 counts["num_kept"] += 1
-                found = compared_words(row["query"])
-                lengths.append(len(found))
-                words.update(found)
+                query_words = compared_words(row["query"])
+                lengths.append(len(query_words))
+                words.update(query_words)
     if not correlations:
         return None
     kept = [counts["num_kept"] for counts in tasks.values() if counts["num_kept"]]
@@ -70,12 +70,12 @@ def collect_labels(fret: Artifact | None) -> dict[str, Json] | None:
 
 
 def rank_correlation(left: list[float], right: list[float]) -> float:
-    """Returns Spearman's rank correlation of two lists of scores; 1 for lists of one."""
+    """Returns Spearman's rank correlation of two lists of scores; 1 for lists of one score."""
     n = len(left)
     if n < 2:
         return 1.0
-    apart = ranks(left) - ranks(right)
-    return float(1 - 6 * np.square(apart).sum() / (n * (n * n - 1)))
+    differences = ranks(left) - ranks(right)
+    return float(1 - 6 * np.square(differences).sum() / (n * (n * n - 1)))
 
 
 def _task_row(counts: Counter[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing beside itself."""
+"""The report as one self-contained HTML page."""
 
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ MODEL_NAMES = {
 
 
 def render_page(document: dict[str, Json], recipe_text: str) -> str:
-    """Returns the page; every text of the run is escaped."""
+    """Returns the page; all text from the run is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -51,7 +51,7 @@ def render_page(document: dict[str, Json], recipe_text: str) -> str:
 
 
 def show_score(score: float | None) -> str:
-    """Returns three places; `none` where a test set has no score."""
+    """Returns a score to three decimal places; `none` where a test set has none."""
     return "none" if score is None else f"{score:.3f}"
 
 
@@ -62,7 +62,7 @@ def show_interval(interval: list[float], form: str) -> str:
 
 
 def show_duration(seconds_s: float) -> str:
-    """Returns seconds as a person says them."""
+    """Returns a duration in hours, minutes or seconds."""
     if seconds_s < 60:
         return f"{seconds_s:.1f} s"
     minutes, seconds = divmod(round(seconds_s), 60)
@@ -71,12 +71,12 @@ def show_duration(seconds_s: float) -> str:
 
 
 def show_number(value: float) -> str:
-    """Returns whole numbers with thousands marked, others with four places."""
+    """Returns a whole number with thousands separators, another to four significant digits."""
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
 def _figures(document: dict[str, Json]) -> dict[str, Any]:
-    """Draws what there is; an SVG of ours is the only text that is not escaped."""
+    """Draws whatever there are figures for; only these SVGs are not escaped."""
     from markupsafe import Markup
 
     drawn: dict[str, str] = {}
@@ -114,7 +114,7 @@ def _figures(document: dict[str, Json]) -> dict[str, Any]:
     return {name: Markup(svg) for name, svg in drawn.items()}
 
 
-# Curves beside each other: what they show, and their axis.
+# Curves drawn side by side: their labels and the names of their axes.
 _SMALL_CURVES = {
     "learning_rate": ("Learning rate of each batch", "learning rate"),
     "examples_per_s": ("Throughput of each batch", "examples/s"),

@@ -1,7 +1,7 @@
 """A run folder as the report finds it: finished or not, on a disk or on S3.
 
-The report trusts manifests alone. It needs no recipe that still validates and no model, so that a
-run of last year, or one that died half-way, can still be read.
+The report trusts manifests alone. It needs neither a recipe that still validates nor a model, so
+that last year's run, or one that died half-way, can still be read.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,7 +25,7 @@ EXCERPT_CHARACTERS = 700
 
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """What a run left.
+    """What a run has left behind.
 
     Attributes:
         storage: The run's folder.
@@ -46,7 +46,7 @@ class RunFolder:
 
     @property
     def steps(self) -> list[str]:
-        """The run's steps in their order, without those that the recipe has no use for."""
+        """The run's steps in their order, without those that the recipe does not use."""
         optional = set() if self.recipe.get("evaluation", True) else {"evaluation"}
         if not self.recipe.get("prefinetuning"):
             optional |= {"prefinetuning_mixture", "prefinetuning"}
@@ -58,30 +58,30 @@ class RunFolder:
         return [name for name in self.steps if name not in self.artifacts]
 
     def state(self, step: str) -> State:
-        """Says whether a step is done, begun, still to do, or made of what has changed since."""
+        """Says whether a step is done, begun, waiting, or made from inputs that have changed."""
         if step in self.artifacts:
             return "changed" if step in self.outdated else "done"
         return "unfinished" if self.storage.exists(f"{step}/{BEGUN}") else "waiting"
 
     @property
     def outdated(self) -> list[str]:
-        """Finished steps whose inputs were made anew since, or are themselves outdated."""
-        found: list[str] = []
+        """Finished steps whose inputs have been rebuilt since, or are themselves outdated."""
+        outdated: list[str] = []
         for name, artifact in self.artifacts.items():
             for step, fingerprint in artifact.manifest.inputs.items():
-                given = self.artifacts.get(step)
-                if given is None or given.manifest.fingerprint != fingerprint or step in found:
-                    found.append(name)
+                source = self.artifacts.get(step)
+                if source is None or source.manifest.fingerprint != fingerprint or step in outdated:
+                    outdated.append(name)
                     break
-        return found
+        return outdated
 
 
 def open_run_folder(uri: str) -> RunFolder:
     """Opens a run by its manifests.
 
     Raises:
-        UserError: The folder is no run, or cannot be read; or its recipe is of another version, and
-            no step is finished.
+        UserError: The folder is not a run, or cannot be read; or its recipe is of another version,
+            and no step is finished.
     """
     storage = open_storage(uri)
     content, place = _read(storage, RECIPE) or b"", join(storage.uri, RECIPE)
@@ -108,10 +108,10 @@ def open_run_folder(uri: str) -> RunFolder:
 
 @contextmanager
 def files_of_a_run(uri: str) -> Iterator[None]:
-    """Turns what goes wrong over files of an unexpected form into one line: a run may be anybody's.
+    """Turns errors over files of an unexpected form into one line, as a run may be anybody's.
 
     Raises:
-        ArtifactError: They are not those that this version writes.
+        ArtifactError: The files are not of the form that this version writes.
     """
     try:
         yield
@@ -133,27 +133,27 @@ def _read(storage: Storage, path: str) -> bytes | None:
 
 
 def find_passages(passages: Artifact | None, ids: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Returns id, title and the text's beginning of the named passages that the corpus holds."""
+    """Returns id, title and beginning of those of the named passages that the corpus holds."""
     return _find(passages, "id", ids)
 
 
 def find_documents(passages: Artifact | None, names: Iterable[str]) -> dict[str, dict[str, str]]:
     """Returns the first passage of each named document, by the document's name."""
-    found = _find(passages, "source", [f"{name}#1" for name in names])
-    return {source.removesuffix("#1"): passage for source, passage in found.items()}
+    by_source = _find(passages, "source", [f"{name}#1" for name in names])
+    return {source.removesuffix("#1"): passage for source, passage in by_source.items()}
 
 
 def _find(passages: Artifact | None, key: str, wanted: Iterable[str]) -> dict[str, dict[str, str]]:
     """Streams the shards, so that a large corpus is never held whole."""
     values = pa.array(sorted(set(wanted)), pa.string())
-    found: dict[str, dict[str, str]] = {}
+    by_key: dict[str, dict[str, str]] = {}
     if passages is None or not len(values):
-        return found
+        return by_key
     for table in passages.tables(sorted({"id", "title", "text", key})):
         for row in table.filter(pc.is_in(table[key], values)).to_pylist():
-            found[row[key]] = {
+            by_key[row[key]] = {
                 "id": row["id"],
                 "title": row["title"],
                 "text": excerpt(row["text"], EXCERPT_CHARACTERS),
             }
-    return found
+    return by_key

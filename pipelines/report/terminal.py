@@ -1,4 +1,4 @@
-"""The report's heart for a terminal: the table, and a few queries before and after."""
+"""The core of the report for a terminal: the table, and a few queries before and after."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ RESULT_CHARACTERS = 160
 
 
 def print_evaluation(document: dict[str, Json], console: Console) -> None:
-    """Prints each test set's table and chosen queries; made for 80 to 120 columns."""
+    """Prints each test set's table and chosen queries; laid out for 80 to 120 columns."""
     if not document["test_sets"] and not document["scores"]:
         console.print("The run has no evaluation.", style="dim")
     if document["scores"]:

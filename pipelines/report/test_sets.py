@@ -1,4 +1,4 @@
-"""What the run's test sets say, and a few queries that show it, for better and for worse."""
+"""The scores on a run's test sets, and a few queries that show them, for better and for worse."""
 
 import json
 from typing import Any
@@ -53,8 +53,8 @@ def collect_test_sets(run: RunFolder) -> dict[str, dict[str, Json]]:
 def collect_scores(run: RunFolder) -> dict[str, Json]:
     """Returns every test set's main score by model and dimensions, and their means by type.
 
-    Empty where the test sets are all retrieval at one number of dimensions, of which
-    :func:`collect_test_sets` says more.
+    Empty where all test sets are retrieval at one number of dimensions, since
+    :func:`collect_test_sets` says more of those.
     """
     evaluation = run.artifacts.get("evaluation")
     if evaluation is None:
@@ -85,7 +85,7 @@ def collect_scores(run: RunFolder) -> dict[str, Json]:
 
 
 def _means(averages: list[dict[str, Any]]) -> list[dict[str, Json]]:
-    """Returns a row for each kind of mean and number of dimensions, with each model's."""
+    """Returns a row for each kind of mean and number of dimensions, with each model's mean."""
     rows: dict[tuple[str, int], dict[str, Json]] = {}
     for name, key in (("mean of test sets", "mean_task"), ("mean of types", "mean_task_type")):
         for each in averages:
@@ -96,7 +96,7 @@ def _means(averages: list[dict[str, Any]]) -> list[dict[str, Json]]:
 
 
 def _is_of_student(row: dict[str, Any]) -> bool:
-    """Says whether a difference is what training has done."""
+    """Says whether a difference is that of the student before and after training."""
     names = (row.get("before", "student_before"), row.get("after", "student_after"))
     return names == ("student_before", "student_after")
 
@@ -165,7 +165,7 @@ def _queries(
             "query": document["queries"][name][query],
             "ndcg_at_10": {model: ndcg[model][query] for model in models},
             "top_results": {
-                model: [hit(query, *found) for found in top[model][query]] for model in models
+                model: [hit(query, *match) for match in top[model][query]] for model in models
             },
         }
         for query in chosen
@@ -173,7 +173,7 @@ def _queries(
 
 
 def _is_the_corpus(name: str, run: RunFolder) -> bool:
-    """Says whether a test set asks of the run's own corpus, so that ids are documents' names."""
+    """Says whether a test set searches the run's own corpus: its ids are then documents' names."""
     corpus, test_sets = run.recipe.get("corpus"), run.recipe.get("evaluation")
     if not isinstance(corpus, dict) or not isinstance(test_sets, list):
         return False

@@ -8,7 +8,7 @@ from cluster.artifacts import Json
 from pipelines.report.run_folder import RunFolder
 from pipelines.training.metrics import MetricsRow, read_metrics
 
-# The training steps and where each has its batches from.
+# The training steps, and the step that each gets its batches from.
 STAGES = {"prefinetuning": "prefinetuning_mixture", "training": "mixture"}
 CURVES = ("loss", "learning_rate", "examples_per_s", "validation_loss", "validation_ndcg_at_10")
 
@@ -18,7 +18,7 @@ def collect_stage(run: RunFolder, step: str) -> dict[str, Json] | None:
 
     A curve is a list of ``[batch, value]``, empty where the training wrote no such value.
     ``first_loss`` and ``last_loss`` are means over a set's first and last tenth of batches,
-    throughputs are medians, `batches` is what was planned and `done` what was trained on.
+    throughputs are medians, `batches` is the number planned and `done` the number trained on.
     """
     artifact = run.artifacts.get(step)
     if artifact is None:

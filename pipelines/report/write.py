@@ -1,4 +1,4 @@
-"""The report of a run: a page that a person likes to read, and the same figures for a program."""
+"""The report of a run: a page to be read, and the same figures for a program."""
 
 from cluster.artifacts import Json
 from cluster.plain_json import dump_json
@@ -15,15 +15,15 @@ DOCUMENT = "report.json"
 
 
 def write_report(run_uri: str) -> dict[str, Json]:
-    """Writes `report.html` and `report.json` into a run folder, whatever of the run is finished.
+    """Writes `report.html` and `report.json` into a run folder, however much of it is finished.
 
     Returns:
-        What stands in report.json; `html` is the page's path or URI.
+        The content of report.json; `html` is the page's path or URI.
 
     Raises:
-        UserError: The folder is no run.
-        ArtifactError: A finished step's files are not those that its manifest names, or that this
-            version writes.
+        UserError: The folder is not a run.
+        ArtifactError: A finished step's files are not those that its manifest names, or not of the
+            form that this version writes.
     """
     run = open_run_folder(run_uri)
     with files_of_a_run(run_uri):

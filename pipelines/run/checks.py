@@ -1,7 +1,7 @@
-"""What can be known to fail, looked for before anything is run or paid for.
+"""What is certain to fail, checked before anything is run or paid for.
 
-A recipe is checked key by key when it is read. Here its keys are held against each other and
-against its models' own files: names and configurations, neither weights nor code.
+A recipe is checked key by key when it is read. Here its keys are compared with each other
+and with its models' own files: names and configurations, neither weights nor code.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipelines.recipe.recipe import Recipe
 from pipelines.recipe.variables import unset_variables
 from pipelines.training.config import TrainingConfig
 
-PATIENCE_S = 15.0  # for a word from S3 or the hub, whose clients try for minutes
+PATIENCE_S = 15.0  # for an answer from S3 or the hub, whose clients try for minutes
 _ENCODERS = (
     "bert",
     "camembert",
@@ -46,7 +46,7 @@ Settings = dict[str, Any]  # of a model: its config.json
 
 
 def check_recipe(recipe: Recipe, *, here: bool = True) -> None:
-    """Refuses a recipe of which a step would certainly fail; loads nothing and runs no code.
+    """Refuses a recipe with a step that is certain to fail; loads nothing and runs no code.
 
     Args:
         recipe: The recipe.
@@ -70,11 +70,11 @@ def check_recipe(recipe: Recipe, *, here: bool = True) -> None:
             lambda key: _settings(key, names[key], here, getattr(recipe, key).trust_remote_code),
             names,
         )
-        found = dict.fromkeys(_MODELS, Settings()) | dict(zip(names, settings, strict=True))
-    _check_llm(recipe, found["llm"])
+        configs = dict.fromkeys(_MODELS, Settings()) | dict(zip(names, settings, strict=True))
+    _check_llm(recipe, configs["llm"])
     for key, encoder in (("retriever", recipe.retriever), ("student", recipe.student)):
-        _check_length(f"{key}.max_tokens", encoder.max_tokens, encoder.model, found[key])
-    _check_student(recipe, found["student"])
+        _check_length(f"{key}.max_tokens", encoder.max_tokens, encoder.model, configs[key])
+    _check_student(recipe, configs["student"])
 
 
 def within(seconds: float, late: str, work: Callable[[], T]) -> T:
@@ -84,7 +84,7 @@ def within(seconds: float, late: str, work: Callable[[], T]) -> T:
     def ask() -> None:
         try:
             answer.append((work(), None))
-        except Exception as error:  # raised again below, where somebody waits for it
+        except Exception as error:  # raised again below, in the caller's thread
             answer.append((None, error))
 
     thread = threading.Thread(target=ask, daemon=True)
@@ -92,10 +92,10 @@ def within(seconds: float, late: str, work: Callable[[], T]) -> T:
     thread.join(seconds)
     if not answer:
         raise UserError(f"{late} within {seconds:.0f} s")
-    found, error = answer[0]
+    result, error = answer[0]
     if error is not None:
         raise error
-    return cast(T, found)
+    return cast(T, result)
 
 
 def _stages(recipe: Recipe) -> list[tuple[str, SetsConfig, TrainingConfig]]:
@@ -169,7 +169,7 @@ def _check_student(recipe: Recipe, settings: Settings) -> None:
         raise UserError("student.layers: a ModernBERT's first layer differs, so keep layer 0")
     if student.bidirectional and kind in _ENCODERS:
         raise UserError(
-            f"student.bidirectional: {student.model} is a {kind}, which sees both ways already:"
+            f"student.bidirectional: {student.model} is a {kind}, which is bidirectional already:"
             " leave it out"
         )
     dimensions = student.projection or _number(settings, "dimensions")
@@ -193,7 +193,7 @@ def _settings(key: str, name: str, here: bool, trusted: bool) -> Settings:
 
     Raises:
         UserError: The hub, or the bucket, says that there is no such model; or an encoder's folder
-            says what is not done here.
+            asks for what is not supported.
     """
     folder = find_model(name) if here or is_hub_id(name) else None
     if folder is None:
@@ -215,7 +215,7 @@ def _is_dense(module: dict[str, Any]) -> bool:
 
 
 def _fetched(key: str, name: str) -> Settings:
-    """Asks the bucket or the hub; without dimensions, which further modules may change."""
+    """Asks the bucket or the hub; leaves out `dimensions`, which further modules may change."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     if name.startswith("s3://"):
@@ -229,8 +229,8 @@ def _fetched(key: str, name: str) -> Settings:
         content = within(PATIENCE_S, f"{key}.model {name} did not answer", read)
     except missing as error:
         raise UserError(
-            f"{key}.model: {name!r} is no model's folder, and no model that the hub lets us read:"
-            " correct it, or give HF_TOKEN"
+            f"{key}.model: {name!r} is neither a model's folder nor a model that the hub lets us"
+            " read: correct it, or give HF_TOKEN"
         ) from error
     except Exception:  # no network, no credentials, no such file: the step that needs it says so
         return {}
@@ -252,16 +252,16 @@ def _hub_config(name: str) -> bytes:
 
 
 def _json(read: Callable[[], bytes], kind: type[T]) -> T:
-    """Returns a small JSON file's object or list; empty where it is none: loading says so."""
+    """Returns a small JSON file's object or list; empty where it is not one: loading says so."""
     try:
-        found = json.loads(read())
+        value = json.loads(read())
     except (OSError, ValueError, RecursionError):
         return kind()
-    return found if isinstance(found, kind) else kind()
+    return value if isinstance(value, kind) else kind()
 
 
 def _number(settings: Settings, name: str) -> int | None:
-    """Returns a whole number above 0 of a configuration, also of its text part."""
+    """Returns a configuration's whole number above 0, or else that of its text part."""
     text = settings.get("text_config")
     for part in (settings, text if isinstance(text, dict) else {}):
         value = part.get(name)

@@ -1,4 +1,4 @@
-"""What a person sees while a run is under way: one line a step, live on a terminal."""
+"""What the user sees while a run is under way: one line per step, live on a terminal."""
 
 import time
 from typing import Any
@@ -15,7 +15,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class RunConsole:
-    """Shows steps as they are found, begin, move and end; a `cluster.steps.RunListener`."""
+    """Shows steps as they are found, begin, progress and end; a `cluster.steps.RunListener`."""
 
     def __init__(self, console: Console) -> None:
         """Writes to `console`: live bars on a terminal, else a line now and then."""
@@ -98,7 +98,7 @@ class StepConsole:
 
 
 class JsonLines:
-    """The same for a program: a JSON object a line; a `cluster.steps.RunListener`."""
+    """The same for a program: one JSON object per line; a `cluster.steps.RunListener`."""
 
     def step_found(self, step: Step, artifact: Artifact) -> None:
         """Prints that the step was finished before."""

@@ -1,4 +1,4 @@
-"""Running a recipe in a folder, and finding in a folder what a run left."""
+"""Runs a recipe in a folder, and finds what a run has left in one."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def execute(
     """Runs a recipe, shows its progress, and writes its report when all steps are done.
 
     Raises:
-        UserError: A part of it cannot fit its GPU, among other mistakes.
+        UserError: The recipe has a mistake: a part of it cannot fit its GPU, for example.
     """
 
     def needless(step: str) -> bool:
@@ -44,7 +44,7 @@ def execute(
             return True
         return not fresh and Artifact.open(open_storage(join(uri, step))) is not None
 
-    # All that can be told is told before anything starts, is paid for or is deleted.
+    # Every mistake that can be seen is reported before anything is started, paid for or deleted.
     check_recipe(recipe)
     refuse_unfit(recipe, needless=needless)
     run = build_run(recipe, uri)
@@ -78,14 +78,14 @@ def execute(
 
 
 def log_folder(storage: Storage) -> Path | None:
-    """Returns where the chatter of Ray and vLLM goes; a run on S3 leaves it in Ray's own logs."""
+    """Returns where the output of Ray and vLLM goes; a run on S3 leaves it in Ray's own logs."""
     return storage.folder / "logs" if isinstance(storage, LocalStorage) else None
 
 
 def run_status(uri: str) -> dict[str, dict[str, Json]] | None:
-    """Returns what is known of each step of a run folder, or None if it is no run folder.
+    """Returns what is known of each step of a run folder, or None if it is not a run.
 
-    Only the folder's own files are read: what the recipe names may have moved, or be anybody's.
+    Only the folder's own files are read: what the recipe names may have moved or belong to anybody.
     """
     if not open_storage(uri).exists(RECIPE):
         return None
@@ -107,7 +107,7 @@ def find_models(model: str, *, trust_remote_code: bool = False) -> dict[str, Loc
 
     Args:
         model: A run folder (retriever, student_before, student_prefinetuned if there is that stage,
-            student_after), or anything an encoder is loaded from.
+            student_after), or anything an encoder can be loaded from.
         trust_remote_code: Whether the command line says that models may bring code; those of a run
             may if its recipe says so too.
 
@@ -124,7 +124,7 @@ def find_models(model: str, *, trust_remote_code: bool = False) -> dict[str, Loc
     place = join(storage.uri, RECIPE)
     recipe = read_models(storage.read_bytes(RECIPE), place)
     refuse_foreign_code(recipe, place, trust_remote_code, ("retriever", "student"))
-    found: dict[str, Location] = {"retriever": recipe.retriever}
+    locations: dict[str, Location] = {"retriever": recipe.retriever}
     steps = {"student_before": ("student", MODEL), "student_after": ("export", MODEL)}
     if recipe.prefinetuning:
         steps["student_prefinetuned"] = ("prefinetuning", TRAINED)
@@ -134,7 +134,7 @@ def find_models(model: str, *, trust_remote_code: bool = False) -> dict[str, Loc
             raise UserError(
                 f"run {model} has no finished step {step!r} yet: run `tokay run` on it first"
             )
-        found[name] = SavedEncoder(
+        locations[name] = SavedEncoder(
             folder=join(artifact.uri, folder), trust_remote_code=recipe.student.trust_remote_code
         )
-    return found
+    return locations

@@ -1,7 +1,7 @@
-"""What of a recipe fits its GPUs: bytes beside the memory there is.
+"""Which parts of a recipe fit their GPUs: the bytes needed, and the memory there is.
 
-How vLLM fills its share is left to vLLM, which profiles itself; here stand the weights that it
-must hold in any case. What is not known is said to be unknown, and only what is certain is refused.
+How vLLM fills its share is left to vLLM, which profiles itself; counted here are the weights that
+it must hold in any case. What is not known is called unknown, and only certain misfits are refused.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from pipelines.recipe.recipe import GpuUser, Recipe
 from pipelines.recipe.sizes import GIB, ModelSize, read_size
 from pipelines.training.config import TrainingConfig
 
-ERROR = 0.2  # of the activations, which are reckoned
+ERROR = 0.2  # of the activations, which are estimated
 CUDA_BYTES = 1.0 * GIB  # for CUDA itself and the kernels' work
 FAISS_BYTES = 2.0 * GIB  # beside the vectors
-SHORT = 4  # texts may be so much shorter than the longest that are allowed
+SHORT = 4  # texts may be this many times shorter than the longest that are allowed
 
 Fits = Literal["yes", "no", "perhaps", "unknown", ""]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """What a part of a run wants of one GPU, or of the host where it has none.
+    """What a part of a run needs of one GPU, or of the host where it has none.
 
     Attributes:
-        steps: The steps that want it.
+        steps: The steps that need it.
         what: The part.
-        parts: Bytes by what they are for.
-        have: Bytes of the GPU that it may fill; None: unknown, or it runs on CPUs.
+        parts: Bytes by their use.
+        have: Bytes of the GPU that it may use; None: unknown, or it runs on CPUs.
         whole: Bytes of the GPU, where `have` is a share that nothing enforces.
         gpu: Whether it runs on a GPU.
         least: Bytes that it certainly cannot do without.
-        margin: What was taken off for that.
+        margin: The allowance made in `least`, in words.
         unknown: Why the bytes are not known, else empty.
         note: What else there is to say.
-        mend: The keys to change where it does not fit.
+        remedy: The keys to change where it does not fit.
     """
 
     steps: tuple[str, ...]
@@ -57,7 +57,7 @@ class Need:
     margin: str = ""
     unknown: str = ""
     note: str = ""
-    mend: str = ""
+    remedy: str = ""
 
     @property
     def total(self) -> float:
@@ -87,7 +87,7 @@ def gpu_needs(recipe: Recipe, num_passages: int | None = None, *, here: bool = T
     Args:
         recipe: The recipe.
         num_passages: Of the corpus; None: not known.
-        here: Whether it is to run on this machine, where no resource names another one's nodes.
+        here: Whether it is to run on this machine, unless a resource names other nodes.
     """
     memory = _memory(recipe, here)
     steps: list[tuple[str, SetsConfig, TrainingConfig]] = [
@@ -113,7 +113,7 @@ def refuse_unfit(
     Args:
         recipe: The recipe.
         here: As for :func:`gpu_needs`.
-        needless: Says of a step that it will not run.
+        needless: Says whether a step need not run.
 
     Raises:
         UserError: Which part, what it needs, what there is, and which keys to change.
@@ -124,7 +124,7 @@ def refuse_unfit(
             raise UserError(
                 f"recipe {recipe.name}: {need.what} ({' and '.join(need.steps)}) needs at least"
                 f" {need.least / GIB:,.1f} GiB{need.margin} of a GPU that has"
-                f" {have / GIB:,.1f} for it: {need.mend}"
+                f" {have / GIB:,.1f} for it: {need.remedy}"
             )
 
 
@@ -152,8 +152,8 @@ def _llm(recipe: Recipe, have: float | None) -> Need:
         least=sum(parts.values()),
         unknown=unknown,
         note=note,
-        mend="choose a smaller or quantised llm.model, raise resources.engine.tensor_parallel_size"
-        " or correct resources.gpu_memory_gib",
+        remedy="choose a smaller or quantised llm.model, raise resources.engine."
+        "tensor_parallel_size or correct resources.gpu_memory_gib",
     )
 
 
@@ -175,7 +175,7 @@ def _encoder(recipe: Recipe, whole: float | None, steps: tuple[str, ...], which:
         gpu=gpu,
         least=least,
         unknown="" if size else _unknown(config.model),
-        mend=f"choose a smaller {which}.model or correct resources.gpu_memory_gib",
+        remedy=f"choose a smaller {which}.model or correct resources.gpu_memory_gib",
     )
 
 
@@ -194,7 +194,7 @@ def _candidates(recipe: Recipe, have: float | None, num_passages: int | None) ->
     if num_passages is None:
         unknown = "the passages are not counted yet"
         if dimensions:
-            unknown += f"; {4e6 * dimensions / GIB:.1f} GiB a million"
+            unknown += f"; {4e6 * dimensions / GIB:.1f} GiB per million"
     elif dimensions is None:
         unknown = _unknown(recipe.retriever.model)
     else:
@@ -227,12 +227,12 @@ def _training(
     bfloat16 = training.precision == "bfloat16" or (training.precision == "auto" and gpu)
     parts = _states(size, training, bfloat16, recipe.student.projection or 0)
     certain = parts["weights"] + parts["gradients"] + parts["AdamW"]
-    mend = f"set {key}.sharding: fsdp2 or {key}.lora, or choose a smaller student.model"
+    remedy = f"set {key}.sharding: fsdp2 or {key}.lora, or choose a smaller student.model"
     parts["loss"] = _loss_bytes(size, training, _num_negatives(recipe, mixture))
     if gpu:
         parts["CUDA itself"] = CUDA_BYTES
-    a_token = size.kept_bytes(bfloat16=bfloat16, checkpointing=training.gradient_checkpointing)
-    if a_token is None:
+    per_token = size.kept_bytes(bfloat16=bfloat16, checkpointing=training.gradient_checkpointing)
+    if per_token is None:
         what = f"activations of a {size.model_type or 'model without model_type'} were not counted"
         return Need(
             steps=(step,),
@@ -242,30 +242,30 @@ def _training(
             gpu=gpu,
             least=certain,
             unknown=what,
-            mend=mend,
+            remedy=remedy,
         )
     longest, batch = _num_tokens(recipe, mixture, training)
-    least, margin, less = certain, "", f"activations taken {ERROR:.0%} less than reckoned"
-    note = f"activations {a_token / 1024:,.0f} KiB a token"
-    note += f", whole batch {batch * a_token / GIB:,.0f} GiB at the longest lengths"
+    least, margin, less = certain, "", f"activations taken {ERROR:.0%} less than estimated"
+    note = f"activations {per_token / 1024:,.0f} KiB per token"
+    note += f", whole batch {batch * per_token / GIB:,.0f} GiB at the longest lengths"
     cache_tokens = training.gradient_cache_tokens
     if cache_tokens is None or (cache_tokens == "auto" and not gpu):
         tokens = batch
-        least += (1 - ERROR) * a_token * batch / SHORT
+        least += (1 - ERROR) * per_token * batch / SHORT
         margin = f" ({less}, of texts 1/{SHORT} as long as they may be)"
     elif cache_tokens == "auto":
         tokens = longest
         if have is not None:
-            left = (1 - ERROR) * (have - sum(parts.values())) / a_token
+            left = (1 - ERROR) * (have - sum(parts.values())) / per_token
             if left >= longest:
                 note += f"; room for about {min(batch, round(left, -2)):,.0f} tokens at a time"
     else:
         tokens = max(longest, min(batch, cache_tokens))
-        least += (1 - ERROR) * a_token * min(tokens, batch / SHORT)
+        least += (1 - ERROR) * per_token * min(tokens, batch / SHORT)
         margin = f" ({less})"
     if least > certain:
-        mend = f"set {key}.gradient_cache_tokens: auto"
-    parts[f"activations of {tokens:,} tokens"] = tokens * a_token
+        remedy = f"set {key}.gradient_cache_tokens: auto"
+    parts[f"activations of {tokens:,} tokens"] = tokens * per_token
     return Need(
         steps=(step,),
         what="student",
@@ -275,7 +275,7 @@ def _training(
         least=least,
         margin=margin,
         note=note,
-        mend=f"{mend}; or correct resources.gpu_memory_gib",
+        remedy=f"{remedy}; or correct resources.gpu_memory_gib",
     )
 
 
@@ -293,13 +293,13 @@ def _states(
             for name, (ins, outs) in matrices.items()
             if target == "all-linear" or name.endswith(tuple(target))
         )
-    a_layer = sum(ins * outs for ins, outs in matrices.values())
+    per_layer = sum(ins * outs for ins, outs in matrices.values())
     shares = training.num_workers if training.sharding == "fsdp2" else 1
     if shares > 1:  # the ends and two layers are gathered at a time
-        gathered = size.parameters - max(0, num_layers - 2) * a_layer
+        gathered = size.parameters - max(0, num_layers - 2) * per_layer
         copies = gathered * (2 if bfloat16 else 4)
     else:  # autocast keeps one of each matrix for the backward pass
-        copies = 2.0 * num_layers * a_layer if bfloat16 else 0.0
+        copies = 2.0 * num_layers * per_layer if bfloat16 else 0.0
     states = {
         "weights": 4 * size.parameters / shares,
         "gradients": 4 * trained / shares,
@@ -309,24 +309,24 @@ def _states(
 
 
 def _loss_bytes(size: ModelSize, training: TrainingConfig, num_negatives: int) -> float:
-    """Reckons three times what autograd saves of the vectors and of their similarities, float32."""
+    """Estimates three times what autograd saves of vectors and their similarities, float32."""
     batch, own = training.batch_size, -(-training.batch_size // training.num_workers)
     vectors = (2 * batch + own * (2 + num_negatives)) * (size.hidden_size or 0)
     return 4.0 * (1 + len(training.loss.matryoshka_dimensions)) * (2 * vectors + 6 * own * batch)
 
 
 def _num_negatives(recipe: Recipe, mixture: SetsConfig) -> int:
-    """Returns the most hard negatives of an example."""
-    found = [labelled.max_negatives for labelled in mixture.labelled]
+    """Returns the largest number of hard negatives of an example."""
+    counts = [labelled.max_negatives for labelled in mixture.labelled]
     if isinstance(mixture, MixtureConfig) and mixture.fret_weight != 0:
-        found.append(recipe.fret.num_negatives)
-    return max(found, default=0)
+        counts.append(recipe.fret.num_negatives)
+    return max(counts, default=0)
 
 
 def _num_tokens(recipe: Recipe, mixture: SetsConfig, training: TrainingConfig) -> tuple[int, int]:
     """Returns the tokens of the longest text, and of a worker's part of the longest batch."""
-    most = recipe.student.max_tokens
-    query, passage = min(most, training.max_query_tokens), min(most, training.max_passage_tokens)
+    limit = recipe.student.max_tokens
+    query, passage = min(limit, training.max_query_tokens), min(limit, training.max_passage_tokens)
     own = -(-training.batch_size // training.num_workers)
     example = query + (1 + _num_negatives(recipe, mixture)) * passage
     return max(query, passage), own * example
@@ -343,7 +343,7 @@ def _student(recipe: Recipe) -> ModelSize | None:
 
 
 def _size(recipe: Recipe, model: str) -> ModelSize | None:
-    """Returns what the disk says of a model, else the recipe."""
+    """Returns a model's size from its files on the disk, or else from the recipe."""
     folder = find_model(model)
     return (read_size(folder) if folder else None) or recipe.sizes.get(model)
 
@@ -353,8 +353,8 @@ def _unknown(model: str) -> str:
 
 
 def _memory(recipe: Recipe, here: bool) -> Memory:
-    """Returns what the recipe says of the GPUs, and no more than this machine's own have."""
-    resources, said = recipe.resources, recipe.resources.gpu_memory_gib
+    """Returns the GPUs' memory by the recipe, and no more than this machine's own have."""
+    resources, given = recipe.resources, recipe.resources.gpu_memory_gib
     nodes: dict[GpuUser, str | None] = {
         "llm": resources.llm.node_resource,
         "encoder": resources.encoder.node_resource,
@@ -364,15 +364,15 @@ def _memory(recipe: Recipe, here: bool) -> Memory:
     own = own_gpus() if here and not os.environ.get("RAY_ADDRESS") else ()
     memory: Memory = {}
     for user, node in nodes.items():
-        gib = said.get(user) if isinstance(said, dict) else said
-        found = [] if node else list(own)
-        memory[user] = min([*found, *([gib * GIB] if gib else [])], default=None)
+        gib = given.get(user) if isinstance(given, dict) else given
+        gpus = [] if node else list(own)
+        memory[user] = min([*gpus, *([gib * GIB] if gib else [])], default=None)
     return memory
 
 
 @cache
 def own_gpus() -> tuple[float, ...]:
-    """Returns the bytes of each of this machine's GPUs as torch sees them, without its import."""
+    """Returns the bytes of each of this machine's GPUs as torch sees them, without importing it."""
     if shutil.which("nvidia-smi") is None:
         return ()
     command = ["nvidia-smi", "--query-gpu=memory.total,memory.reserved"]

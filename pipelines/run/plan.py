@@ -1,8 +1,8 @@
 """`tokay plan`: what a recipe would run, what fits, and what the language model would cost.
 
 The estimate is made from a sample of passages: they are put into the recipe's prompts and counted
-by the LLM's own tokenizer, without starting an engine. A plan is made without corpus, hub and
-credentials too: what they would have told is then unknown.
+by the LLM's own tokenizer, without starting an engine. A plan needs neither corpus nor hub nor
+credentials: what depends on them is then unknown.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from pipelines.run.checks import PATIENCE_S, within
 from pipelines.run.fit import Need, gpu_needs
 
 NUM_SAMPLED = 50
-NUM_READ = 2000  # passages that are read of a corpus to draw the sample from
+NUM_READ = 2000  # passages of the corpus that the sample is drawn from
 BLOCK_SIZE = 16  # vLLM's own, on a GPU: prefixes are cached in whole blocks
 
 
 def make_plan(recipe: Recipe, uri: str) -> dict[str, Any]:
     """Returns the steps with their states, what fits, and the estimate for the LLM steps to run.
 
-    What the corpus, the hub or the run folder would have to tell, and does not, is None, and
-    `unknown` says why.
+    A figure that the corpus, the hub or the run folder does not give is None, and `unknown` says
+    why.
     """
     unknown: dict[str, str] = {}
     states, done = _states(recipe, uri, unknown)
@@ -84,7 +84,7 @@ def make_plan(recipe: Recipe, uri: str) -> dict[str, Any]:
 
 
 def print_plan(plan: dict[str, Any], console: Console) -> None:
-    """Shows the plan."""
+    """Prints the plan."""
     table = Table(box=None, header_style="bold")
     for column in ("step", "", "state", "tokens in", "out", "seconds"):
         table.add_column(column, justify="left" if column in ("step", "", "state") else "right")
@@ -128,13 +128,13 @@ def _print_needs(needs: list[dict[str, Any]], console: Console) -> None:
             table.add_row("", f"  {part}", f"{size:,.1f}")
     console.print(table)
     for need in needs:
-        said = [text for text in (need["unknown"], need["note"]) if text]
-        if said:
-            console.print(f"{need['steps'][0]}: {'; '.join(said)}", soft_wrap=True, markup=False)
+        notes = [text for text in (need["unknown"], need["note"]) if text]
+        if notes:
+            console.print(f"{need['steps'][0]}: {'; '.join(notes)}", soft_wrap=True, markup=False)
 
 
 def _in_gib(need: Need) -> dict[str, Any]:
-    mend = need.mend if need.fits in ("no", "perhaps") else ""
+    remedy = need.remedy if need.fits in ("no", "perhaps") else ""
     return {
         "steps": list(need.steps),
         "what": need.what,
@@ -144,7 +144,7 @@ def _in_gib(need: Need) -> dict[str, Any]:
         "fits": need.fits,
         "parts_gib": {part: round(size / GIB, 2) for part, size in need.parts.items()},
         "unknown": need.unknown,
-        "note": "; ".join(filter(None, (need.note, mend))),
+        "note": "; ".join(filter(None, (need.note, remedy))),
     }
 
 
@@ -155,17 +155,17 @@ def _states(
     try:
         _check_reach(uri, *_texts(recipe.model_dump(mode="json")))
         if any(test_set.kind == "mteb" for test_set in recipe.evaluation):
-            late = "the data of mteb's tasks in evaluation did not come"
+            late = "the data of mteb's tasks in evaluation did not arrive"
             run = within(4 * PATIENCE_S, late, lambda: build_run(recipe, uri))
         else:
             run = build_run(recipe, uri)
         states = {step.name: str(run.state(step)) for step in run.steps}
-        found = {step.name: run.artifact(step) for step in run.steps}
+        artifacts = {step.name: run.artifact(step) for step in run.steps}
     except (TokayError, OSError) as error:
         unknown["states of the steps are"] = _line(error)
         names = [name for name in TITLES if recipe.prefinetuning or "prefinetuning" not in name]
         return {name: "unknown" for name in names if recipe.evaluation or name != "evaluation"}, {}
-    done = {name: artifact for name, artifact in found.items() if artifact is not None}
+    done = {name: artifact for name, artifact in artifacts.items() if artifact is not None}
     return states, {name: done[name] for name in done if states[name] == "done"}
 
 
@@ -184,7 +184,7 @@ def _line(error: Exception) -> str:
 
 
 def _check_reach(*places: str) -> None:
-    """Raises UserError where a place is not named, or its bucket does not answer."""
+    """Raises UserError where a place's variable is not set, or its bucket does not answer."""
     for place in places:
         if unset := unset_variables([place]):
             raise UserError(f"the recipe reads {unset[0]}, which is not set in the environment")
@@ -202,7 +202,7 @@ def _texts(tree: Any) -> Iterator[str]:
 
 @cache
 def _ask(place: str) -> TokayError | None:
-    """Returns why a place on S3 gives no answer."""
+    """Returns why a place on S3 does not answer, or None."""
     path = "" if place.rstrip("/").count("/") > 2 else "any"
     try:
         within(PATIENCE_S, f"{place} did not answer", lambda: open_storage(place).exists(path))
@@ -212,9 +212,9 @@ def _ask(place: str) -> TokayError | None:
 
 
 def _llm_tokens(recipe: Recipe, done: dict[str, Artifact]) -> dict[str, dict[str, int]]:
-    """Reckons the prompt tokens that no prefix cache holds, and the tokens to write."""
-    found = _read_passages(recipe)
-    sample = random.Random(0).sample(found, min(NUM_SAMPLED, len(found)))
+    """Estimates the prompt tokens that no prefix cache holds, and the tokens to write."""
+    passages = _read_passages(recipe)
+    sample = random.Random(0).sample(passages, min(NUM_SAMPLED, len(passages)))
     prompts = load_prompts(recipe.prompts)
     ask = query_prompts(recipe.queries, prompts)
     judge = PairPrompts(prompts=prompts, relevance=recipe.scores.relevance)
@@ -237,10 +237,10 @@ def _llm_tokens(recipe: Recipe, done: dict[str, Artifact]) -> dict[str, dict[str
         pair, other = judge.render("", passage.title, text), judge.render("", "", "")
         beyond, examples = tokens.beyond(pair.context, other.context)
         contexts.append(beyond)
-        rest = len(tokens.ids(pair.context)) % tokens.block  # of a block that is not yet whole
+        rest = len(tokens.ids(pair.context)) % tokens.block  # in a block that is not full
         pairs.append(rest + written + len(tokens.ids(pair.question)))
     num_actors = recipe.resources.llm.num_actors
-    num_pairs, num_passages = _num_pairs(recipe, done, num_queries, len(found))
+    num_pairs, num_passages = _num_pairs(recipe, done, num_queries, len(passages))
     return {
         "queries": {
             "prefill": round(num_queries * fmean(reads) + num_actors * sum(shared.values())),
@@ -258,7 +258,7 @@ def _llm_tokens(recipe: Recipe, done: dict[str, Artifact]) -> dict[str, dict[str
 def _num_pairs(
     recipe: Recipe, done: dict[str, Artifact], num_queries: int, num_read: int
 ) -> tuple[int, int]:
-    """Returns the pairs to score, and of how many passages they are."""
+    """Returns the number of pairs to score, and of the passages in them."""
     if "pairs" in done:
         return done["pairs"].manifest.metrics["num_pairs"], done["pairs"].num_rows
     num_scored = min(recipe.scores.num_scored, recipe.candidates.num_candidates)
@@ -266,7 +266,7 @@ def _num_pairs(
     num_passages = done["passages"].num_rows if "passages" in done else num_read
     if num_passages == NUM_READ:  # there are more
         return num_pairs, num_pairs
-    # Of so many draws with putting back, so many are different.
+    # The number of different passages expected when drawing with replacement.
     return num_pairs, round(num_passages * -math.expm1(-num_pairs / num_passages))
 
 
@@ -294,7 +294,7 @@ class _Tokens:
         self.block = recipe.resources.engine.block_size or BLOCK_SIZE
         model = recipe.llm.model
         if model.startswith("s3://"):
-            raise UserError(f"llm.model {model} is on S3, from where a plan fetches no model")
+            raise UserError(f"llm.model {model} is on S3, and a plan fetches no model from there")
         try:
             if model.startswith(PREFIX) or Path(model).expanduser().is_dir():
                 self._tokenizer = self._load(recipe)
@@ -321,7 +321,7 @@ class _Tokens:
         return truncate(self._tokenizer, text, max_tokens)
 
     def beyond(self, prompt: str, other: str) -> tuple[int, int]:
-        """Counts a prompt's tokens behind, and in, the whole blocks that it shares with another."""
+        """Counts a prompt's tokens after, and in, the whole blocks that it shares with another."""
         tokens = self.ids(prompt)
         pairs = zip(tokens, self.ids(other), strict=False)
         same = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))

@@ -1,7 +1,7 @@
-"""How several workers end a step together where one of them has run out of memory.
+"""How several workers end a step together when one of them has run out of memory.
 
-All workers agree before whatever they do together in a step. One that has run out agrees at once,
-in place of the point that the others will come to next, so that nobody waits for it in vain.
+All workers agree before each collective operation of a step. One that has run out agrees at once,
+in place of the operation that the others come to next, so that none waits for it in vain.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ class OutOfMemory(TokayError):
 
 
 def agree(device: torch.device, *, ran_out: bool = False) -> None:
-    """Lets workers go on together.
+    """Waits until all workers are here, and lets them go on together.
 
     Args:
         device: Where the workers' messages are sent from.
         ran_out: Whether this worker has run out of memory.
 
     Raises:
-        OutOfMemory: One of the workers has.
+        OutOfMemory: A worker has run out of memory.
     """
     if highest(int(ran_out), device):
         raise OutOfMemory
 
 
 def highest(count: int, device: torch.device) -> int:
-    """Returns the highest count of all workers, who all call this."""
+    """Returns the highest count of all workers; all of them call this."""
     return _reduced(count, device, dist.ReduceOp.MAX)
 
 
 def lowest(count: int, device: torch.device) -> int:
-    """Returns the lowest count of all workers, who all call this."""
+    """Returns the lowest count of all workers; all of them call this."""
     return _reduced(count, device, dist.ReduceOp.MIN)
 
 
 def _reduced(count: int, device: torch.device, operation: dist.ReduceOp.RedOpType) -> int:
-    found = torch.tensor(count, device=device)
-    dist.all_reduce(found, operation)
-    return int(found)
+    reduced = torch.tensor(count, device=device)
+    dist.all_reduce(reduced, operation)
+    return int(reduced)

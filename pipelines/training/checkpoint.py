@@ -1,7 +1,7 @@
 """Checkpoints: weights and optimizer in one safetensors file, so that it is whole or absent.
 
-They hold what is trained and no more, whole where the workers have shares, so that any number of
-workers goes on from them. All workers save together, and the one that is told to writes.
+They hold what is trained and no more, and whole weights even where the model is sharded, so that
+any number of workers can go on from them. All workers save together, and one of them writes.
 
 Nothing else has a state: the learning rate, the random numbers and the place in the data follow
 from the number of batches done.
@@ -57,12 +57,12 @@ class CheckpointWriter:
         *,
         write: bool = True,
     ) -> None:
-        """Copies the state after so many batches and begins to write it, after the one before.
+        """Copies the state after `batches` batches and begins to write it, after the previous one.
 
-        Once it is whole the older ones are deleted. All workers call this; one of them writes.
+        Once it is written the older ones are deleted. All workers call this; one of them writes.
 
         Raises:
-            StorageError: The checkpoint before could not be written; its copy or upload failed.
+            StorageError: The previous checkpoint could not be written: its copy or upload failed.
         """
         self.wait()
         tensors = _prefixed(trained_weights(model))
@@ -74,7 +74,7 @@ class CheckpointWriter:
             self._writing = self._pool.submit(_write, self._storage, batches, copied)
 
     def wait(self) -> None:
-        """Waits until the last one is whole; raises what its thread raised."""
+        """Waits until the last one is written; raises what its thread raised."""
         if self._writing:
             self._writing.result()
 
@@ -87,7 +87,7 @@ class CheckpointWriter:
 def save_checkpoint(
     storage: Storage, batches: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Writes a whole model's checkpoint after so many batches and deletes the older ones."""
+    """Writes a whole model's checkpoint after `batches` batches and deletes the older ones."""
     with CheckpointWriter(storage) as writer:
         writer.save(batches, model, optimizer)
         writer.wait()
@@ -99,7 +99,7 @@ def load_checkpoint(
     """Restores the last checkpoint, if there is one.
 
     Returns:
-        How many batches it has behind it; 0 without a checkpoint.
+        How many batches it was trained on; 0 without a checkpoint.
     """
     paths = storage.list(FOLDER)
     if not paths:
@@ -120,7 +120,7 @@ def load_checkpoint(
 def save_weights(
     storage: Storage, folder: str, batches: int, model: torch.nn.Module, *, write: bool = True
 ) -> None:
-    """Writes the weights alone, as they are after so many batches."""
+    """Writes the weights alone, as they are after `batches` batches."""
     tensors = trained_weights(model)
     if write:
         _save(storage, _path(folder, batches), _prefixed(tensors))
@@ -129,8 +129,8 @@ def save_weights(
 def restore_weights(storage: Storage, folder: str, batches: int, model: torch.nn.Module) -> None:
     """Sets a whole model's weights to those that :func:`save_weights` wrote."""
     with _opened(storage, _path(folder, batches)) as tensors:
-        found = {name: tensors.get_tensor(f"model/{name}") for name in _trained(model)}
-    copy_weights(found, model)
+        weights = {name: tensors.get_tensor(f"model/{name}") for name in _trained(model)}
+    copy_weights(weights, model)
 
 
 def average_weights(storage: Storage, model: torch.nn.Module) -> None:
@@ -151,12 +151,12 @@ def average_weights(storage: Storage, model: torch.nn.Module) -> None:
 
 
 def trained_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Returns what is trained; of a sharded model, whole on rank 0, and all workers call this."""
+    """Returns the trained weights, a sharded model's whole on rank 0; all workers call this."""
     return {name: gather(weights.detach()) for name, weights in _trained(model).items()}
 
 
 def copy_weights(weights: Mapping[str, torch.Tensor], model: torch.nn.Module) -> None:
-    """Sets what is trained of a whole model to what :func:`trained_weights` returned."""
+    """Sets a whole model's trained weights to those that :func:`trained_weights` returned."""
     with torch.no_grad():
         for name, own in _trained(model).items():
             own.copy_(weights[name])
@@ -167,7 +167,7 @@ def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 class _Copy:
-    """Tensors on the CPU, while the GPU goes on with what comes after them."""
+    """Tensors being copied to the CPU, while the GPU goes on with its work."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors: dict[str, torch.Tensor] = {}
@@ -179,7 +179,7 @@ class _Copy:
             self._copied = torch.cuda.current_stream(device).record_event()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Returns them when they are there."""
+        """Returns the copies once they are complete."""
         if self._copied:
             self._copied.synchronize()
         return self._tensors

@@ -1,4 +1,4 @@
-"""Training examples as a stream of batches: one shard in memory, a resumed run in its middle."""
+"""Training examples as a stream of batches: one shard in memory, from any batch on."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Batch:
         dataset: The set's name.
         queries: Token ids of the formatted texts, an integer array each.
         positives: As `queries`.
-        negatives: Of each example's hard negatives, as many as it has.
-        teacher_scores: The LLM's scores of the positive and the negatives; empty: it gave none.
+        negatives: As `queries`, of each example's hard negatives.
+        teacher_scores: The LLM's scores of the positive and the negatives; empty: there are none.
         query_ids: Equal for equal queries.
         positive_ids: Equal for equal positives.
         symmetric: Whether the set's targets are formatted like queries.
@@ -84,7 +84,7 @@ def iterate_batches(uri: str, start: int = 0) -> Iterator[Batch]:
     Raises:
         UserError: The rows are not in the order of batches.
     """
-    import pyarrow as pa  # here, since a training step goes without it
+    import pyarrow as pa  # imported here, since a training step does without it
     import pyarrow.compute as pc
 
     storage = open_storage(uri)

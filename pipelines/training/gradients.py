@@ -29,7 +29,7 @@ from pipelines.training.sharding import is_sharded
 if TYPE_CHECKING:
     from actors.encoder import Encoder
 
-_PASS_TOKENS = 16384  # of a GPU; also of a sharded model without a gradient cache
+_PASS_TOKENS = 16384  # on a GPU, and for a sharded model without a gradient cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +39,12 @@ class Slice:
     Attributes:
         queries: Token ids of each text.
         positives: As `queries`.
-        negatives: Of all its examples' hard negatives, one example's after the other's.
+        negatives: As `queries`, of the examples' hard negatives, one example's after another's.
         num_negatives: int64 ``[examples]``.
-        teacher_scores: ``[examples, 1 + most]`` with NaN where there are none, or None.
+        teacher_scores: ``[examples, 1 + max_negatives]`` with NaN where there are none, or None.
         sizes: Number of examples of each worker.
         rank: This worker's place among them.
-        related: What :func:`pipelines.training.loss.related_examples` found, or None.
+        related: What :func:`pipelines.training.loss.related_examples` returned, or None.
         symmetric: Whether the batch is of a symmetric set.
     """
 
@@ -108,7 +108,7 @@ def backward(encoder: Encoder, part: Slice, config: TrainingConfig) -> float:
         if several:
             dist.all_reduce(total)
         return float(total)
-    if several:  # behind the error, which held on to activations
+    if several:  # after the error, which held on to activations
         agree(encoder.device, ran_out=True)
     raise OutOfMemory
 
@@ -197,10 +197,10 @@ def _embed_all(
 def _plan(
     encoder: Encoder, rows: Sequence[np.ndarray], max_tokens: int
 ) -> tuple[Sequence[np.ndarray], list[list[int]]]:
-    """Cuts the rows into chunks, of a sharded model as many as every other worker has.
+    """Cuts the rows into chunks; of a sharded model's, every worker gets equally many.
 
     Returns:
-        The rows, with one of one token for each chunk that was missing; and the chunks.
+        The rows, with a row of one token added for each missing chunk; and the chunks.
     """
     sharded = is_sharded(encoder.model)
     pass_tokens = sys.maxsize if sharded else _PASS_TOKENS
@@ -213,12 +213,12 @@ def _plan(
 
 
 def _own_backward(encoder: Encoder, part: Slice, config: TrainingConfig) -> torch.Tensor:
-    """Adds what this worker's texts have of the gradients and returns its share of the loss."""
+    """Adds the gradients of this worker's texts and returns its share of the loss."""
     max_tokens = config.gradient_cache_tokens
     if isinstance(max_tokens, int):
         return _cached_backward(encoder, part, config, max_tokens)
     loss = batch_loss(_embed_all(encoder, part.rows, config), part, config)
-    if loss.requires_grad:  # not where this worker has no example and the loss asks no other
+    if loss.requires_grad:  # not where this worker has no example and needs no other's
         loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
 
@@ -249,9 +249,9 @@ def _cached_backward(
 
 
 def _chunks(lengths: Sequence[int], max_tokens: int, pass_tokens: int) -> list[list[int]]:
-    """Cuts the rows, shortest first, into lists of at most so many tokens.
+    """Cuts the rows, shortest first, into lists of at most `max_tokens` tokens.
 
-    The padding of their passes is counted. The last and longest list keeps its graph, so that
+    Padding within their passes is counted. The last and longest list keeps its graph, so that
     nothing long is computed twice without need.
     """
     chunks: list[list[int]] = []
@@ -284,7 +284,7 @@ def _replayable(
 
 
 def _add_up_gradients(weights: Sequence[torch.nn.Parameter]) -> None:
-    """Sums every weight's gradient over the workers, in one message."""
+    """Sums every weight's gradient over the workers, in one all-reduce."""
     gradients = [
         weight.grad if weight.grad is not None else torch.zeros_like(weight) for weight in weights
     ]

@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) by peft: a few weights are trained, the others stay.
 
-What comes out has the adapters added to the plain weights, so that nothing behind the training
+What comes out has the adapters added to the plain weights, so that nothing after the training
 knows of them.
 """
 
@@ -15,7 +15,7 @@ from pipelines.training.config import LoraConfig
 def add_adapters(model: torch.nn.Module, config: LoraConfig, seed: int) -> None:
     """Freezes a model and puts adapters, to be trained, beside its linear layers.
 
-    They change nothing yet. A projection is small, and trained as a whole.
+    They change nothing yet. A projection is small, and is trained in full.
 
     Args:
         model: The transformer, changed in place.
@@ -54,7 +54,7 @@ def add_adapters(model: torch.nn.Module, config: LoraConfig, seed: int) -> None:
 
 
 def merge_adapters(model: torch.nn.Module) -> None:
-    """Adds the adapters of :func:`add_adapters` to the weights and takes them away."""
+    """Adds the adapters of :func:`add_adapters` to the weights and removes them."""
     from peft.tuners.lora import LoraLayer
 
     for name, layer in list(model.named_modules()):

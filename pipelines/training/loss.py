@@ -38,14 +38,14 @@ _NEVER = float("-inf")
 
 @dataclass(frozen=True, kw_only=True)
 class Vectors:
-    """Unit vectors of a worker's examples, and what is known of them.
+    """Unit vectors of a worker's examples, and what is known about them.
 
     Attributes:
         queries: ``[examples, dimensions]``.
         positives: ``[examples, dimensions]``.
-        negatives: ``[examples, most, dimensions]``: each example's hard negatives, padded.
-        has_negative: bool ``[examples, most]``: which of them are no padding.
-        teacher_scores: ``[examples, 1 + most]``: the LLM's scores of the positive and the
+        negatives: ``[examples, max_negatives, dimensions]``: each example's hard negatives, padded.
+        has_negative: bool ``[examples, max_negatives]``: which of them are not padding.
+        teacher_scores: ``[examples, 1 + max_negatives]``: the LLM's scores of the positive and the
             negatives, NaN for padding and where there are none; None: no example has any.
     """
 
@@ -81,8 +81,8 @@ def contrastive_loss(
 
     Raises:
         ValueError: The vectors are shorter than a Matryoshka dimension.
-        OutOfMemory: Another worker ran out of memory before or in its loss; in the backward pass
-            too.
+        OutOfMemory: Another worker ran out of memory before or in its loss; raised in the
+            backward pass too.
     """
     first, own, batch = sum(sizes[:rank]), sizes[rank], sum(sizes)
     queries, positives = _gather(
@@ -101,12 +101,12 @@ def contrastive_loss(
             negatives=_cut(vectors.negatives, size),
         )
         pool = (_cut(queries, size), _cut(positives, size))
-        found = _example_losses(cut, pool, mine, excluded, config, symmetric)
+        per_example = _example_losses(cut, pool, mine, excluded, config, symmetric)
         if config.spread_out_weight and batch > 1:
             squares = (cut.queries @ pool[0].T) ** 2 + (cut.positives @ pool[1].T) ** 2
             spread = squares.masked_fill(mine, 0).sum(1) / (batch - 1)
-            found = found + config.spread_out_weight * spread
-        losses.append(weight * found.sum() / batch)
+            per_example = per_example + config.spread_out_weight * spread
+        losses.append(weight * per_example.sum() / batch)
     return torch.stack(losses).sum() / sum(weights.values())
 
 
@@ -127,7 +127,7 @@ def related_examples(query_ids: Sequence[str], positive_ids: Sequence[str]) -> t
 
 
 def _dimension_weights(full: int, config: LossConfig) -> dict[int, float]:
-    """Returns the sizes to train and what each weighs."""
+    """Returns the dimensions to train and the weight of each."""
     sizes = config.matryoshka_dimensions
     if sizes and max(sizes) > full:
         raise ValueError(
@@ -184,8 +184,8 @@ def _divergence(
     known = known | ~taught[:, None]
     teacher = torch.where(taught[:, None], teacher_scores, 0.0).masked_fill(~known, _NEVER)
     target = torch.log_softmax(teacher / config.teacher_temperature, dim=1)
-    found = torch.log_softmax(similarity.masked_fill(~known, _NEVER) / config.temperature, dim=1)
-    terms = torch.where(known, target.exp() * (target - found), 0.0)
+    student = torch.log_softmax(similarity.masked_fill(~known, _NEVER) / config.temperature, dim=1)
+    terms = torch.where(known, target.exp() * (target - student), 0.0)
     return torch.where(taught, terms.sum(1), 0.0)
 
 
@@ -206,7 +206,7 @@ def _gather(rows: torch.Tensor, sizes: Sequence[int], rank: int) -> torch.Tensor
 
 
 class _Gather(torch.autograd.Function):
-    """all_gather whose gradient is the sum of what every worker did with the rows."""
+    """all_gather whose gradient is the sum of all workers' gradients of the rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, sizes: tuple[int, ...], rank: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """How many tokens' activations fit in a GPU: found by trial steps, halved where they do not fit.
 
-A trial is a pass over texts of the longest lengths. What does not grow with it is counted apart:
-the optimizer's state, which the first step makes, and the loss over the whole batch's vectors. The
-trial leaves no trace in the training.
+A trial is a pass over texts of the longest lengths. What does not grow with it is counted
+separately: the optimizer's state, which the first step makes, and the loss over the whole
+batch's vectors. The trial leaves no trace in the training.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _EVERYTHING = 2**62  # more tokens than any batch has
 
 
 def use_growing_segments() -> None:
-    """Has PyTorch's allocator grow its segments, unless the user has set how it works.
+    """Lets PyTorch's allocator grow its segments, unless the user has configured it.
 
-    Passes differ in size, and what lies between segments that cannot grow is lost to them. To be
-    called before the GPU is first used.
+    Passes differ in size, and the gaps between segments that cannot grow are of no use to them. To
+    be called before the GPU is first used.
     """
     if not os.environ.get("PYTORCH_CUDA_ALLOC_CONF"):
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -56,7 +56,7 @@ class Memory(Protocol):
 
 
 class GpuMemory:
-    """That of a GPU, with what PyTorch's allocator holds of it."""
+    """The memory of a GPU, with what PyTorch's allocator holds of it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -87,8 +87,8 @@ def fit(
 ) -> TrainingConfig:
     """Replaces a gradient cache of ``auto`` by the number of tokens that fits all workers.
 
-    All workers call this before their first batch, the model set to train. On a CPU, and where the
-    whole batch fits, there is no cache: it computes all but its last chunk twice.
+    All workers call this before their first batch, in training mode. On a CPU, and where the whole
+    batch fits, there is no cache: it computes all but its last chunk twice.
 
     Args:
         encoder: The student.
@@ -125,9 +125,9 @@ def search_tokens(
 
     Args:
         taken_by: Runs a pass and returns its bytes, more than `room` where it ran out of memory.
-        room: Bytes that there are.
+        room: Bytes available.
         smallest: Tokens of the smallest pass.
-        whole: Tokens of the largest pass that is ever asked for.
+        whole: Tokens of the largest pass that is ever needed.
 
     Returns:
         At most `whole`; 0 if not even the smallest pass fits.
@@ -143,19 +143,19 @@ def search_tokens(
         if more > room:
             tokens //= 2
             continue
-        a_token = max(1.0, (more - taken) / (tokens - fitting))
+        per_token = max(1.0, (more - taken) / (tokens - fitting))
         fitting, taken = tokens, more
-        tokens = min(whole, fitting + int((room - taken) / a_token))
+        tokens = min(whole, fitting + int((room - taken) / per_token))
     return fitting
 
 
 def halve(encoder: Encoder, part: Slice, config: TrainingConfig) -> TrainingConfig:
-    """Returns the configuration with half of the activations that a step has just had too many of.
+    """Returns the configuration with half of the activations that have just not fitted.
 
     All workers call this together; of a sharded model's, only the one that ran out does.
 
     Raises:
-        UserError: They were of one text at a time.
+        UserError: They were those of a single text.
     """
     lengths = [len(row) for row in part.rows]
     longest, total = max(lengths, default=1), sum(lengths)
@@ -200,12 +200,12 @@ def remembered(storage: Storage, config: TrainingConfig) -> TrainingConfig:
 
 
 def remember(storage: Storage, config: TrainingConfig) -> None:
-    """Leaves the number of tokens to the workers that go on from the last checkpoint."""
+    """Leaves the number of tokens for the workers that go on from the last checkpoint."""
     storage.write_bytes(FITTED, str(config.gradient_cache_tokens).encode())
 
 
 def _longest_batch(config: TrainingConfig, num_negatives: int) -> Batch:
-    """A batch as large as any. Few texts are equally long, so that passes have padding."""
+    """Returns as large a batch as any; few texts are equally long, so that passes have padding."""
     size = config.batch_size
 
     def texts(longest: int) -> list[np.ndarray]:
@@ -257,7 +257,7 @@ def _try_out(
             taken = highest(int(taken), encoder.device)
         return taken
 
-    for_loss = memory.taken_by(run_loss)  # of all workers, who wait for each other in it
+    for_loss = memory.taken_by(run_loss)  # run by all workers, which wait for each other in it
     if taken_by(len(rows[0])) == float("inf"):  # makes the gradients too
         return 0
     room = _SHARE * (memory.room() - _missing_state(optimizer) - for_loss)
@@ -269,7 +269,7 @@ def _try_out(
 
 
 def _missing_state(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that AdamW will take for its two averages of each gradient, where it has none yet."""
+    """Returns the bytes that AdamW has yet to take for its two averages of each gradient."""
     missing = 0
     for group in optimizer.param_groups:
         for weight in group["params"]:

@@ -1,4 +1,4 @@
-"""What training says while it runs: metrics.jsonl, and TensorBoard, MLflow or W&B beside it."""
+"""What training reports as it runs: metrics.jsonl, and TensorBoard, MLflow or W&B beside it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cluster.storage import Storage
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
-# Which run of each tracker this training is, so that it goes on with it after a crash.
+# Which run of each tracker this training has, to go on with it after a crash.
 RUNS = "tracking.json"
 _FLUSH_S = 1.0
 
@@ -30,7 +30,7 @@ class Tracker(Protocol):
     """Where rows go beside metrics.jsonl.
 
     Attributes:
-        run_id: What finds the run again; None where every process begins anew.
+        run_id: Identifies the run after a restart; None where every process begins a new one.
     """
 
     run_id: str | None
@@ -42,7 +42,7 @@ class Tracker(Protocol):
         """Makes the rows so far readable to others."""
 
     def close(self) -> None:
-        """Says that no row will follow."""
+        """Ends the run: no row will follow."""
 
 
 class MetricsLog:
@@ -60,8 +60,8 @@ class MetricsLog:
         Args:
             storage: The step's.
             done: Rows of later batches are dropped.
-            tracking: Names of trackers. One that has a run of this training goes on with it; all
-                are given the rows that are kept, and leave out those that they have.
+            tracking: Names of trackers. One that has a run of this training goes on with it; each
+                is given the rows that are kept, and skips those that it has.
             parameters: The training's configuration, as a run of a tracker shows it.
 
         Raises:
@@ -106,9 +106,9 @@ class MetricsLog:
 
 
 def read_metrics(storage: Storage) -> list[MetricsRow]:
-    """Returns what metrics.jsonl holds, nothing if it is not there yet.
+    """Returns the rows of metrics.jsonl, none if it is not there yet.
 
-    A number that was none (of a training that diverged) is None.
+    A value that was not a number (the training diverged) is None.
     """
     try:
         content = storage.read_bytes(METRICS)
@@ -119,23 +119,23 @@ def read_metrics(storage: Storage) -> list[MetricsRow]:
 
 def scalars(row: MetricsRow) -> dict[str, float]:
     """Returns a row's numbers as ``training/NAME``, the loss also by data set."""
-    found = {
+    values = {
         f"training/{name}": value
         for name, value in row.items()
         if name not in ("batch", "dataset") and value is not None
     }
-    return found if row["loss"] is None else found | {f"loss/{row['dataset']}": row["loss"]}
+    return values if row["loss"] is None else values | {f"loss/{row['dataset']}": row["loss"]}
 
 
 def flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns ``{"loss": {"temperature": 1}}`` as ``{"loss.temperature": 1}``."""
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for name, value in parameters.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
+            flattened |= flat(value, f"{prefix}{name}.")
         else:
-            found[prefix + name] = value
-    return found
+            flattened[prefix + name] = value
+    return flattened
 
 
 def _read_runs(storage: Storage) -> dict[str, str]:
@@ -197,7 +197,7 @@ class _MLflow:
             known = f"go on with run {run_id} of {RUNS}" if run_id else "begin a run"
             raise UserError(
                 f"MLflow at {mlflow.get_tracking_uri()} cannot {known}"
-                f" ({' '.join(str(error).split())}): mend that, or take mlflow out of"
+                f" ({' '.join(str(error).split())}): correct that, or take mlflow out of"
                 " training.tracking"
             ) from error
         self.run_id: str = run.info.run_id
@@ -248,7 +248,7 @@ class _Wandb:
                 " training.tracking"
             ) from error
         self.run_id: str = self._run.id
-        # Of a run that goes on the next one; 0 offline, where a crash may have lost the earlier.
+        # The next step of a resumed run; 0 offline, where a crash may have lost the earlier ones.
         self._first = self._run.step
 
     def log(self, row: MetricsRow) -> None:
@@ -273,6 +273,6 @@ def _missing(package: str) -> UserError:
 
 
 def recent_loss(rows: Sequence[MetricsRow], num_batches: int = 20) -> float:
-    """Returns the mean loss of the last batches; nan where one was no number."""
+    """Returns the mean loss of the last batches; NaN where one was not a number."""
     tail = [math.nan if row["loss"] is None else row["loss"] for row in rows[-num_batches:]]
     return float(sum(tail) / len(tail))

@@ -28,7 +28,7 @@ def make_optimizer(encoder: Encoder, config: TrainingConfig) -> torch.optim.Adam
 
 
 def learning_rate(config: TrainingConfig, batch: int, num_batches: int) -> float:
-    """Returns the rate of batch `batch`: a linear rise to the highest, then linear to nothing."""
+    """Returns the rate of batch `batch`: a linear rise to the highest, then a linear fall to 0."""
     warmup = round(config.warmup_ratio * num_batches)
     if batch < warmup:
         return config.learning_rate * (batch + 1) / warmup
@@ -58,7 +58,7 @@ def train_batch(
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(weights, config.max_gradient_norm)
     optimizer.step()
-    # A fused step does not raise the weights' versions, by which oneDNN knows outdated layouts.
+    # A fused step does not raise the weights' versions, by which oneDNN notices outdated layouts.
     torch.autograd.graph.increment_version(weights)
     return loss, float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
@@ -72,7 +72,7 @@ def train_fitting(
     rate: float,
     seed: int,
 ) -> tuple[float, float, TrainingConfig]:
-    """Takes one optimizer step, again with half of the activations where memory runs out.
+    """Takes one optimizer step, and again with half of the activations if memory runs out.
 
     Returns:
         What :func:`train_batch` does, and the configuration that fitted: `config` itself or one

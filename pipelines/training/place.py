@@ -13,7 +13,7 @@ class Place:
         rank: From 0.
         world: Number of workers.
         local_world: Number of workers on this machine.
-        device: The GPU if there is one when None.
+        device: As torch names it; None: the GPU if there is one.
     """
 
     rank: int = 0

@@ -1,7 +1,7 @@
 """FSDP2: each worker keeps its share of the weights, the gradients and the optimizer's state.
 
 A unit's weights are gathered when a batch comes through it, forwards or backwards, and dropped
-behind it. All workers take part in that, so they must run the model equally often, and read weights
+after it. All workers take part in that, so they must run the model equally often, and read weights
 together.
 """
 
@@ -29,7 +29,7 @@ def shard(model: torch.nn.Module, *, bfloat16: bool) -> None:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     for module in model.modules():
-        if type(module) is OneDnnLinear:  # remembers weights by where they are, and they move
+        if type(module) is OneDnnLinear:  # remembers weights by their addresses, which change
             cast(Any, module).__class__ = torch.nn.Linear
     device = next(model.parameters()).device
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -45,19 +45,19 @@ def shard(model: torch.nn.Module, *, bfloat16: bool) -> None:
     embedding = cast(Any, model).get_input_embeddings()
     policies += [(module, policy) for module in (*layers, embedding, model)]
     for module, own in policies:
-        # After its forward pass the model too, so that its parameters are always the shares.
+        # The model itself is resharded too, so that its parameters are always the shares.
         unit = fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=own)
         unit.set_gradient_divide_factor(1.0)  # the workers' losses add up to the batch's
         unit.set_force_sum_reduction_for_comms(True)
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Says whether this worker has a share of the model alone."""
+    """Says whether this worker holds only a share of the model."""
     return isinstance(model, FSDPModule)
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns what the workers' shares make, on rank 0's CPU, and nothing of it elsewhere.
+    """Returns the whole of the workers' shares on rank 0's CPU, and an empty tensor elsewhere.
 
     All workers call this; a tensor that is not sharded is returned as it is.
     """
@@ -68,7 +68,7 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def share(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Returns what a worker keeps of a tensor, laid out like another, on that one's device."""
+    """Returns a worker's share of a tensor, laid out like another and on its device."""
     whole = whole.to(like.device)
     if not isinstance(like, DTensor) or whole.shape != like.shape:
         return whole

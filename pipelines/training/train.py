@@ -24,19 +24,19 @@ _LOOK_EVERY_S = 1.0
 def train(job: Job, *, scratch: str, progress: Progress | None = None) -> list[MetricsRow]:
     """Trains the student on all batches, going on from the last checkpoint in the job's output.
 
-    Ray must be connected. The output gets ``encoder/``, ``metrics.jsonl`` and, while it lasts,
+    Ray must be connected. The output gets ``encoder/``, ``metrics.jsonl`` and, while it runs,
     ``work/checkpoints/``.
 
     Args:
         job: What to train; its folders are the same on every node.
         scratch: URI of a folder that every node reaches, for Ray Train's own files.
-        progress: Told of batches done.
+        progress: Receives the number of batches done.
 
     Returns:
         A row for each batch: batch, dataset, loss, learning_rate, gradient_norm, examples_per_s,
         tokens_per_s, padding_share (of rank 0's passes); where there is a gradient cache,
-        gradient_cache_tokens, and out_of_memory 1 where it was made smaller; and where the
-        training looked, validation_loss and validation_ndcg_at_10.
+        gradient_cache_tokens, and out_of_memory 1 where it was made smaller; and where it was
+        validated, validation_loss and validation_ndcg_at_10.
 
     Raises:
         UserError: The student does not load, or does not fit in a worker's memory.
@@ -107,14 +107,14 @@ def _note(rows: Sequence[MetricsRow]) -> str:
 
 @contextmanager
 def _followed(storage: Storage, total: int, progress: Progress | None) -> Iterator[None]:
-    """Tells `progress` what rank 0 has written, until the block ends."""
+    """Reports to `progress` what rank 0 has written, until the block ends."""
     if progress is None:
         yield
         return
     done = threading.Event()
     shown = 0
 
-    def tell() -> None:
+    def report() -> None:
         nonlocal shown
         rows = read_metrics(storage)
         if len(rows) != shown:
@@ -123,13 +123,13 @@ def _followed(storage: Storage, total: int, progress: Progress | None) -> Iterat
 
     def follow() -> None:
         while not done.wait(_LOOK_EVERY_S):
-            tell()
+            report()
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
     try:
         yield
-        tell()
+        report()
     finally:
         done.set()
         thread.join()

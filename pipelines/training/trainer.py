@@ -1,4 +1,4 @@
-"""A training as one worker sees it: its batches, the looks at how it goes, and its end."""
+"""A training as one worker sees it: its batches, its validations and its end."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ class Trainer:
         optimizer: AdamW over what is trained.
         config: The training's configuration, its gradient cache as large as memory allows.
         place: This worker's place.
-        done: Number of batches behind the weights.
-        ended: Whether no batch is to follow.
+        done: Number of batches that the weights have been trained on.
+        ended: Whether there are no batches left to train on.
     """
 
     def __init__(self, job: Job, place: Place, encoder: Encoder) -> None:
@@ -202,7 +202,7 @@ class Trainer:
             self._remember()
         return row
 
-    def look(self) -> MetricsRow:
+    def validate(self) -> MetricsRow:
         """Validates the student and stops the training early, where either is due.
 
         Returns:
@@ -210,17 +210,17 @@ class Trainer:
         """
         if not self._validation or not self._validation.is_due(self.done, self._job.num_batches):
             return {}
-        found, stop = self._validation.look(
+        row, stop = self._validation.validate(
             self.encoder, self.config, self.place, done=self.done, storage=self._storage
         )
         self.ended = self.ended or stop
-        return found
+        return row
 
     def finish(self) -> None:
-        """Writes the encoder: the best weights, a soup of the last ones, or those of the end.
+        """Writes the encoder: the best weights, a soup of the last ones, or the final ones.
 
         Raises:
-            TokayError: The best weights are asked for, and no look found a number.
+            TokayError: The best weights are asked for, and every validation gave NaN.
         """
         encoder, config, sharded = self.encoder, self.config, is_sharded(self.encoder.model)
         weights = trained_weights(encoder.model) if sharded else {}
@@ -248,14 +248,14 @@ class Trainer:
 
 
 def _soup_batches(config: TrainingConfig, num_batches: int) -> set[int]:
-    """Returns after which batches the weights are kept; the last ones are there anyway."""
+    """Returns after how many batches weights are kept; the final ones are there anyway."""
     apart = config.soup_every_batches or max(1, num_batches // 10)
     points = (num_batches - number * apart for number in range(1, config.soup_checkpoints))
     return {point for point in points if point > 0}
 
 
 def _ahead(source: Iterator[T], depth: int = 4) -> Iterator[T]:
-    """Yields the same items, made on a thread while those before are at work."""
+    """Yields the same items, made on a thread while earlier ones are in use."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         coming = [pool.submit(next, source, None) for _ in range(depth)]
         while (item := coming.pop(0).result()) is not None:

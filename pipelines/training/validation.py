@@ -45,7 +45,7 @@ class Validation:
     """What a training is judged by while it runs.
 
     Attributes:
-        best: Number of batches behind the best weights so far; 0 before the first look.
+        best: Number of batches that the best weights so far saw; 0 before the first validation.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class Validation:
         return cls(config, list(iterate_validation(examples)), test_set, rows)
 
     def is_due(self, done: int, num_batches: int) -> bool:
-        """Says whether to look after so many batches."""
+        """Says whether to validate after `done` batches."""
         return done % self._config.every_batches == 0 or done == num_batches
 
-    def look(
+    def validate(
         self,
         encoder: Encoder,
         config: TrainingConfig,
@@ -101,34 +101,34 @@ class Validation:
         """
         encoder.model.eval()
         try:
-            found = self._measure(encoder, config, place)
+            row = self._measure(encoder, config, place)
         finally:
             encoder.set_training(
                 dropout=config.dropout, checkpointing=config.gradient_checkpointing
             )
-        if self._judge(found, done) and self._config.patience:
+        if self._judge(row, done) and self._config.patience:
             save_weights(storage, BEST, done, encoder.model, write=place.rank == 0)
-        looks_since = (done - self.best) // self._config.every_batches
-        return found, bool(self._config.patience and looks_since >= self._config.patience)
+        validations_since = (done - self.best) // self._config.every_batches
+        return row, bool(self._config.patience and validations_since >= self._config.patience)
 
     def take_best(self, storage: Storage, model: torch.nn.Module) -> None:
         """Sets the model's weights to the best ones.
 
         Raises:
-            TokayError: No look found a number.
+            TokayError: Every validation gave NaN.
         """
         if not self.best:
-            raise TokayError("the training diverged: each look at it found NaN; try a lower rate")
+            raise TokayError("the training diverged: every validation gave NaN; try a lower rate")
         restore_weights(storage, BEST, self.best, model)
 
     def _measure(self, encoder: Encoder, config: TrainingConfig, place: Place) -> MetricsRow:
-        found: MetricsRow = {}
+        row: MetricsRow = {}
         if self._batches:
             shares = [
                 evaluation_loss(encoder, slice_batch(batch, config, place), config)
                 for batch in self._batches
             ]
-            found[LOSS] = round(sum(shares) / len(shares), 6)
+            row[LOSS] = round(sum(shares) / len(shares), 6)
         if self._test_set is not None:
             score = torch.zeros((), dtype=torch.float64, device=encoder.device)
             if place.rank == 0 or is_sharded(encoder.model):  # nobody runs a sharded model alone
@@ -138,20 +138,20 @@ class Validation:
                 watched = self._test_set
                 try:
                     measured = evaluate(encoder, watched.data, task=watched.task).ndcg_at_10.mean
-                except BrokenVectors:  # the training diverged, which `take_best` tells
+                except BrokenVectors:  # the training diverged, which `take_best` reports
                     measured = math.nan
                 score += measured if place.rank == 0 else 0
             if place.world > 1:
                 dist.all_reduce(score)
-            found[NDCG] = round(float(score), 6)
-        return found
+            row[NDCG] = round(float(score), 6)
+        return row
 
-    def _judge(self, found: MetricsRow, done: int) -> bool:
-        """Takes a look into account and says whether it was the best so far."""
-        value = found[NDCG] if NDCG in found else found[LOSS]
+    def _judge(self, row: MetricsRow, done: int) -> bool:
+        """Records a validation and says whether it was the best so far."""
+        value = row[NDCG] if NDCG in row else row[LOSS]
         if value is None or math.isnan(value):  # None: read from metrics.jsonl
             return False
-        value = value if NDCG in found else -value
+        value = value if NDCG in row else -value
         better = value > self._highest
         if better:
             self._highest, self.best = value, done

@@ -25,7 +25,7 @@ def train_worker(settings: dict[str, Job]) -> None:
         rank=context.get_world_rank(),
         world=context.get_world_size(),
         local_world=context.get_local_world_size(),
-        # A worker without GPUs of its own sees them all the same.
+        # A worker that was given no GPU sees those of its machine anyway.
         device=str(get_device()) if job.config.use_gpu else "cpu",
     )
     run_training(job, place, report=ray.train.report)
@@ -45,7 +45,7 @@ def run_training(
 
     Raises:
         UserError: The training does not fit in this worker's memory.
-        TokayError: It does in smaller parts, with which the next start goes on.
+        TokayError: It fits in smaller parts, with which the next start goes on.
     """
     use_growing_segments()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world))
@@ -58,7 +58,7 @@ def run_training(
         unreported: MetricsRow = {}
         for batch, part in trainer.batches():
             checkpoints.check()
-            row = trainer.batch(batch, part) | trainer.look()
+            row = trainer.batch(batch, part) | trainer.validate()
             due = trainer.ended or trainer.done % config.checkpoint_every_batches == 0
             if log:
                 log.append(row, flush=due)

@@ -149,7 +149,7 @@ def test_models_of_a_run_bring_code_only_if_both_say_so(
         ),
         ("name: [unclosed\n", r"recipe\.yaml is not YAML: line 2"),
         ("- flour\n", r"recipe\.yaml is no recipe: accepted is a mapping"),
-        ("name: a\nname: b\n", r"recipe\.yaml: keys that are there twice: 'name' in lines 1 and 2"),
+        ("name: a\nname: b\n", r"recipe\.yaml: keys that occur twice: 'name' in lines 1 and 2"),
     ],
 )
 def test_recipe_of_another_version_is_told_alike(

@@ -198,7 +198,7 @@ def test_report_says_which_steps_are_outdated(finished_run: str, tmp_path: Path)
     manifest.write_text(json.dumps({**fields, "fingerprint": "anew"}))
     document = write_report(str(run))
     assert document["outdated"] == ["training", "export", "evaluation"]
-    assert "made anew or deleted since: training" in (run / "report.html").read_text()
+    assert "rebuilt or deleted since: training" in (run / "report.html").read_text()
 
 
 def test_report_of_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

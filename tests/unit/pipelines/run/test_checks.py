@@ -67,7 +67,7 @@ def test_recipe_that_comes_with_tokay_has_nothing_to_be_told(name: str, no_hub: 
     [
         (["student.layers=[0, 6]"], "student.layers: [0, 6] given, and"),
         (["student.layers=[0, 6]"], "has 6 layers: accepted are 0 to 5"),
-        (["student.bidirectional=true"], "is a bert, which sees both ways already"),
+        (["student.bidirectional=true"], "is a bert, which is bidirectional already"),
         (
             ["training.loss.matryoshka_dimensions=[256, 385]"],
             "385 given, and the student's vectors",
@@ -173,7 +173,7 @@ def test_model_that_the_hub_has_not_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         raise RepositoryNotFoundError("404", response=answer)
 
     monkeypatch.setattr(checks, "_hub_config", missing)
-    with pytest.raises(UserError, match=r"student\.model: 'no/such' is no model's folder"):
+    with pytest.raises(UserError, match=r"student\.model: 'no/such' is neither a model's folder"):
         check_recipe(load_recipe("laptop", ["student.model=no/such", "student.layers=null"]))
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from pipelines.evaluation.dataset import Passage, RetrievalDataset
 
 from actors.encoder import Encoder
 from cluster.storage import open_storage
-from pipelines.evaluation.dataset import Passage, RetrievalDataset
 from pipelines.training.config import TrainingConfig, ValidationConfig
 from pipelines.training.metrics import METRICS, MetricsLog, read_metrics, recent_loss, scalars
 from pipelines.training.place import Place

@@ -77,7 +77,7 @@ def test_look_comes_when_it_is_due_and_the_last_batch_ends_the_training(
     for batch in iterate_batches(examples):
         assert not here.ended
         here.batch(batch, slice_batch(batch, CONFIG))
-        if here.look():
+        if here.validate():
             looks.append(here.done)
     assert looks == [5, 10, 12]
     assert here.ended
