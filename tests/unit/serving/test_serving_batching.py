@@ -1,4 +1,5 @@
 import asyncio
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -109,6 +110,23 @@ def test_refused_request_is_told_when_the_queue_may_be_empty(
     late = asyncio.run(run())
     assert isinstance(late, QueueFull)
     assert (late.retry_after_s, str(late)) == (retry_after_s, f"{queued} tokens are waiting")
+
+
+def test_time_to_wait_follows_the_speed_of_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr("serving.batching.time.perf_counter", lambda: next(clock) / 10)
+
+    async def run() -> object:
+        ours = batcher(Recorder(), max_queued_tokens=1)
+        await ours.embed([[1] * 400])  # 4000 a second; a fifth of that counts: 1600
+        first = asyncio.create_task(ours.embed([[1] * 4801]))
+        await asyncio.sleep(0)
+        (late,) = await asyncio.gather(ours.embed([[1]]), return_exceptions=True)
+        await first
+        return late
+
+    late = asyncio.run(run())
+    assert isinstance(late, QueueFull) and late.retry_after_s == 4
 
 
 def test_queue_takes_as_many_tokens_as_it_may_hold() -> None:
