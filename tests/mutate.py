@@ -14,7 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-# What decides on labels, vectors and rows, and the tests that are to notice a change of it.
+# What decides on labels, vectors and rows, and the tests that are to notice a change of it. Behind
+# a file may stand which of its functions is meant.
 SUBJECTS = {
     "pipelines/fret/fusion.py": ["tests/unit/pipelines/fret/test_fusion.py"],
     "pipelines/corpus/cutting.py": [
@@ -24,14 +25,14 @@ SUBJECTS = {
     "pipelines/mixture/sampling.py": ["tests/unit/pipelines/mixture/test_sampling.py"],
     "pipelines/training/loss.py": ["tests/unit/pipelines/training/test_loss.py"],
     "pipelines/training/gradients.py": ["tests/unit/pipelines/training/test_gradients.py"],
-    "actors/kernels/packing.py": ["tests/unit/actors/kernels/test_packing.py"],
+    "actors/kernels/packing.py:cut_batches": ["tests/unit/actors/kernels/test_packing.py"],
     "actors/passage_index.py": ["tests/unit/actors/test_passage_index.py"],
     "cluster/artifacts.py": ["tests/unit/cluster/test_artifacts.py"],
     "cluster/steps.py": ["tests/unit/cluster/test_steps.py"],
     "serving/batching.py": ["tests/unit/serving/test_serving_batching.py"],
 }
 LIMIT_S = 900  # of one file
-SURVIVED = (0, 33)  # mutmut's exit codes: its tests pass; no test reaches it
+SURVIVED, UNREACHED = 0, 33  # mutmut's exit codes: its tests pass; no test comes there
 
 
 def copy_checkout(folder: Path) -> None:
@@ -43,7 +44,9 @@ def copy_checkout(folder: Path) -> None:
             shutil.copy(name, folder / name)
 
 
-def run_mutants(source: str, tests: list[str], folder: Path) -> dict[str, int | None]:
+def run_mutants(
+    source: str, function: str, tests: list[str], folder: Path
+) -> dict[str, int | None]:
     """Returns mutmut's exit code of each mutant, None of those for which there was no time."""
     copy_checkout(folder)
     settings = {
@@ -58,7 +61,15 @@ def run_mutants(source: str, tests: list[str], folder: Path) -> dict[str, int | 
         file.write("\n[tool.mutmut]\n" + "".join(lines))
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mutmut", "run", "--max-children", "1"],
+            [
+                sys.executable,
+                "-m",
+                "mutmut",
+                "run",
+                "--max-children",
+                "1",
+                f"*{function}__mutmut_*",
+            ],
             cwd=folder,
             stdout=log,
             stderr=log,
@@ -73,7 +84,7 @@ def run_mutants(source: str, tests: list[str], folder: Path) -> dict[str, int | 
         raise SystemExit(f"{source}: mutmut failed\n{(folder / 'log').read_text()[-3000:]}")
     (meta,) = folder.glob(f"mutants/{source}.meta")
     codes: dict[str, int | None] = json.loads(meta.read_text())["exit_code_by_key"]
-    return codes
+    return {name: code for name, code in codes.items() if f"{function}__mutmut_" in name}
 
 
 def difference(mutant: str, source: str, folder: Path) -> str:
@@ -86,23 +97,23 @@ def difference(mutant: str, source: str, folder: Path) -> str:
 
 
 def main(wanted: str) -> None:
-    subjects = {file: tests for file, tests in SUBJECTS.items() if wanted in ("", Path(file).stem)}
-    if not subjects:
-        raise SystemExit(
-            f"MODULE={wanted}: accepted are {', '.join(Path(f).stem for f in SUBJECTS)}"
-        )
-    table = [f"{'file':34}{'mutants':>8}{'killed':>8}{'survived':>9}{'not run':>8}"]
-    for source, tests in SUBJECTS.items():
-        if wanted not in ("", Path(source).stem):
-            continue
+    names = {Path(subject.partition(":")[0]).stem: subject for subject in SUBJECTS}
+    if wanted and wanted not in names:
+        raise SystemExit(f"MODULE={wanted}: accepted are {', '.join(names)}")
+    headings = ("mutants", "killed", "survived", "unreached", "not run")
+    table = [" " * 34 + "".join(f"{heading:>10}" for heading in headings)]
+    for subject in [names[wanted]] if wanted else SUBJECTS:
+        source, _, function = subject.partition(":")
         with tempfile.TemporaryDirectory() as name:
-            codes = run_mutants(source, tests, Path(name))
-            survived = [mutant for mutant, code in codes.items() if code in SURVIVED]
-            for mutant in survived:
+            codes = run_mutants(source, function, SUBJECTS[subject], Path(name))
+            for mutant in (mutant for mutant, code in codes.items() if code == SURVIVED):
                 print(difference(mutant, source, Path(name)), flush=True)
-        left = list(codes.values()).count(None)
-        killed = len(codes) - len(survived) - left
-        table.append(f"{source:34}{len(codes):8}{killed:8}{len(survived):9}{left:8}")
+        unreached = {m.partition("__mutmut")[0] for m, code in codes.items() if code == UNREACHED}
+        if unreached:
+            print("no test reaches", ", ".join(sorted(unreached)))
+        counts = [[*codes.values()].count(code) for code in (SURVIVED, UNREACHED, None)]
+        figures = (len(codes), len(codes) - sum(counts), *counts)
+        table.append(f"{subject:34}" + "".join(f"{figure:10}" for figure in figures))
         print(table[-1], flush=True)
     print("\n".join(table))
 

@@ -38,7 +38,68 @@ def test_search_equals_brute_force():
     expected_scores, expected_rows = brute(queries, passages, 20)
     assert (scores.dtype, rows.dtype) == (np.float32, np.int64)
     np.testing.assert_array_equal(rows, expected_rows)
-    np.testing.assert_allclose(scores, expected_scores, atol=1e-6)
+    np.testing.assert_array_equal(scores, expected_scores)  # float64 products, rounded
+    np.testing.assert_array_equal(index.vectors(np.array([499, 3])), passages[[499, 3]])
+    other = index_of(np.asfortranarray(passages, dtype=np.float64))
+    again = other.search(np.asfortranarray(queries, dtype=np.float64), 20)
+    np.testing.assert_array_equal(again[0], scores)
+    np.testing.assert_array_equal(again[1], rows)
+
+
+class LastOfTies:
+    """An index of FAISS that gives of equal scores the last rows first, as it may; notes widths."""
+
+    def __init__(self, index):
+        self.index, self.asked = index, []
+
+    def __getattr__(self, name):
+        return getattr(self.index, name)
+
+    def search(self, queries, k):
+        self.asked.append((len(queries), k))
+        vectors = self.index.reconstruct_n(0, self.index.ntotal)
+        scores = queries @ vectors.T
+        rows = np.stack([np.lexsort((-np.arange(len(each)), -each))[:k] for each in scores])
+        return np.take_along_axis(scores, rows, axis=1), rows
+
+
+NEAR, FAR = 0.9e-5, 1.1e-5  # of a score up to 1; of a higher one, in proportion
+
+
+@pytest.mark.parametrize(
+    ("values", "widths"),
+    [
+        ([1000, *[1.0] * 8, 1 - FAR], [10]),
+        ([1000, *[1.0] * 8, 1 - NEAR], [10, 40]),
+        ([1000, *[100.0] * 8, 100 - 100 * FAR], [10]),
+        ([1000, *[100.0] * 8, 100 - 100 * NEAR], [10, 40]),
+        ([1000, *[1.0] * 38, 1 - FAR], [10, 40]),
+        ([1000, *[1.0] * 38, 1 - NEAR], [10, 40, 120]),
+        ([1000, *[100.0] * 38, 100 - 100 * FAR], [10, 40]),
+        ([1000, *[100.0] * 38, 100 - 100 * NEAR], [10, 40, 120]),
+        ([1000, *[1.0] * 60], [10, 40, 120]),
+        ([1000, *[1.0] * 119], [10, 40, 120]),
+        ([1000, 1.0, 1 - NEAR, 0.5], [10]),
+    ],
+)
+def test_search_looks_beyond_a_tie_at_the_border(values, widths):
+    rest = np.linspace(0.4, 0.1, 120 - len(values))
+    index = index_of(np.array([*values, *rest], np.float32)[:, None])
+    index._host = stub = LastOfTies(index._host)
+    scores, rows = index.search(np.ones((1, 1), np.float32), 2)
+    assert rows.tolist() == [[0, 1]]
+    assert scores.tolist() == [[1000, np.float32(values[1])]]
+    assert stub.asked == [(1, width) for width in widths]
+
+
+def test_each_query_with_a_tie_looks_wider_alone():
+    values = np.array([[1, 0], [0.9, 0], [0, 1], *[[0, 0.5]] * 12, *[[0.1, 0.1]] * 9], np.float32)
+    index = index_of(values)
+    index._host = stub = LastOfTies(index._host)
+    queries = np.array([[1, 0], [0, 1], [1, 0.1], [0, 1]], np.float32)
+    rows = index.search(queries, 2)[1]
+    assert rows.tolist() == [[0, 1], [2, 3], [0, 1], [2, 3]]
+    assert stub.asked == [(4, 10), (1, 24), (1, 24)]
 
 
 def test_search_orders_ties_by_row_across_the_border():

@@ -1,6 +1,7 @@
 import json
 import math
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from cluster.artifacts import (
     FileEntry,
     Manifest,
     fingerprint,
+    library_versions,
     list_files,
     open_artifact,
     parse_object,
@@ -183,6 +185,8 @@ def test_empty_table_keeps_its_columns_in_one_shard(tmp_path: Path) -> None:
     write_shards(open_storage(tmp_path), table, 3)
     artifact = finished(tmp_path)
     assert ([entry.num_rows for entry in artifact.shards], artifact.read()) == ([0], table)
+    write_shards(open_storage(tmp_path), pa.table({"id": ["a"]}), 1)
+    assert [entry.num_rows for entry in finished(tmp_path).shards] == [1]
 
 
 def test_artifact_without_shards_cannot_be_read(tmp_path: Path) -> None:
@@ -256,6 +260,13 @@ def test_fingerprint_is_that_of_every_run_and_changes_with_any_part() -> None:
     assert fingerprint(value) == fingerprint(dict(reversed(value.items()))) == "95758803cca0333e"
     others = ({**value, "step": "t"}, {**value, "config": {"b": [1, 2.5, None, False], "a": "é"}})
     assert len({fingerprint(other) for other in (value, *others)}) == 3
+
+
+def test_manifest_names_the_libraries_that_change_a_number() -> None:
+    needed = {"tokay", "ray", "torch", "transformers", "sentence-transformers", "mteb", "numpy"}
+    found = library_versions()
+    assert needed | {"pyarrow", "icu4py"} <= found.keys()
+    assert all(found[name] == version(name) for name in found)
 
 
 def test_rejects_take_any_string(tmp_path: Path) -> None:

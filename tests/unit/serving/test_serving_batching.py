@@ -1,4 +1,5 @@
 import asyncio
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -92,6 +93,73 @@ def test_full_queue_refuses_but_an_idle_server_takes_any_size() -> None:
     assert left == 0
 
 
+@pytest.mark.parametrize(
+    ("queued", "retry_after_s"), [(1, 1), (1000, 1), (1001, 2), (59_001, 60), (10**6, 60)]
+)
+def test_refused_request_is_told_when_the_queue_may_be_empty(
+    queued: int, retry_after_s: int
+) -> None:
+    async def run() -> object:
+        ours = batcher(Recorder(), max_queued_tokens=1)
+        first = asyncio.create_task(ours.embed([[1] * queued]))
+        await asyncio.sleep(0)
+        (late,) = await asyncio.gather(ours.embed([[1]]), return_exceptions=True)
+        await first
+        return late
+
+    late = asyncio.run(run())
+    assert isinstance(late, QueueFull)
+    assert (late.retry_after_s, str(late)) == (retry_after_s, f"{queued} tokens are waiting")
+
+
+def test_time_to_wait_follows_the_speed_of_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr("serving.batching.time.perf_counter", lambda: next(clock) / 10)
+
+    async def run() -> object:
+        ours = batcher(Recorder(), max_queued_tokens=1)
+        await ours.embed([[1] * 400])  # 4000 a second; a fifth of that counts: 1600
+        first = asyncio.create_task(ours.embed([[1] * 4801]))
+        await asyncio.sleep(0)
+        (late,) = await asyncio.gather(ours.embed([[1]]), return_exceptions=True)
+        await first
+        return late
+
+    late = asyncio.run(run())
+    assert isinstance(late, QueueFull) and late.retry_after_s == 4
+
+
+def test_queue_takes_as_many_tokens_as_it_may_hold() -> None:
+    async def run() -> list[object]:
+        ours = batcher(Recorder(), max_queued_tokens=10)
+        tasks = [asyncio.create_task(ours.embed([[n] * 5])) for n in (1, 2)]
+        await asyncio.sleep(0)
+        assert ours.queued_tokens == 10
+        return await asyncio.gather(*tasks, ours.embed([[3]]), return_exceptions=True)
+
+    first, second, third = asyncio.run(run())
+    np.testing.assert_array_equal([first, second], [[[5, 5]], [[10, 5]]])  # type: ignore[arg-type]
+    assert isinstance(third, QueueFull)
+
+
+def test_finished_batches_are_told_and_vectors_are_float32() -> None:
+    finished: list[tuple[int, int]] = []
+
+    async def run() -> np.ndarray:
+        ours = TokenBatcher(
+            Recorder(),
+            dimensions=2,
+            batch_tokens=6,
+            max_queued_tokens=100,
+            on_batch=lambda texts, tokens: finished.append((texts, tokens)),
+        )
+        return await ours.embed([[1] * 2, [1] * 4, [1] * 3, [1]])
+
+    vectors = asyncio.run(run())
+    assert finished == [(1, 4), (3, 6)]
+    assert (vectors.dtype, vectors.tolist()) == (np.float32, [[2, 2], [4, 4], [3, 3], [1, 1]])
+
+
 def test_cancelled_request_leaves_the_queue() -> None:
     embed = Recorder()
 
@@ -132,4 +200,5 @@ def test_batcher_works_on_one_event_loop_after_another() -> None:
 
 @pytest.mark.parametrize("rows", [[], ()])
 def test_no_rows_give_no_vectors(rows: Rows) -> None:
-    assert asyncio.run(batcher(Recorder()).embed(rows)).shape == (0, 2)
+    vectors = asyncio.run(batcher(Recorder()).embed(rows))
+    assert (vectors.shape, vectors.dtype) == ((0, 2), np.float32)

@@ -80,6 +80,7 @@ def test_cut_evens_out_a_short_last_piece() -> None:
         ([30, 30, 9], [[30], [30, 9]]),
         ([10, 50, 9], [[10], [50, 9]]),  # what is left is just of a fair size
         ([9, 51, 9], [[9, 51], [9]]),  # and here it would not be
+        ([5, 5, 45, 9], [[5, 5], [45, 9]]),  # all that is left counts
         ([60, 9], [[60], [9]]),  # of one paragraph nothing is taken
         ([50, 3, 2, 6], [[50], [3, 2, 6]]),
         ([48, 6, 4, 2, 4], [[48, 6], [4, 2, 4]]),

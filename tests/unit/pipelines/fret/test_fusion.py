@@ -93,8 +93,8 @@ def test_seed_is_never_the_negative() -> None:
 
 
 def test_lowest_negative_is_no_draw_and_a_random_one_is() -> None:
-    def drawn(**config: object) -> set[tuple[int, ...]]:
-        return {
+    def drawn(**config: object) -> list[tuple[int, ...]]:
+        return [
             tuple(
                 choose_labels(
                     ql=[-1.0, -2.0, -3.0, -4.0, -5.0],
@@ -106,11 +106,13 @@ def test_lowest_negative_is_no_draw_and_a_random_one_is() -> None:
                 ).negatives
             )
             for number in range(50)
-        }
+        ]
 
-    assert drawn() == {(4,)} and drawn(num_negatives=2) == {(4, 3)}
-    assert drawn(negative="random") == {(2,), (3,), (4,)}
-    pairs = drawn(negative="random", num_negatives=2)
+    assert set(drawn()) == {(4,)} and set(drawn(num_negatives=2)) == {(4, 3)}
+    draws = drawn(negative="random")
+    assert set(draws) == {(2,), (3,), (4,)}
+    assert draws == drawn(negative="random") != drawn(negative="random", seed=1)
+    pairs = set(drawn(negative="random", num_negatives=2))
     assert pairs == {(a, b) for a in (2, 3, 4) for b in (2, 3, 4) if a != b}
 
 

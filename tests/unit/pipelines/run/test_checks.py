@@ -56,8 +56,11 @@ def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
-@pytest.mark.parametrize("name", sorted({*recipe_names()} - {"gecko-mini"}))
-def test_recipe_that_comes_with_tokay_has_nothing_to_be_told(name: str, no_hub: None) -> None:
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipe_that_comes_with_tokay_has_nothing_to_be_told(
+    name: str, no_hub: None, data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKAY_DATA", str(data_folder))
     check_recipe(load_recipe(name))
     check_recipe(load_recipe(name), here=False)
 

@@ -1,5 +1,6 @@
 """A worker's part of a batch, and its loss and gradients; other workers' messages are made up."""
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -163,9 +164,12 @@ class LinearEncoder:
         with torch.no_grad():
             self.model.weight.copy_(vectors(8)[:4, :2])
         self.passes: list[list[int]] = []
+        self.settings: set[tuple[int | None, bool, torch.dtype]] = set()
 
     def embed_tokens(self, rows: Any, batch_tokens: int | None = None) -> torch.Tensor:
         self.passes.append([len(row) for row in rows])
+        autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        self.settings.add((batch_tokens, *autocast))
         if not rows:
             return torch.zeros(0, 4, dtype=torch.float64)
         given = torch.stack([torch.tensor([row[0], row[-1]]).double() for row in rows])
@@ -193,6 +197,8 @@ def test_cache_gives_the_loss_and_gradient_of_the_whole(max_tokens: int) -> None
         encoder.model.eval()
         loss = backward(encoder, slice_batch(real_batch(), config), config)
         found.append((loss, encoder.model.weight.grad))
+        cut = config is not CONFIG and max_tokens < 1000
+        assert (len(encoder.passes) > 1) == cut
     (expected, plain), (loss, gradient) = found
     assert loss == pytest.approx(expected, rel=1e-9)
     torch.testing.assert_close(gradient, plain)
@@ -201,7 +207,44 @@ def test_cache_gives_the_loss_and_gradient_of_the_whole(max_tokens: int) -> None
     )
 
 
-def test_chunk_is_embedded_again_with_the_same_draws() -> None:
+def test_model_computes_in_the_precision_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encoder: Any = LinearEncoder()
+    for precision, sharded in (("float32", False), ("bfloat16", False), ("bfloat16", True)):
+        monkeypatch.setattr(gradients, "is_sharded", lambda model, sharded=sharded: sharded)
+        gradients.embed(encoder, [text(3)], CONFIG.model_copy(update={"precision": precision}))
+    modes = {(tokens, autocast) for tokens, autocast, _ in encoder.settings}
+    assert modes == {(None, False), (None, True), (sys.maxsize, True)}
+    assert {dtype for _, autocast, dtype in encoder.settings if autocast} == {torch.bfloat16}
+
+
+def test_place_among_the_workers_is_told_to_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(gradients, "contrastive_loss", lambda *_, **given: told.append(given))
+    part = slice_batch(batch(symmetric=True), CONFIG, Place(rank=1, world=2))
+    batch_loss(vectors(5), part, CONFIG)
+    assert told == [{"sizes": [3, 2], "rank": 1, "related": part.related, "symmetric": True}]
+
+
+def test_sharded_model_has_the_loss_and_gradient_of_a_whole_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cached = CONFIG.model_copy(update={"gradient_cache_tokens": 12})
+    found = []
+    for sharded, config in ((False, CONFIG), (True, CONFIG), (True, cached)):
+        monkeypatch.setattr(gradients, "is_sharded", lambda model, sharded=sharded: sharded)
+        monkeypatch.setattr(gradients, "highest", lambda count, device: count + 2)
+        encoder: Any = LinearEncoder()
+        encoder.model.eval()
+        loss = backward(encoder, slice_batch(real_batch(), config), config)
+        found.append((loss, encoder.model.weight.grad))
+    for loss, gradient in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-9)
+        torch.testing.assert_close(gradient, found[0][1])
+
+
+def test_chunk_is_embedded_again_with_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder: Any = LinearEncoder()
     rows = [text(3), text(4)]
     torch.manual_seed(7)
@@ -211,6 +254,11 @@ def test_chunk_is_embedded_again_with_the_same_draws() -> None:
     assert torch.equal(torch.get_rng_state(), before)  # the training's own draws go on
     torch.rand(3)
     assert torch.equal(first(), values) and not torch.equal(second(), values)
+    seeds: list[int] = []
+    monkeypatch.setattr(gradients.torch, "manual_seed", seeds.append)
+    for _ in range(20):
+        _replayable(encoder, rows, CONFIG)()
+    assert len(set(seeds)) == 20 and 2**50 < max(seeds) < 2**62
 
 
 class Others:
@@ -297,11 +345,14 @@ def test_sharded_model_passes_as_often_as_with_every_other_worker(
     filled, chunks = _plan(encoder, rows, 6)
     assert (len(filled), chunks) == (4, [[3, 0, 1], [2]])
     plain = _embed_all(encoder, rows, CONFIG)
-    monkeypatch.setattr(gradients, "is_sharded", lambda model: True)
     monkeypatch.setattr(gradients, "_PASS_TOKENS", 6)
+    assert _plan(encoder, rows, 11)[1] == [[3, 0, 1, 2]]  # in two passes
+    monkeypatch.setattr(gradients, "is_sharded", lambda model: True)
     monkeypatch.setattr(gradients, "highest", lambda count, device: count + 2)
+    assert _plan(encoder, rows, 11)[1][2:] == [[3, 0, 1], [2]]  # each in one
     filled, chunks = _plan(encoder, rows, 6)
     assert [row.tolist() for row in filled[4:]] == [[0], [0]]
+    assert {row.dtype for row in filled} == {np.dtype(np.int64)}
     assert chunks == [[4], [5], [3, 0, 1], [2]]
     encoder.passes.clear()
     assert torch.equal(_embed_all(encoder, rows, CONFIG), plain)
