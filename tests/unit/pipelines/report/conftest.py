@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import yaml
 
+from actors.text_encoder import TextEncoder
 from cluster.artifacts import Artifact, Json, write_rejects, write_shards
 from cluster.steps import Run, Step, StepContext
 from cluster.storage import open_storage
@@ -47,7 +48,7 @@ class Silent:
     def update(self, done: float, total: float | None = None, note: str = "") -> None: ...
 
 
-class RankedPassages:
+class RankedPassages(TextEncoder):
     """An encoder that ranks the relevant passage of each query where the test wants it."""
 
     num_parameters = 14_000_000
