@@ -145,7 +145,7 @@ def test_rows_are_counted_without_columns() -> None:
     assert [batch.num_rows for batch in parquet_batches(written(table), [], "x")] == [2]
 
 
-def test_missing_and_doubled_columns_are_told() -> None:
+def test_missing_and_doubled_columns_are_named() -> None:
     content = written(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]))
     with pytest.raises(StorageError, match="no column id, only text, text"):
         parquet_table(content, ["id"], "x")

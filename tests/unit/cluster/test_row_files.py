@@ -35,7 +35,7 @@ from cluster.storage import open_storage
         ("jsonl", None),
     ],
 )
-def test_format_is_told_by_the_suffix_in_any_case(path: str, expected: str | None) -> None:
+def test_format_follows_from_the_suffix_in_any_case(path: str, expected: str | None) -> None:
     assert file_format(path) == expected
 
 

@@ -109,7 +109,7 @@ def encoder_of_another_size(encoder: Encoder) -> Encoder:
         (b"[" * 200_000, "nested too deeply"),
     ],
 )
-def test_line_that_is_no_passage_is_left_out_and_told(
+def test_line_that_is_no_passage_is_left_out_and_counted(
     encoder: Encoder, tmp_path: Path, line: bytes, says: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "corpus.jsonl"

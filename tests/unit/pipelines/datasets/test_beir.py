@@ -108,7 +108,7 @@ def test_beir_folder_without_header_keeps_its_first_judgement(tmp_path: Path) ->
         ),
     ],
 )
-def test_beir_folder_with_a_mistake_names_file_line_and_mend(
+def test_beir_folder_with_a_mistake_names_file_line_and_what_to_do(
     tmp_path: Path, file: str, content: str, expected: str
 ) -> None:
     folder = write_folder(tmp_path)
@@ -173,7 +173,7 @@ def test_qrels_are_read_as_people_write_them(tmp_path: Path, qrels: str) -> None
     assert read_beir(folder).qrels == JUDGED
 
 
-def test_qrels_of_trecs_form_are_told_by_most_lines(tmp_path: Path) -> None:
+def test_qrels_of_trecs_form_are_known_by_most_lines(tmp_path: Path) -> None:
     # A passage may be called 0, and a column behind the score may hold numbers.
     (tmp_path / "qrels.tsv").write_text("q1\t5\t1\t9\nq1\t0\t1\t9\nq2\t7\t1\t9\n")
     found = read_qrels((tmp_path / "qrels.tsv").open("rb"), "qrels.tsv")

@@ -159,7 +159,7 @@ def test_compressed_files_are_read_instead_of_plain_ones_and_not_beside_them(
 @pytest.mark.parametrize(
     ("option", "name"), [("id_field", "doc_id"), ("title_field", "headlin"), ("text_field", "body")]
 )
-def test_field_that_no_row_has_is_told_and_one_that_some_have_is_fine(
+def test_field_that_no_row_has_is_named_and_one_that_some_have_is_fine(
     tmp_path: Path, option: str, name: str
 ) -> None:
     rows = [{"docid": "a", "headline": "H", "text": "x"}, {"docid": "b", "text": "y"}]

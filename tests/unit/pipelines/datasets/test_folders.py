@@ -133,7 +133,7 @@ def test_folder_of_candidates_is_read_without_queries_that_rank_nothing(tmp_path
         ("pictures", "test.tsv", [], "accepted are retrieval, sts, pairs"),
     ],
 )
-def test_folder_with_a_mistake_names_file_line_and_mend(
+def test_folder_with_a_mistake_names_file_line_and_what_to_do(
     tmp_path: Path, kind: str, file: str, rows: list[Any], expected: str
 ) -> None:
     with pytest.raises(UserError) as caught:
