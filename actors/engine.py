@@ -16,9 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from actors.embedded import resolve_model
+from cluster.config import Config
 from cluster.errors import TokayError, UserError
 
 _LOG_BYTES = 2**18  # of the log's end are read
@@ -35,10 +36,8 @@ _LESS_MEMORY = (
 )
 
 
-class LlmConfig(BaseModel):
+class LlmConfig(Config):
     """The teacher. All of this changes what it writes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(description="folder, hub id or embedded:NAME")
     dtype: Literal["auto", "float32", "float", "bfloat16", "float16", "half"] = Field(
@@ -54,10 +53,8 @@ class LlmConfig(BaseModel):
     )
 
 
-class EngineConfig(BaseModel):
+class EngineConfig(Config):
     """vLLM's own settings; None is left to vLLM."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     enforce_eager: bool = Field(
         default=False, description="do not compile: starts a minute sooner, runs slower"

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from cluster.artifacts import Artifact, FileEntry, Json, shard_path, write_rejects
+from cluster.config import Config
 from cluster.errors import EngineDied, Reject, TokayError, TooManyRejects
 from cluster.presence import MAX_DEATHS, actor_begins, clear_actors, report_waiting
 from cluster.ray_errors import reported_error
@@ -27,10 +28,8 @@ TALLY = b"tokay.tally"
 _ACTORS = "stage"
 
 
-class StageResources(BaseModel):
+class StageResources(Config):
     """What each actor of a stage needs; changes no number, so it is in no fingerprint."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_actors: int = Field(
         default=1,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from actors.templates import PromptTemplates
 from cluster.artifacts import Artifact
+from cluster.config import Config
 from cluster.storage import join
 
 if TYPE_CHECKING:
@@ -17,10 +18,8 @@ if TYPE_CHECKING:
 MODEL, TRAINED = "model", "encoder"
 
 
-class EncoderConfig(BaseModel):
+class EncoderConfig(Config):
     """An encoder and the prompts around its texts; templates of None are the model's own."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(description="folder, hub id or embedded:NAME")
     max_tokens: int = Field(default=256, ge=8)

@@ -7,8 +7,9 @@ competes with the encoder for cores. More traffic is met by more replicas.
 
 from typing import TYPE_CHECKING, Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from cluster.config import Config
 from serving.protocol import RequestLimits
 
 if TYPE_CHECKING:
@@ -25,10 +26,8 @@ _LIMITS = RequestLimits()
 _MAX_TOKENS = 8192
 
 
-class ServeOptions(BaseModel):
+class ServeOptions(Config):
     """What `tokay serve` and a Serve configuration's `args` accept."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(description="Model folder, hub id, or embedded:NAME")
     name: str = Field(min_length=1, description="What requests call the model")

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     PlainValidator,
     StrictBool,
@@ -17,6 +16,7 @@ from pydantic import (
     StrictStr,
 )
 
+from cluster.config import Config
 from cluster.errors import excerpt
 
 Role = Literal["query", "passage"]
@@ -108,11 +108,7 @@ def _check_title(given: Any) -> Any:
     raise ValueError("give a string, or a list with one string for each input")
 
 
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class EmbeddingRequest(_Request):
+class EmbeddingRequest(Config):
     """`POST /v1/embeddings`."""
 
     input: Annotated[
@@ -189,7 +185,7 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
-class SearchRequest(_Request):
+class SearchRequest(Config):
     """`POST /v1/search`."""
 
     query: StrictStr

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from cluster.artifacts import Json, write_shards
+from cluster.config import Config
 from cluster.steps import Step, StepContext
 from pipelines.fingerprints import fingerprinted
 
@@ -17,10 +18,8 @@ if TYPE_CHECKING:
 TITLE = "sample seed passages"
 
 
-class SeedsConfig(BaseModel):
+class SeedsConfig(Config):
     """Which passages the LLM writes about."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_seeds: int = Field(default=1000, ge=1)
     seed: int = 0

@@ -12,9 +12,10 @@ from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from cluster.artifacts import fingerprint
+from cluster.config import Config
 from cluster.errors import Reject, UserError, excerpt
 from cluster.json_lines import GZIP
 from cluster.parquet import parquet_columns
@@ -45,10 +46,8 @@ class Document:
     text: str
 
 
-class CorpusConfig(BaseModel):
+class CorpusConfig(Config):
     """Where the passages come from and how they are cut."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: Annotated[str, NotFingerprinted] = Field(
         description="a file or folder, file:// or s3:// URI"

@@ -4,9 +4,10 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from cluster.artifacts import Json, fingerprint
+from cluster.config import Config
 from pipelines.fingerprints import fingerprinted
 from pipelines.words import compared_words
 
@@ -16,10 +17,8 @@ SHARES_WORDS = "shares words with an evaluation query"
 REASONS = (REPEATS, NEARLY_REPEATS, SHARES_WORDS)
 
 
-class DecontaminationConfig(BaseModel):
+class DecontaminationConfig(Config):
     """What counts as repeating an evaluation query: for generated queries and labelled sets."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_overlap: float = Field(
         default=0.8,

@@ -2,8 +2,9 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from cluster.config import Config
 from pipelines.fingerprints import NotFingerprinted
 from pipelines.names import SetName
 
@@ -48,10 +49,8 @@ _TASKS = {
 _SYMMETRIC = ("nli", "sts", "bitext", "classification", "clustering")
 
 
-class LabelledSet(BaseModel):
+class LabelledSet(Config):
     """A data set that people labelled, or that labels itself (titles of texts)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: SetName
     kind: Kind = "pairs"

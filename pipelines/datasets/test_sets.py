@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from cluster.artifacts import Json
+from cluster.config import Config
 from cluster.storage import open_storage
 from pipelines.datasets.folders import TestData, read_folder
 from pipelines.datasets.mteb_tasks import judged_texts, load_mteb_task
@@ -17,11 +18,10 @@ from pipelines.names import SetName
 MTEB = "mteb"
 
 
-class TestSet(BaseModel):
+class TestSet(Config):
     """A test set: a folder of one of several kinds, or an mteb task by name."""
 
     __test__ = False  # not pytest's
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: SetName
     path: Annotated[str, NotFingerprinted] = Field(

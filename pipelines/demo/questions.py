@@ -3,13 +3,13 @@
 from importlib.resources import files
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from cluster.config import Config
 
 
-class Question(BaseModel):
+class Question(Config):
     """A question and the sources of all passages that answer it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: str
     split: Literal["dev", "test"]

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from cluster.artifacts import Artifact, Json
+from cluster.config import Config
 from cluster.steps import Step, StepContext
 from cluster.storage import write_table
 from pipelines.corpus.near_duplicates import near_duplicates
@@ -30,10 +31,8 @@ TITLE = "choose positives and hard negatives"
 MAX_LISTED = 100
 
 
-class FretConfig(BaseModel):
+class FretConfig(Config):
     """How labels are chosen from the scored candidates. The defaults are Gecko's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     fusion: Literal["ql+rc", "ql", "rc"] = Field(
         default="ql+rc", description="ranks that are fused, or one of them, for ablations"

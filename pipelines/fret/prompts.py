@@ -10,10 +10,11 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from actors.language_model import LanguageModel
 from actors.pair_scores import ScoringPrompt
+from cluster.config import Config
 from cluster.errors import UserError, excerpt
 from pipelines.words import compared_words, num_words
 from pipelines.yaml_files import read_yaml
@@ -31,11 +32,7 @@ _NAMES_THE_PASSAGE = re.compile(
 )
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TaskPrompt(_Part):
+class TaskPrompt(Config):
     """A few-shot prompt for queries of one task; `examples` holds the query of each passage."""
 
     instruction: str
@@ -43,7 +40,7 @@ class TaskPrompt(_Part):
     examples: dict[str, str]
 
 
-class WrittenExample(_Part):
+class WrittenExample(Config):
     """A passage, a task for which it is a good result, and a query of that task."""
 
     passage: str
@@ -51,7 +48,7 @@ class WrittenExample(_Part):
     query: str
 
 
-class WrittenPrompt(_Part):
+class WrittenPrompt(Config):
     """Gecko's own form (section 3.1): the LLM writes the task and the query."""
 
     instruction: str
@@ -59,7 +56,7 @@ class WrittenPrompt(_Part):
     examples: tuple[WrittenExample, ...]
 
 
-class JudgedExample(_Part):
+class JudgedExample(Config):
     """A passage, a query, and the label that says how relevant the one is to the other."""
 
     passage: str
@@ -67,7 +64,7 @@ class JudgedExample(_Part):
     label: str
 
 
-class ScorePrompt(_Part):
+class ScorePrompt(Config):
     """The few-shot prompt that both scores are read from; labels with the weight of each."""
 
     cue: str
@@ -76,7 +73,7 @@ class ScorePrompt(_Part):
     examples: tuple[JudgedExample, ...]
 
 
-class Prompts(_Part):
+class Prompts(Config):
     """A file of prompts."""
 
     version: int

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from actors.engine import EngineConfig, LlmConfig
 from actors.language_model import LanguageModel, Sampling
 from cluster.artifacts import Json
+from cluster.config import Config
 from cluster.stages import Limit, Stage, StageFunction, StageOutput, run_stage
 from cluster.steps import Step, StepContext
 from pipelines.fingerprints import NotFingerprinted, fingerprinted
@@ -32,10 +33,8 @@ if TYPE_CHECKING:
 TITLE = "the LLM writes queries"
 
 
-class QueriesConfig(BaseModel):
+class QueriesConfig(Config):
     """How queries are written."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     tasks: tuple[str, ...] = Field(
         default=("question answering",),

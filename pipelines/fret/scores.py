@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from actors.engine import EngineConfig, LlmConfig
 from actors.language_model import LanguageModel
 from actors.pair_scores import ScoringPrompt
 from actors.score_check import check_scores
 from cluster.artifacts import Json
+from cluster.config import Config
 from cluster.stages import Limit, Stage, StageFunction, StageOutput, run_stage
 from cluster.steps import Step, StepContext
 from pipelines.fingerprints import NotFingerprinted, fingerprinted
@@ -26,10 +27,8 @@ if TYPE_CHECKING:
 TITLE = "the LLM scores each candidate"
 
 
-class ScoresConfig(BaseModel):
+class ScoresConfig(Config):
     """What is scored."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_scored: int = Field(
         default=20, ge=2, description="nearest candidates that are scored, the seed among them"

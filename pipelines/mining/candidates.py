@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from actors.index_actor import INDEX_ACTORS, IndexActor
 from actors.passage_index import IndexKind, merge_top_k
 from cluster.artifacts import Artifact, FileEntry, Json
+from cluster.config import Config
 from cluster.presence import clear_actors, report_waiting
 from cluster.ray_errors import reported_error
 from cluster.stages import Stage, StageFunction, StageOutput, StageResources, run_stage
@@ -30,10 +31,8 @@ if TYPE_CHECKING:
 TITLE = "find each query's neighbours"
 
 
-class CandidatesConfig(BaseModel):
+class CandidatesConfig(Config):
     """How many neighbours a query gets, and on how many FAISS actors they are searched."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_candidates: int = Field(default=20, ge=2, description="Gecko's N, by its name p20")
     index: IndexKind = Field(

@@ -2,16 +2,15 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
+from cluster.config import Config
 from pipelines.datasets.labelled_sets import LabelledSet
 from pipelines.fingerprints import NotFingerprinted
 
 
-class SetsConfig(BaseModel):
+class SetsConfig(Config):
     """Which sets are mixed, and how often each is drawn."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     labelled: tuple[LabelledSet, ...] = ()
     temperature: float = Field(

@@ -11,6 +11,7 @@ from pydantic import (
 )
 
 from actors.engine import EngineConfig, LlmConfig
+from cluster.config import Config
 from cluster.stages import StageResources
 from pipelines.corpus.seeds import SeedsConfig
 from pipelines.credentials import key_with_credentials
@@ -34,10 +35,8 @@ from pipelines.training.student import StudentConfig
 GpuUser = Literal["llm", "encoder", "index", "training"]
 
 
-class Resources(BaseModel):
+class Resources(Config):
     """Where the work runs. Nothing here changes a number."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     llm: StageResources = StageResources(shards_in_flight=4)
     engine: EngineConfig = EngineConfig()
@@ -61,10 +60,8 @@ class Resources(BaseModel):
         return self
 
 
-class Estimate(BaseModel):
+class Estimate(Config):
     """What `tokay plan` reckons with; measure your own and put it here."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     prefill_tokens_per_s: float = Field(default=1000.0, gt=0, description="of one LLM actor")
     decode_tokens_per_s: float = Field(default=250.0, gt=0, description="of one LLM actor")
@@ -76,10 +73,8 @@ class Estimate(BaseModel):
     actor_hour_usd: float = Field(default=0.0, ge=0, description="price of an LLM actor")
 
 
-class Recipe(BaseModel):
+class Recipe(Config):
     """A graph of steps, by the parts that configure them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: RunName = Field(description="of the run; its folder too, where no other is given")
     corpus: CorpusConfig

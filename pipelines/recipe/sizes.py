@@ -11,15 +11,15 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from cluster.config import Config
 
 GIB = 2**30
 
 
-class ModelSize(BaseModel):
+class ModelSize(Config):
     """What a model's memory depends on; names are those of config.json."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     parameters: float = Field(gt=0)
     weights_gib: float | None = Field(

@@ -7,15 +7,14 @@ Options beyond the paper name where they come from and are off.
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from cluster.config import Config
 from pipelines.fingerprints import NotFingerprinted
 
 
-class LossConfig(BaseModel):
+class LossConfig(Config):
     """Gecko's equation 3, term by term, and what later work added; see `training/loss.py`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     temperature: float = Field(default=0.05, gt=0, description="GTR used 0.01; the paper is silent")
     in_batch_negatives: bool = Field(
@@ -84,10 +83,8 @@ class LossConfig(BaseModel):
         return self
 
 
-class ValidationConfig(BaseModel):
+class ValidationConfig(Config):
     """How the training is watched, on the mixture's held-out examples and on a test set."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     every_batches: int = Field(default=100, ge=1, description="and at the end")
     test_set: str | None = Field(
@@ -101,10 +98,8 @@ class ValidationConfig(BaseModel):
     )
 
 
-class LoraConfig(BaseModel):
+class LoraConfig(Config):
     """Low-rank adapters: train few weights beside the model's own; see `training/lora.py`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32, gt=0, description="an adapter's part weighs alpha / rank")
@@ -117,10 +112,8 @@ class LoraConfig(BaseModel):
     )
 
 
-class TrainingConfig(BaseModel):
+class TrainingConfig(Config):
     """Contrastive training of the student."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     epochs: float = Field(default=3, gt=0)
     batch_size: int = Field(default=32, ge=2, description="examples in a batch, over all workers")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
-
+from cluster.config import Config
 from cluster.steps import Step
 from pipelines.encoders import MODEL
 from pipelines.mixture.config import PrefinetuningMixtureConfig
@@ -18,10 +17,8 @@ if TYPE_CHECKING:
 TITLE = "pre-finetune the student"
 
 
-class Prefinetuning(BaseModel):
+class Prefinetuning(Config):
     """The stage before fine-tuning: pairs with in-batch negatives (Gecko, section 3.1)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     mixture: PrefinetuningMixtureConfig
     training: TrainingConfig = TrainingConfig()
