@@ -67,7 +67,6 @@ class Step:
         work: Makes the artifact's files in `context.storage`; returns metrics for the manifest.
         max_reject_share: The step fails when a larger share of its rows, duplicates left out, is
             refused.
-        title: What it is for, as a person is shown it.
     """
 
     name: str
@@ -75,7 +74,6 @@ class Step:
     inputs: tuple[str, ...]
     work: Callable[[StepContext], dict[str, Json]]
     max_reject_share: float = 1.0
-    title: str = ""
 
 
 class RunListener(Protocol):

@@ -92,7 +92,7 @@ def cut(text: str, *, max_words: int = 160, min_words: int = 20) -> list[str]:
             units.append((paragraph, len(words)))
     groups = _pack(units, max_words)
     if len(groups) > 1:
-        _even_out(groups[-2], groups[-1], max_words, min_words)
+        _even_out(groups[-2], groups[-1], min_words)
     return ["\n".join(group) for group in groups]
 
 
@@ -183,9 +183,8 @@ def _pack(units: Iterable[tuple[T, int]], max_words: int) -> list[list[T]]:
     return groups
 
 
-def _even_out(previous: list[str], last: list[str], max_words: int, min_words: int) -> None:
+def _even_out(previous: list[str], last: list[str], min_words: int) -> None:
     while num_words(" ".join(last)) < min_words and len(previous) > 1:
-        rest, moved = previous[:-1], previous[-1]
-        if num_words(" ".join(rest)) < min_words or num_words(" ".join([moved, *last])) > max_words:
+        if num_words(" ".join(previous[:-1])) < min_words:
             return
         last.insert(0, previous.pop())

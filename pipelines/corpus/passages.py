@@ -31,7 +31,6 @@ def step(recipe: Recipe) -> Step:
     corpus = Corpus(recipe.corpus)
     return Step(
         name="passages",
-        title=TITLE,
         config={"corpus": fingerprinted(recipe.corpus), "version": corpus.version()},
         inputs=(),
         work=lambda context: make_passages(corpus, context),

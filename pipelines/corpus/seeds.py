@@ -32,7 +32,6 @@ def step(recipe: Recipe) -> Step:
     """Returns the step."""
     return Step(
         name="seeds",
-        title=TITLE,
         config=fingerprinted(recipe.seeds),
         inputs=("passages",),
         work=lambda context: choose_seeds(recipe.seeds, context),

@@ -58,7 +58,6 @@ def step(recipe: Recipe) -> Step:
     first = ("prefinetuning",) if recipe.prefinetuning else ()
     return Step(
         name="evaluation",
-        title=TITLE,
         config={
             "test_sets": [test_set_fingerprint(test_set) for test_set in recipe.evaluation],
             "retriever": fingerprinted(recipe.retriever),

@@ -24,7 +24,6 @@ def step(recipe: Recipe) -> Step:
 
     return Step(
         name="index",
-        title=TITLE,
         config={"dtype": recipe.student.dtype},
         inputs=("passages", "export"),
         work=embed,

@@ -66,7 +66,6 @@ def step(recipe: Recipe, decontamination: Decontamination) -> Step:
     """Returns the step; `decontamination` knows the texts of the run's own test sets."""
     return Step(
         name="fret",
-        title=TITLE,
         config={**fingerprinted(recipe.fret), "decontamination": decontamination.fingerprint()},
         inputs=("candidates", "scores", "passages"),
         work=lambda context: make_fret(recipe.fret, decontamination, context),

@@ -38,7 +38,6 @@ def step(recipe: Recipe) -> Step:
     num_scored = recipe.scores.num_scored
     return Step(
         name="pairs",
-        title=TITLE,
         config={"num_scored": num_scored},
         inputs=("candidates", "passages"),
         work=lambda context: group_pairs(num_scored, context),

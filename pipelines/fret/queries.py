@@ -67,7 +67,6 @@ def step(recipe: Recipe) -> Step:
     prompts = load_prompts(recipe.prompts)
     return Step(
         name="queries",
-        title=TITLE,
         config={
             "llm": fingerprinted(recipe.llm),
             "queries": fingerprinted(recipe.queries),

@@ -51,7 +51,6 @@ def step(recipe: Recipe) -> Step:
     prompts = load_prompts(recipe.prompts)
     return Step(
         name="scores",
-        title=TITLE,
         config={
             "llm": fingerprinted(recipe.llm),
             "scores": fingerprinted(recipe.scores),

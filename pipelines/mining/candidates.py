@@ -54,7 +54,6 @@ def step(recipe: Recipe) -> Step:
     resources = recipe.resources
     return Step(
         name="candidates",
-        title=TITLE,
         config={
             "retriever": fingerprinted(recipe.retriever),
             **fingerprinted(recipe.candidates),

@@ -29,7 +29,6 @@ def step(recipe: Recipe) -> Step:
     resources = recipe.resources.encoder
     return Step(
         name="embeddings",
-        title=TITLE,
         config=fingerprinted(recipe.retriever),
         inputs=("passages",),
         work=lambda context: embed_passages(recipe.retriever, resources, context),

@@ -43,12 +43,11 @@ VALIDATION = "validation/shards"
 
 def step(recipe: Recipe, decontamination: Decontamination) -> Step:
     """Returns the step; `decontamination` knows the texts of the run's own test sets."""
-    return mixture_step("mixture", TITLE, recipe.mixture, recipe.training, recipe, decontamination)
+    return mixture_step("mixture", recipe.mixture, recipe.training, recipe, decontamination)
 
 
 def mixture_step(
     name: str,
-    title: str,
     config: SetsConfig,
     training: TrainingConfig,
     recipe: Recipe,
@@ -58,7 +57,6 @@ def mixture_step(
 
     Args:
         name: Of the step.
-        title: What it is for.
         config: Which sets are mixed.
         training: How they are trained on: its batches, epochs and lengths.
         recipe: The whole recipe, for its student.
@@ -90,7 +88,6 @@ def mixture_step(
 
     return Step(
         name=name,
-        title=title,
         config={
             "mixture": fingerprinted(config),
             "versions": [version(labelled) for labelled in config.labelled],

@@ -19,5 +19,5 @@ def step(recipe: Recipe, decontamination: Decontamination) -> Step:
     first = recipe.prefinetuning
     assert first is not None
     return mixture_step(
-        "prefinetuning_mixture", TITLE, first.mixture, first.training, recipe, decontamination
+        "prefinetuning_mixture", first.mixture, first.training, recipe, decontamination
     )

@@ -10,6 +10,7 @@ from rich.text import Text
 from cluster.artifacts import Artifact
 from cluster.plain_json import dump_json
 from cluster.steps import Step
+from pipelines.recipe.graph import TITLES
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -58,7 +59,7 @@ class RunConsole:
         self.console.print(
             Text.assemble(
                 (mark, "green"),
-                f" {step.name:<11} {step.title:<38} {summary:<34} ",
+                f" {step.name:<11} {TITLES.get(step.name, ''):<38} {summary:<34} ",
                 (time_text, "dim"),
             ),
             soft_wrap=True,
@@ -74,7 +75,11 @@ class StepConsole:
         self._begin = self._last = time.monotonic()
         note = "going on where it stopped" if resumed else ""
         self._task: TaskID = run.progress.add_task(
-            f"{step.name:<11} {step.title}", total=None, count="", clock="", note=note
+            f"{step.name:<11} {TITLES.get(step.name, '')}",
+            total=None,
+            count="",
+            clock="",
+            note=note,
         )
         if resumed and not run.console.is_terminal:
             run.console.print(Text(f"… {step.name}: {note}"))

@@ -34,7 +34,6 @@ def step(recipe: Recipe) -> Step:
     first = ("prefinetuning_mixture",) if recipe.prefinetuning else ()
     return Step(
         name="export",
-        title=TITLE,
         config={"recipe": recipe.name},
         inputs=("training", "mixture", "fret", "passages", *first),
         work=export,

@@ -101,7 +101,7 @@ def contrastive_loss(
             negatives=_cut(vectors.negatives, size),
         )
         pool = (_cut(queries, size), _cut(positives, size))
-        per_example = _example_losses(cut, pool, mine, excluded, config, symmetric)
+        per_example = _example_losses(cut, pool, excluded, config, symmetric)
         if config.spread_out_weight and batch > 1:
             squares = (cut.queries @ pool[0].T) ** 2 + (cut.positives @ pool[1].T) ** 2
             spread = squares.masked_fill(mine, 0).sum(1) / (batch - 1)
@@ -141,7 +141,6 @@ def _dimension_weights(full: int, config: LossConfig) -> dict[int, float]:
 def _example_losses(
     vectors: Vectors,
     pool: tuple[torch.Tensor, torch.Tensor],
-    mine: torch.Tensor,
     excluded: torch.Tensor,
     config: LossConfig,
     symmetric: bool,

@@ -29,4 +29,4 @@ def step(recipe: Recipe) -> Step:
     assert recipe.prefinetuning is not None
     config = recipe.prefinetuning.training
     start = ("student", MODEL)
-    return training_step("prefinetuning", TITLE, config, "prefinetuning_mixture", start, recipe)
+    return training_step("prefinetuning", config, "prefinetuning_mixture", start, recipe)

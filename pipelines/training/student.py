@@ -55,7 +55,6 @@ def step(recipe: Recipe) -> Step:
     """Returns the step."""
     return Step(
         name="student",
-        title=TITLE,
         config=fingerprinted(recipe.student),
         inputs=(),
         work=lambda context: make_student(recipe.student, context),

@@ -23,12 +23,11 @@ TITLE = "train the student"
 def step(recipe: Recipe) -> Step:
     """Returns the step, which starts from the pre-finetuned student where there is one."""
     start = ("prefinetuning", TRAINED) if recipe.prefinetuning else ("student", MODEL)
-    return training_step("training", TITLE, recipe.training, "mixture", start, recipe)
+    return training_step("training", recipe.training, "mixture", start, recipe)
 
 
 def training_step(
     name: str,
-    title: str,
     config: TrainingConfig,
     mixture: str,
     start: tuple[str, str],
@@ -38,7 +37,6 @@ def training_step(
 
     Args:
         name: Of the step.
-        title: What it is for.
         config: The stage's configuration.
         mixture: Name of the step whose batches are trained on.
         start: Name of the step whose encoder is trained, and the folder where that keeps it.
@@ -68,7 +66,6 @@ def training_step(
     watched_on = {} if test_set is None else {"test_set": test_set_fingerprint(test_set)}
     return Step(
         name=name,
-        title=title,
         config={**fingerprinted(config), **watched_on},
         inputs=(mixture, before),
         work=work,
