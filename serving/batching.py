@@ -115,21 +115,22 @@ class TokenBatcher:
             began = time.perf_counter()
             try:
                 vectors = await loop.run_in_executor(self._thread, self._embed_rows, rows)
+                # All before the first is given out: where one is missing, nobody knows which.
+                embedded = list(zip(batch, vectors, strict=True))
+                speed = tokens / max(time.perf_counter() - began, 1e-6)
+                self._tokens_per_s = 0.8 * self._tokens_per_s + 0.2 * speed
+                self._on_batch(len(rows), tokens)
+                for (waiting, row), vector in embedded:
+                    waiting.vectors[row] = vector
+                    waiting.num_missing -= 1
+                    if not waiting.num_missing and not waiting.done.done():
+                        waiting.done.set_result(None)
             except Exception as error:
                 for waiting, _ in batch:
                     if not waiting.done.done():
                         waiting.done.set_exception(error)
-                continue
             finally:
                 self.queued_tokens -= tokens
-            speed = tokens / max(time.perf_counter() - began, 1e-6)
-            self._tokens_per_s = 0.8 * self._tokens_per_s + 0.2 * speed
-            self._on_batch(len(rows), tokens)
-            for (waiting, row), vector in zip(batch, vectors, strict=True):
-                waiting.vectors[row] = vector
-                waiting.num_missing -= 1
-                if not waiting.num_missing and not waiting.done.done():
-                    waiting.done.set_result(None)
 
     def _take(self) -> list[tuple[_Waiting, int]]:
         """Takes the next batch off the queue: one text of each request in turn."""

@@ -192,6 +192,25 @@ def test_failing_batch_fails_its_requests_and_no_others() -> None:
     assert left == 0
 
 
+@pytest.mark.parametrize("shape", [(1, 2), (3, 2), (2, 5)])
+def test_vectors_of_another_shape_fail_the_requests_that_wait_for_them(
+    shape: tuple[int, int],
+) -> None:
+    async def run() -> tuple[list[object], int]:
+        ours = TokenBatcher(
+            lambda rows: np.zeros(shape, np.float32),
+            dimensions=2,
+            batch_tokens=10,
+            max_queued_tokens=100,
+        )
+        requests = asyncio.gather(ours.embed([[1]]), ours.embed([[2]]), return_exceptions=True)
+        return await asyncio.wait_for(requests, 5), ours.queued_tokens
+
+    answers, left = asyncio.run(run())
+    assert [type(answer) for answer in answers] == [ValueError, ValueError]
+    assert left == 0
+
+
 def test_batcher_works_on_one_event_loop_after_another() -> None:
     ours = batcher(Recorder())
     for _ in range(2):
