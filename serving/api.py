@@ -76,12 +76,7 @@ class _StrictRoute(APIRoute):
 
 
 def create_app(model: ServedModel, access: Access | None = None) -> FastAPI:
-    """Makes the application around one model.
-
-    Args:
-        model: What answers.
-        access: Who may ask; anybody if None.
-    """
+    """Makes the application around one model; anybody may ask if `access` is None."""
     # Without /docs, whose page would load scripts from another host.
     app = FastAPI(
         title="Tokay",
@@ -92,10 +87,7 @@ def create_app(model: ServedModel, access: Access | None = None) -> FastAPI:
     )
     app.router.route_class = _StrictRoute
     app.add_middleware(
-        Guard,
-        access=access or Access(),
-        max_bytes=model.limits.max_bytes,
-        metrics=model.metrics,
+        Guard, access=access or Access(), max_bytes=model.limits.max_bytes, metrics=model.metrics
     )
     app.add_exception_handler(RequestValidationError, _refuse_invalid)
     app.add_exception_handler(HTTPException, _refuse_route)

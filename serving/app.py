@@ -22,8 +22,6 @@ _MAX_ONGOING_REQUESTS = 4096
 # Beyond those, small requests may queue in each proxy; beyond this, Serve answers 503.
 _MAX_QUEUED_REQUESTS = 1024
 _LIMITS = RequestLimits()
-# Without a limit of the user's, that of the model holds, up to this.
-_MAX_TOKENS = 8192
 
 
 class ServeOptions(Config):
@@ -34,7 +32,7 @@ class ServeOptions(Config):
     corpus: str | None = Field(None, description="What /v1/search searches; see serving.corpus")
     task: str = Field("search result", description="The task of queries that name none")
     max_tokens: int = Field(
-        _MAX_TOKENS, ge=8, description="Longer texts are refused; a model may allow less"
+        8192, ge=8, description="Longer texts are refused; a model may allow less"
     )
     dtype: str = Field("float32", pattern="^(float32|bfloat16|float16)$")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")

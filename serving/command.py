@@ -12,14 +12,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
 
 from actors.embedded import PREFIX, resolve_model
 from cluster.artifacts import Artifact
-from cluster.errors import TokayError, UserError, excerpt
+from cluster.errors import UserError, excerpt
 from cluster.ray_errors import reported_error
 from cluster.storage import join, open_storage
 from serving.app import ServeOptions
@@ -43,13 +42,12 @@ class Served:
 
     model: str
     name: str
-    index: str | None
+    index: str | None = None
 
 
 def serve(
     model: Annotated[
-        str,
-        typer.Argument(help="A run's folder, a model folder, a hub id, or embedded:NAME"),
+        str, typer.Argument(help="A run's folder, a model folder, a hub id, or embedded:NAME")
     ],
     corpus: Annotated[
         str | None,
@@ -71,8 +69,7 @@ def serve(
         typer.Option(help="A name by which requests may address this server; may be repeated"),
     ] = None,
     allow_token_ids: Annotated[
-        bool,
-        typer.Option("--allow-token-ids", help="Take token ids of this model's own tokenizer"),
+        bool, typer.Option("--allow-token-ids", help="Take token ids of this model's own tokenizer")
     ] = False,
     max_request_bytes: Annotated[
         int, typer.Option(min=1024, help="Bytes of a request's body")
@@ -118,15 +115,14 @@ def serve(
     )
     check_cluster(options)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+        signal.signal(number, signal.default_int_handler)
     try:
         start(options, host=host, port=port)
-        what = "embeddings and search" if corpus else "embeddings"
         shown = f"[{host}]" if ":" in host else host
         typer.echo(
             _READY.format(
                 name=options.name,
-                what=what,
+                what="embeddings and search" if corpus else "embeddings",
                 url=f"http://{shown}:{port}",
                 header=f' -H "authorization: Bearer ${_KEY}"' if key_sha256 else "",
                 key=f'os.environ["{_KEY}"]' if key_sha256 else '"-"',
@@ -155,17 +151,16 @@ def find_model(model: str) -> Served:
         return _find_in_run(model)
     resolved = resolve_model(model)
     if remote:  # every node fetches its own
-        return Served(model=model, name=model.rstrip("/").rpartition("/")[2], index=None)
+        return Served(model=model, name=model.rstrip("/").rpartition("/")[2])
     if model.startswith(PREFIX):
-        return Served(model=resolved, name=model.removeprefix(PREFIX), index=None)
+        return Served(model=resolved, name=model.removeprefix(PREFIX))
     folder = Path(resolved)
     if not folder.is_dir():
-        return Served(model=resolved, name=resolved, index=None)
+        return Served(model=resolved, name=resolved)
     folder = folder.resolve()
     # RUN/export/model is better known by the run's name.
-    if folder.parts[-2:] == ("export", "model"):
-        return Served(model=str(folder), name=folder.parts[-3], index=None)
-    return Served(model=str(folder), name=folder.name, index=None)
+    in_run = folder.parts[-2:] == ("export", "model")
+    return Served(model=str(folder), name=folder.parts[-3] if in_run else folder.name)
 
 
 def is_loopback(host: str) -> bool:
@@ -281,7 +276,9 @@ def start(options: ServeOptions, *, host: str, port: int) -> None:
     try:
         ray_serve.run(build(options), name="tokay", route_prefix="/")
     except RuntimeError as error:
-        raise _cause() from error
+        application = ray_serve.status().applications["tokay"]
+        report = [application.message, *(each.message for each in application.deployments.values())]
+        raise reported_error("\n".join(report), "the server did not start") from error
 
 
 def stop() -> None:
@@ -311,16 +308,3 @@ def _find_in_run(run: str) -> Served:
         name=run.rstrip("/").rpartition("/")[2],
         index=join(run, "index") if _artifact(run, "index") else None,
     )
-
-
-def _cause() -> TokayError:
-    """Finds, in Serve's report of a failed start, what the replica raised."""
-    from ray import serve as ray_serve
-
-    application = ray_serve.status().applications["tokay"]
-    report = [application.message, *(each.message for each in application.deployments.values())]
-    return reported_error("\n".join(report), "the server did not start")
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

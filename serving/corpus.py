@@ -118,8 +118,6 @@ def check_corpus(uri: str) -> str | None:
     """
     storage, files, artifact = _find(uri)
     if artifact is not None:  # of our own making, and perhaps large
-        if not artifact.num_rows:
-            raise UserError(f"corpus {uri!r} is empty: give at least one passage")
         files = files[:1]
     tally = _Tally()
     for table in _tables(storage, files, tally):

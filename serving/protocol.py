@@ -7,14 +7,7 @@ OpenAI's. What Tokay adds is optional: `input_type`, `task`, `title` and `trunca
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    Field,
-    PlainValidator,
-    StrictBool,
-    StrictInt,
-    StrictStr,
-)
+from pydantic import BaseModel, Field, PlainValidator, StrictBool, StrictInt, StrictStr
 
 from cluster.config import Config
 from cluster.errors import excerpt
@@ -63,23 +56,13 @@ class ApiError(Exception):
         self.code = code
         self.retry_after_s = retry_after_s
 
-    @property
-    def kind(self) -> str:
-        """OpenAI's `type` of the error."""
-        if self.status == 429:
-            return "rate_limit_error"
-        return "server_error" if self.status >= 500 else "invalid_request_error"
-
     def body(self) -> dict[str, dict[str, str | None]]:
         """The JSON body of the response."""
-        return {
-            "error": {
-                "message": str(self),
-                "type": self.kind,
-                "param": self.param,
-                "code": self.code,
-            }
-        }
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        if self.status == 429:
+            kind = "rate_limit_error"
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
 
 
 def _check_input(given: Any) -> Any:

@@ -160,9 +160,7 @@ class ServedModel:
         limits = self.limits
         if not 0 < len(inputs) <= limits.max_texts:
             raise ApiError(
-                400,
-                f"{param} holds {len(inputs)} texts: give 1 to {limits.max_texts}",
-                param=param,
+                400, f"{param} holds {len(inputs)} texts: give 1 to {limits.max_texts}", param=param
             )
         if titles is not None and role != "passage":
             raise ApiError(400, 'title needs input_type "passage"', param="title")
@@ -228,11 +226,7 @@ class ServedModel:
         return rows
 
     def _format(
-        self,
-        texts: list[str],
-        role: Role | None,
-        task: str | None,
-        titles: Sequence[str] | None,
+        self, texts: list[str], role: Role | None, task: str | None, titles: Sequence[str] | None
     ) -> list[str]:
         templates = self.encoder.templates
         if role == "query":
