@@ -242,7 +242,7 @@ class _Reader:
                 Counter(reason for _, reason, _ in reading.rejects),
                 reading.rejects,
                 f"of set {labelled.name!r} accepted is a share of {share} of {reading.num_rows}:"
-                " mend the set, name its fields, or raise max_reject_share",
+                " correct the set, name its fields, or raise max_reject_share",
             )
 
 

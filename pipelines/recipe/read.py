@@ -134,7 +134,7 @@ def refuse_other_version(tree: dict[str, Any], place: str) -> None:
     if unknown:
         raise UserError(
             f"{place} has the unknown key {' and '.join(unknown[:3])}, made by another version of"
-            " Tokay: use that version, or run it anew with this one"
+            " Tokay: use that version, or run it again with this one"
         )
 
 
@@ -178,7 +178,9 @@ def _read_file(source: str | Path, above: tuple[Path, ...], keep_unset: bool) ->
     if base is None:
         return dict(tree)
     below = _read_file(_beside(path, base), (*above, path.resolve()), keep_unset)
-    if names and "variables" in below:  # what was read is told, of whichever file
+    if (
+        names and "variables" in below
+    ):  # the recipe that is kept names what was read, of whichever file
         tree["variables"] = [*dict.fromkeys([*below["variables"], *names])]
     return _over(tree, below)
 

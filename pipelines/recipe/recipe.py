@@ -61,7 +61,7 @@ class Resources(Config):
 
 
 class Estimate(Config):
-    """What `tokay plan` reckons with; measure your own and put it here."""
+    """What `tokay plan` estimates with; measure your own and put it here."""
 
     prefill_tokens_per_s: float = Field(default=1000.0, gt=0, description="of one LLM actor")
     decode_tokens_per_s: float = Field(default=250.0, gt=0, description="of one LLM actor")
