@@ -14,9 +14,9 @@ from pydantic import Field
 
 from actors.index_actor import INDEX_ACTORS, IndexActor
 from actors.passage_index import IndexKind, merge_top_k
+from cluster.actor_health import clear_actors, report_waiting
 from cluster.artifacts import Artifact, FileEntry, Json
 from cluster.config import Config
-from cluster.presence import clear_actors, report_waiting
 from cluster.ray_errors import reported_error
 from cluster.stages import Stage, StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import Step, StepContext

@@ -7,8 +7,8 @@ import pytest
 import ray
 
 from cluster import presence
+from cluster.actor_health import MAX_DEATHS, actor_begins, clear_actors
 from cluster.errors import TokayError
-from cluster.presence import MAX_DEATHS, actor_begins, clear_actors
 from cluster.storage import Storage, open_storage
 
 
