@@ -1,4 +1,4 @@
-"""The round trip: a query has to bring its seed passage back, or it is dropped before it is scored."""
+"""The round trip: a query has to bring its seed passage back, or it is dropped unscored."""
 
 from collections.abc import Sequence
 
