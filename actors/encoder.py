@@ -281,15 +281,16 @@ class Encoder(TextEncoder):
         pairs = zip(texts, titles or [None] * len(texts), strict=True)
         return [self.templates.format_passage(text, title) for text, title in pairs]
 
-    def tokenize(self, texts: Sequence[str], *, max_tokens: int | None = None) -> list[list[int]]:
+    def tokenize(
+        self, texts: Sequence[str], *, max_tokens: int | None = None, truncate: bool = True
+    ) -> list[list[int]]:
         """Returns the token ids of each text, cut to ``max_tokens`` and never empty."""
         if not texts:
             return []
-        limit = min(max_tokens or self.max_tokens, self.max_tokens)
         rows = self.tokenizer(
             list(texts),
-            truncation=True,
-            max_length=limit,
+            truncation=truncate,
+            max_length=min(max_tokens or self.max_tokens, self.max_tokens) if truncate else None,
             padding=False,
             return_attention_mask=False,
             return_token_type_ids=False,

@@ -18,6 +18,14 @@ from cluster.errors import UserError
 _MARKUP = re.compile(r"\s*[<\[{].*\w.*[>\]}]\s*", re.DOTALL)
 
 
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Returns what a Hugging Face tokenizer puts before and behind every text."""
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    full = list(tokenizer("a")["input_ids"])
+    start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+    return full[:start], full[start + len(bare) :]
+
+
 class PlainText:
     """Tokenises text for one model.
 
@@ -32,10 +40,7 @@ class PlainText:
             for id_, token in tokenizer.added_tokens_decoder.items()
             if token.special or _MARKUP.fullmatch(token.content)
         )
-        alone = self._bare("a")
-        around = list(tokenizer("a")["input_ids"])
-        begin = next(i for i in range(len(around)) if around[i : i + len(alone)] == alone)
-        self._around = around[:begin], around[begin + len(alone) :]
+        self._around = special_tokens(tokenizer)
         self._turn: tuple[str, str] | None = None
 
     def ids(self, text: str, *, special: bool = False) -> list[int]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from actors.encoder import Encoder
+from actors.encoder_files import num_embeddings
+from actors.plain_text import special_tokens
 from serving.batching import QueueFull, TokenBatcher
 from serving.corpus import Corpus, ServedPassage
 from serving.metrics import Metrics
@@ -221,7 +223,7 @@ class ServedModel:
                     param=param,
                     code="context_length_exceeded",
                 )
-            num_last = len(self._special_tokens()[1])
+            num_last = len(special_tokens(self.encoder.tokenizer)[1])
             rows[number] = row[: limit - num_last] + row[len(row) - num_last :]
         return rows
 
@@ -238,7 +240,6 @@ class ServedModel:
         return texts
 
     def _tokenize(self, texts: list[str], param: str) -> list[list[int]]:
-        """Tokenises without cutting, to know how long a text is."""
         try:
             "".join(texts).encode()
         except UnicodeEncodeError as error:
@@ -247,27 +248,13 @@ class ServedModel:
                 f"{param} holds half of a surrogate pair, which is no character: send Unicode text",
                 param=param,
             ) from error
-        rows: list[list[int]] = self.encoder.tokenizer(
-            texts,
-            truncation=False,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        return [row or self.encoder.tokenize([""])[0] for row in rows]
-
-    def _special_tokens(self) -> tuple[list[int], list[int]]:
-        """Returns what the tokenizer puts before and behind a text."""
-        bare = self.encoder.tokenizer("a", add_special_tokens=False)["input_ids"]
-        full = self.encoder.tokenizer("a")["input_ids"]
-        start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
-        return full[:start], full[start + len(bare) :]
+        return self.encoder.tokenize(texts, truncate=False)  # to know how long they are
 
     def _add_special_tokens(self, rows: list[list[int]], role: Role | None) -> list[list[int]]:
         if role is not None:
             raise ApiError(400, "input_type needs texts, not token ids", param="input_type")
         size = len(self.encoder.tokenizer)
+        size = min(size, num_embeddings(self.encoder.model) or size)
         worst = max(max(row) for row in rows)
         if min(min(row) for row in rows) < 0 or worst >= size:
             raise ApiError(
@@ -276,7 +263,7 @@ class ServedModel:
                 f" {worst}): send texts; in LangChain, set check_embedding_ctx_length=False",
                 param="input",
             )
-        first, last = self._special_tokens()
+        first, last = special_tokens(self.encoder.tokenizer)
         return [first + row + last for row in rows]
 
     def _embed_rows(self, rows: Sequence[Sequence[int]]) -> np.ndarray:

@@ -1,5 +1,6 @@
 import asyncio
 import base64
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -321,6 +322,26 @@ def test_titles_are_counted_and_stand_in_front_without_a_place(
     body = {"model": "minilm", "input": ["a"] * 2, "input_type": "passage", "title": ["t" * 40] * 2}
     error = refused(strict.post("/v1/embeddings", json=body), 413)
     assert f"{2 * len('title:  | text: a') + 80} characters in the template" in error["message"]
+
+
+def test_added_token_without_an_embedding_is_read_as_the_encoder_reads_it(
+    encoder: Encoder, make_model: Callable[..., ServedModel]
+) -> None:
+    tokenizer = copy.deepcopy(encoder.tokenizer)
+    tokenizer.add_tokens(["<|image|>"])
+    known = Encoder(
+        encoder.model,
+        tokenizer,
+        pooling=encoder.pooling,
+        max_tokens=encoder.max_tokens,
+        templates=encoder.templates,
+    )
+    text = "a picture <|image|> of a harbour"
+    client = TestClient(create_app(make_model(known, token_ids=True)))
+    np.testing.assert_allclose(vectors(embed(client, text)), known.encode([text]), atol=1e-6)
+    body = {"input": [tokenizer.convert_tokens_to_ids("<|image|>")], "model": "minilm"}
+    error = refused(client.post("/v1/embeddings", json=body), 400)
+    assert "token ids must be 0 to 30521" in error["message"]
 
 
 def test_models_describe_the_one_served(client: TestClient) -> None:
