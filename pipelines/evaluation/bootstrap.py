@@ -21,6 +21,11 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    @property
+    def interval(self) -> list[float] | None:
+        """Low and high, None where there is no interval."""
+        return None if np.isnan(self.low) else [self.low, self.high]
+
 
 def bootstrap(
     samples: Sequence[Sample],

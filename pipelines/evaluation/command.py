@@ -141,11 +141,10 @@ def run_eval(
     known = [(each.name, each.kind, each.split) for each in test_sets]
     for name, *_ in (each for each in known if known.count(each) > 1):
         raise UserError(f"two test sets are called {name!r}: give each once, by its own name")
-    if any(test_set.kind == MTEB for test_set in test_sets):
+    if named := [test_set.path for test_set in test_sets if test_set.kind == MTEB]:
         with quiet_mteb():
-            for test_set in test_sets:
-                if test_set.kind == MTEB:
-                    find_mteb_task(test_set.path)
+            for name in named:
+                find_mteb_task(name)
     results: list[Result] = []
     data = [load_test_set(test_set) for test_set in test_sets]
     with _progress(shown=not options.as_json) as show:
@@ -278,7 +277,7 @@ def _print_tables(
             if result.reason:
                 line = f"{result.model} ({result.dimensions}) has no score: {result.reason}"
                 console.print(Text(line), soft_wrap=True)
-    if any(not _unknown(result.score) for result in results):
+    if any(result.score.interval for result in results):
         console.print("In brackets: 95 % bootstrap intervals.", style="dim")
     if any(result.seen for result in results):
         console.print("* the model was trained on a set of this name", style="dim")
@@ -327,14 +326,10 @@ def _table(*headings: str) -> Table:
     return Table(*headings, box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
 
 
-def _unknown(estimate: Estimate) -> bool:
-    return estimate.low != estimate.low
-
-
 def _show(estimate: Estimate) -> Text:
     if estimate.mean != estimate.mean:
         return Text("none")
-    if _unknown(estimate):
+    if not estimate.interval:
         return Text(f"{estimate.mean:.3f}")
     interval = f"[{estimate.low:.3f}, {estimate.high:.3f}]"
     return Text.assemble(f"{estimate.mean:.3f} ", (interval, "dim"))

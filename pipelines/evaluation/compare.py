@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pipelines.evaluation.bootstrap import Estimate
 from pipelines.evaluation.evaluate import Result, difference, known
 
 # The model of a run that the others are compared with.
@@ -41,7 +39,7 @@ def compare(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "split": after.split,
                 "metric": after.metric,
                 "difference": known(gain.mean),
-                "interval": interval(gain),
+                "interval": gain.interval,
             }
         )
     return rows
@@ -88,8 +86,3 @@ def averages(results: Sequence[Result]) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def interval(estimate: Estimate) -> list[float] | None:
-    """Returns low and high, None where there is no interval."""
-    return None if math.isnan(estimate.low) else [estimate.low, estimate.high]

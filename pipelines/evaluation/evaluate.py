@@ -21,7 +21,7 @@ from cluster.plain_json import dump_json
 from pipelines.datasets.folders import LabelledDataset, TestData
 from pipelines.datasets.mteb_tasks import fresh, make_task, quiet_mteb
 from pipelines.datasets.retrieval import RetrievalDataset
-from pipelines.evaluation.bootstrap import NUM_RESAMPLES, Estimate, bootstrap
+from pipelines.evaluation.bootstrap import Estimate, bootstrap
 from pipelines.evaluation.items import Sample, record_items
 from pipelines.evaluation.mteb_model import (
     ModelIdentity,
@@ -96,11 +96,6 @@ class Result:
         return "mteb gives no number"
 
     @property
-    def ndcg_at_10(self) -> Estimate:
-        """Of a retrieval test set."""
-        return self.estimates["ndcg_at_10"]
-
-    @property
     def per_query(self) -> dict[str, dict[str, float]]:
         """Metric -> query -> score, for retrieval in one language."""
         return {
@@ -119,9 +114,8 @@ class Result:
         row: dict[str, Any] = {name: getattr(self, name) for name in names}
         row |= {"score": known(self.score.mean), "mteb_score": known(self.mteb_score)}
         row |= {"reason": self.reason, **self.counts}
-        for metric, (score, low, high) in self.estimates.items():
-            interval = None if math.isnan(low) else [low, high]
-            row |= {metric: known(score), f"{metric}_interval": interval}
+        for metric, score in self.estimates.items():
+            row |= {metric: known(score.mean), f"{metric}_interval": score.interval}
         row |= {"texts_per_s": self.texts_per_s, "seen": self.seen}
         if items:
             row["counts"], row["per_query"] = dict(self.counts), self.per_query
@@ -160,13 +154,10 @@ def evaluate(
     *,
     model: ModelIdentity | str = "model",
     task: str | None = None,
-    results: Path | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Result:
     """Measures an encoder's full vectors; see :func:`evaluate_at`."""
-    (result,) = evaluate_at(
-        encoder, data, model=model, task=task, results=results, on_progress=on_progress
-    )
+    (result,) = evaluate_at(encoder, data, model=model, task=task, on_progress=on_progress)
     return result
 
 
@@ -241,22 +232,10 @@ def evaluate_at(
     return measured
 
 
-def difference(
-    before: Result,
-    after: Result,
-    *,
-    metric: str | None = None,
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
-) -> Estimate:
+def difference(before: Result, after: Result, *, metric: str | None = None) -> Estimate:
     """Returns ``after - before`` with its paired bootstrap interval: both on the same draws.
 
-    Args:
-        before: One result.
-        after: Another on the same test set.
-        metric: The main score if None.
-        num_resamples: Of the bootstrap.
-        seed: Of the bootstrap.
+    The two are of one test set; `metric` is the main score if None.
 
     Raises:
         ValueError: The two were not measured on the same items.
@@ -274,7 +253,7 @@ def difference(
         )
     if not (old and new):  # mteb's score is no mean over items, of one of them at least
         return Estimate(after.mteb_score - before.mteb_score, math.nan, math.nan)
-    return bootstrap(new, before=old, num_resamples=num_resamples, seed=seed)
+    return bootstrap(new, before=old)
 
 
 def _measure(

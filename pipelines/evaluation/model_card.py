@@ -18,11 +18,8 @@ _MARK = "---\n"
 def model_index(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the front matter with results: the tag ``mteb`` and ``model-index``.
 
-    mteb's `TaskResult.get_hf_eval_results` gives the same, but only for tasks that mteb knows.
-
-    Args:
-        name: The model's.
-        rows: Results as `Result.to_json` writes them, of this model.
+    `rows` are the model's results as `Result.to_json` writes them. mteb's own
+    `TaskResult.get_hf_eval_results` gives the same, but only for tasks that mteb knows.
     """
     from huggingface_hub import EvalResult
     from huggingface_hub.repocard_data import eval_results_to_model_index
@@ -48,11 +45,9 @@ def model_index(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def add_to_card(card: str, told: Mapping[str, Any]) -> str:
-    """Returns a model card with more front matter; ``tags`` are added to those it has.
+    """Returns a model card with more front matter, such as :func:`model_index` returns.
 
-    Args:
-        card: Text of a ``README.md``, with front matter or without.
-        told: Such as :func:`model_index` returns.
+    The card may have had none; ``tags`` are added to those it has.
     """
     head, text = _split(card)
     tags = [*head.get("tags", ()), *told.get("tags", ())]

@@ -137,7 +137,7 @@ class Validation:
 
                 watched = self._test_set
                 try:
-                    measured = evaluate(encoder, watched.data, task=watched.task).ndcg_at_10.mean
+                    measured = evaluate(encoder, watched.data, task=watched.task).score.mean
                 except BrokenVectors:  # the training diverged, which `take_best` reports
                     measured = math.nan
                 score += measured if place.rank == 0 else 0
