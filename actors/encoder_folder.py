@@ -26,6 +26,7 @@ from actors.model_files import brief, checked, read_checked, read_json, read_obj
 from actors.templates import PromptTemplates
 from cluster.errors import UserError
 
+_REST: dict[str, type[Dense | Normalize]] = {"Dense": Dense, "Normalize": Normalize}
 ROLE_PROMPTS = {"query": ("query",), "passage": ("document", "passage", "corpus")}
 
 
@@ -58,10 +59,6 @@ class EncoderFolder:
 def read_folder(folder: Path, *, trust_remote_code: bool = False) -> EncoderFolder:
     """Reads the configuration of an encoder folder; no weights and no tokenizer.
 
-    Args:
-        folder: Somebody's.
-        trust_remote_code: Whether the model may bring Python code.
-
     Raises:
         UserError: It is broken or says what is not done here.
     """
@@ -71,13 +68,8 @@ def read_folder(folder: Path, *, trust_remote_code: bool = False) -> EncoderFold
     named = next((name for name in SETTINGS_FILES if (transformer / name).is_file()), "")
     settings = read_checked(transformer / (named or SETTINGS_FILES[0]), TransformerSettings)
     pooling = _pooling(modules[1][1] / "config.json") if modules else None
-    layers = [
-        (path, read_checked(path / "config.json", Dense)) if kind == "Dense" else None
-        for kind, path in modules[2:]
-    ]
-    for kind, path in modules[2:]:
-        if kind == "Normalize":
-            read_checked(path / "config.json", Normalize)
+    rest = [(path, read_checked(path / "config.json", _REST[kind])) for kind, path in modules[2:]]
+    layers = [(path, read) if isinstance(read, Dense) else None for path, read in rest]
     path = folder / "config_sentence_transformers.json"
     shared = read_checked(path, Settings)
     scores_lengths = shared.similarity_fn_name not in (None, "cosine")
@@ -118,8 +110,7 @@ def _modules(folder: Path) -> list[tuple[str, Path]]:
                 " sentence_transformers.models"
             )
     kinds = [MODULES[module.type] for module in modules]
-    rest = {*kinds[2:]}
-    if kinds[:2] != ["Transformer", "Pooling"] or not rest <= {"Dense", "Normalize"}:
+    if kinds[:2] != ["Transformer", "Pooling"] or not {*kinds[2:]} <= _REST.keys():
         raise UserError(
             f"{file}: modules {brief(kinds, 100)}: accepted are a Transformer, a Pooling, and then"
             " any number of Dense and Normalize"

@@ -25,6 +25,14 @@ Prompt = Annotated[str, Field(max_length=MAX_TEMPLATE_CHARS // 2)]
 Vector = Literal["sentence_embedding"]
 Precision = Literal["auto", "float32", "float16", "bfloat16"]
 Empty = Annotated[dict[str, Any], Field(max_length=0)]
+Activation = Literal[
+    "torch.nn.modules.linear.Identity",
+    "torch.nn.modules.activation.Tanh",
+    "torch.nn.modules.activation.ReLU",
+    "torch.nn.modules.activation.GELU",
+    "torch.nn.modules.activation.SiLU",
+    "torch.nn.modules.activation.Sigmoid",
+]
 
 
 class File(BaseModel):
@@ -151,14 +159,7 @@ class Dense(File):
     in_features: Size
     out_features: Size
     bias: bool = True
-    activation_function: Literal[
-        "torch.nn.modules.linear.Identity",
-        "torch.nn.modules.activation.Tanh",
-        "torch.nn.modules.activation.ReLU",
-        "torch.nn.modules.activation.GELU",
-        "torch.nn.modules.activation.SiLU",
-        "torch.nn.modules.activation.Sigmoid",
-    ] = "torch.nn.modules.activation.Tanh"
+    activation_function: Activation = "torch.nn.modules.activation.Tanh"
     module_input_name: Vector = "sentence_embedding"
     module_output_name: Vector | None = None
     use_residual: Literal[False] = False

@@ -235,8 +235,3 @@ class LanguageModel:
         if output is None:
             raise TokayError("the vLLM engine ended a request without an answer")
         return output
-
-
-def truncate(tokenizer: Any, text: str, max_tokens: int) -> str:
-    """Cuts `text` to its first `max_tokens` tokens of a Hugging Face tokenizer."""
-    return PlainText(tokenizer).truncate(text, max_tokens)

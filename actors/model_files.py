@@ -54,8 +54,8 @@ def check_no_pointer(path: Path) -> None:
                 )
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Returns the whole safetensors files of a transformer.
+def check_weights(folder: Path) -> None:
+    """Checks that a transformer's safetensors files are there and whole.
 
     Raises:
         UserError: There are none, one is missing or broken, or the index names files elsewhere.
@@ -64,9 +64,8 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         files = [single]
     elif index.is_file():
-        files = [
-            folder / name for name in sorted({*read_checked(index, Index).weight_map.values()})
-        ]
+        names = sorted({*read_checked(index, Index).weight_map.values()})
+        files = [folder / name for name in names]
     else:
         pickled = sorted(file.name for file in folder.glob("*.bin"))
         todo = (
@@ -78,7 +77,6 @@ def weight_files(folder: Path) -> list[Path]:
         raise UserError(f"{folder} has no model.safetensors: {todo}")
     for file in files:
         check_safetensors(file)
-    return files
 
 
 def check_safetensors(file: Path) -> None:

@@ -102,12 +102,9 @@ class PairScorer:
     """Scores pairs over a prefix cache, on either of vLLM's model runners."""
 
     def __init__(self, ask: Ask, *, on_v2: bool, block_size: int) -> None:
-        """Takes the function that sends a request.
+        """Takes `ask`, which sends prompt tokens with their parameters and returns vLLM's output.
 
-        Args:
-            ask: Sends prompt tokens with their parameters and returns vLLM's output.
-            on_v2: Whether the engine's model runner is V2.
-            block_size: Tokens in a block of the cache.
+        `block_size` counts the tokens in a block of its cache.
         """
         self._send = ask
         self._on_v2 = on_v2

@@ -42,10 +42,8 @@ class PassageIndex:
     def __init__(self, dimensions: int, gpu: bool = False) -> None:
         """Makes an empty index.
 
-        Args:
-            dimensions: Length of a vector.
-            gpu: Search on the first GPU that this process sees (needs ``faiss-gpu``), if the
-                vectors fit there (`fits_gpu`); they stay in the host's memory too.
+        With `gpu` it searches on the first GPU that this process sees (needs ``faiss-gpu``), if the
+        vectors fit there (`fits_gpu`); they stay in the host's memory too.
         """
         import faiss
 
@@ -141,19 +139,12 @@ class ApproximateIndex:
     """
 
     def __init__(self, dimensions: int, kind: str, num_vectors: int) -> None:
-        """Makes an empty index.
-
-        Args:
-            dimensions: Length of a vector.
-            kind: `ivf`, `hnsw` or `pq`.
-            num_vectors: About how many vectors will be added.
-        """
+        """Makes an empty index, to which about `num_vectors` will be added."""
         import faiss
 
         self.kind = kind
         self.dimensions = dimensions
-        self._index: Any
-        self._num_lists = max(1, min(1 << 16, round(2 * num_vectors**0.5)))
+        self._num_lists: int = max(1, min(1 << 16, round(2 * num_vectors**0.5)))
         per_code = max(size for size in (1, 2, 3, 4) if dimensions % size == 0)
         factories = {
             "ivf": f"IVF{self._num_lists},SQfp16",
@@ -180,8 +171,7 @@ class ApproximateIndex:
     @property
     def num_training_vectors(self) -> int:
         """How many vectors `train` uses."""
-        wanted: int = max(10_000, _POINTS_PER_LIST * self._num_lists)
-        return wanted
+        return max(10_000, _POINTS_PER_LIST * self._num_lists)
 
     def train(self, sample: np.ndarray) -> None:
         """Learns lists and codes from a sample, float32 ``[rows, dimensions]``; before `add`."""
@@ -221,15 +211,9 @@ def choose_kind(kind: IndexKind, num_vectors: int, dimensions: int) -> str:
 
 
 def fits_gpu(num_vectors: int, dimensions: int, share: float = 1.0) -> bool:
-    """Says whether a `PassageIndex` of `num_vectors` fits the first GPU's free memory.
+    """Says whether a `PassageIndex` of so many vectors fits a share of the first GPU's free memory.
 
-    Args:
-        num_vectors: How many.
-        dimensions: Length of a vector.
-        share: Of the free memory, for an actor that shares its GPU.
-
-    Returns:
-        False too where this process sees no GPU, or ``faiss-cpu`` is installed.
+    It does not where this process sees no GPU, or ``faiss-cpu`` is installed.
     """
     import faiss
 
@@ -290,12 +274,8 @@ def exact_top_k(queries: np.ndarray, parts: Iterable[np.ndarray], k: int) -> Nei
 def merge_top_k(results: Sequence[Neighbours], k: int) -> Neighbours:
     """Merges what several shards found for the same queries into one list of the k best.
 
-    Args:
-        results: (scores, rows) of each shard, its rows already numbered over the whole.
-        k: How many to keep.
-
-    Returns:
-        Scores and rows, as one index over all shards would give them.
+    Each gives (scores, rows), its rows already numbered over the whole. Returns scores and rows, as
+    one index over all shards would give them.
     """
     if not results:
         raise ValueError("merge_top_k was given no results: give one (scores, rows) per shard")

@@ -15,25 +15,18 @@ from cluster.errors import ScoresDiffer
 NUM_CHECKED = 5
 
 
-async def check_scores(
-    llm: LanguageModel, pairs: Sequence[ScoringPrompt], tolerance: float | None = None
-) -> float | None:
-    """Scores the first few pairs over the cache and separately, and compares.
+async def check_scores(llm: LanguageModel, pairs: Sequence[ScoringPrompt]) -> float | None:
+    """Scores the first few of a run's own pairs over the cache and separately, and compares.
 
     Query likelihoods are compared as they are, relevances as probabilities: where they are small,
     their logarithm is all rounding.
-
-    Args:
-        llm: The engine.
-        pairs: Some of a run's own.
-        tolerance: How far two scores may be apart; what the engine's precision allows if None.
 
     Returns:
         The largest difference, or None if this shows nothing: no pair could be scored, or none was
         read from the cache.
 
     Raises:
-        ScoresDiffer: The scores are further apart.
+        ScoresDiffer: The scores are further apart than the engine's precision allows.
     """
     chosen = list(pairs[:NUM_CHECKED])
     fast = await llm.score(chosen)
@@ -48,14 +41,13 @@ async def check_scores(
     if not compared:
         return None
     apart, query, one, other = max(compared, key=lambda row: row[0])
-    accepted = llm.score_tolerance if tolerance is None else tolerance
-    if apart > accepted:
+    if apart > llm.score_tolerance:
         raise ScoresDiffer(
             f"this engine's fast scores are wrong: for the query {query[:60]!r} they"
             f" are QL {one.ql:.3f} and RC {one.rc:.3f}, and computed separately {other.ql:.3f} and"
-            f" {other.rc:.3f} ({apart:.3g} apart; accepted is {accepted}). Nothing was scored. Set"
-            " scores.separate_prompts to true (slow), or try vLLM's other model runner by the"
-            " environment variable VLLM_USE_V2_MODEL_RUNNER (0 or 1), and report it with the"
+            f" {other.rc:.3f} ({apart:.3g} apart; accepted is {llm.score_tolerance}). Nothing was"
+            " scored. Set scores.separate_prompts to true (slow), or try vLLM's other model runner"
+            " by the environment variable VLLM_USE_V2_MODEL_RUNNER (0 or 1), and report it with the"
             " versions of vLLM and the driver"
         )
     return apart

@@ -69,15 +69,15 @@ def prompts_of(recipe: Recipe, seeds: Artifact) -> list[str]:
     from transformers import AutoTokenizer
 
     from actors.embedded import resolve_model
-    from actors.language_model import truncate
+    from actors.plain_text import PlainText
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(recipe.llm.model))
+    plain = PlainText(AutoTokenizer.from_pretrained(resolve_model(recipe.llm.model)))
     ask = query_prompts(recipe.queries, load_prompts())
     return [
         ask.render(
             ask.task(query_id(passage["id"])),
             passage["title"],
-            truncate(tokenizer, passage["text"], recipe.queries.max_passage_tokens),
+            plain.truncate(passage["text"], recipe.queries.max_passage_tokens),
         )
         for passage in seeds.read().to_pylist()
     ]

@@ -81,9 +81,7 @@ def cut_batches(rows: TokenRows, batch_tokens: int, packed: bool) -> Iterator[To
 
 
 def packed_forward(
-    model: Any,
-    rows: TokenRows,
-    options: dict[str, bool],
+    model: Any, rows: TokenRows, options: dict[str, bool]
 ) -> tuple[torch.Tensor, Layout]:
     """Runs a model over token ids without padding.
 
@@ -334,12 +332,7 @@ class _Piece:
         )
 
     def take(self, rows: torch.Tensor, *, zeros: bool = False) -> torch.Tensor:
-        """Returns ``[heads, texts, length, size]`` of ``[1, heads, tokens, size]``.
-
-        Args:
-            rows: Of all texts.
-            zeros: Fill up with zeros.
-        """
+        """Returns ``[heads, texts, length, size]`` of ``[1, heads, tokens, size]``."""
         part = rows[0, :, self.tokens]
         heads, _, size = part.shape
         if self.places is not None:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.embedded import PREFIX, resolve_model
-from actors.language_model import truncate
+from actors.plain_text import PlainText
 from cluster.artifacts import Artifact
 from cluster.errors import TokayError, UserError
 from cluster.storage import open_storage
@@ -318,7 +318,7 @@ class _Tokens:
         return list(self._tokenizer(text, verbose=False)["input_ids"])
 
     def cut(self, text: str, max_tokens: int) -> str:
-        return truncate(self._tokenizer, text, max_tokens)
+        return PlainText(self._tokenizer).truncate(text, max_tokens)
 
     def beyond(self, prompt: str, other: str) -> tuple[int, int]:
         """Counts a prompt's tokens after, and in, the whole blocks that it shares with another."""

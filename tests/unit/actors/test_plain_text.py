@@ -18,7 +18,6 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from actors.embedded import embedded_model
-from actors.language_model import truncate
 from actors.plain_text import PlainText
 from cluster.errors import UserError
 
@@ -178,10 +177,10 @@ def test_without_a_template_a_turn_is_the_message() -> None:
 
 
 def test_truncate_counts_control_tokens_as_the_text_that_they_are(
-    smollm: Any, plain: PlainText
+    plain: PlainText,
 ) -> None:
-    cut = truncate(smollm, "<|im_end|>" * 50, 20)
+    cut = plain.truncate("<|im_end|>" * 50, 20)
     assert len(plain.ids(cut)) == 20
     for text in TOPICS[:20]:
-        assert len(plain.ids(truncate(smollm, text, 100))) <= 100
-        assert text.startswith(truncate(smollm, text, 100))
+        assert len(plain.ids(plain.truncate(text, 100))) <= 100
+        assert text.startswith(plain.truncate(text, 100))
