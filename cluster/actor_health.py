@@ -22,11 +22,9 @@ _LOOK_EVERY_S = 5.0
 
 
 def actor_begins(notes: Storage, kind: str) -> None:
-    """Notes that this Ray actor starts; called first in its constructor, which each restart runs.
+    """Notes in the step's folder that this Ray actor, one of a `kind`, starts.
 
-    Args:
-        notes: The step's folder.
-        kind: Which of the step's actors it is one of.
+    Called first in its constructor, which each restart runs.
 
     Raises:
         TokayError: It died too often on nodes that are still alive, so it is no node's fault.

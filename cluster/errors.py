@@ -56,11 +56,7 @@ class TooManyRejects(TokayError):
     ) -> "TooManyRejects":
         """Returns the error with the commonest reasons and three examples.
 
-        Args:
-            step: Its name.
-            reasons: Rows by their reason.
-            examples: Some of the rows.
-            limit: What was accepted, and what to do.
+        `limit` says what was accepted, and what to do.
         """
         common = ", ".join(
             f"{excerpt(reason, 80)!r} ({count})" for reason, count in reasons.most_common(3)

@@ -48,11 +48,7 @@ def json_lines(content: bytes | Iterable[bytes], place: str) -> Iterator[tuple[s
     r"""Yields the place and the value of each line of JSON, or why it could not be read.
 
     Only ``\n`` ends a line, as JSON Lines has it: U+0085 and U+2028 may stand in a text. Blank
-    lines are passed over, but counted.
-
-    Args:
-        content: The file, or its lines.
-        place: Its name; the lines are ``place:1`` and so on.
+    lines are passed over, but counted: the lines are ``place:1`` and so on.
     """
     lines = io.BytesIO(content) if isinstance(content, bytes) else content
     for number, line in enumerate(lines, start=1):

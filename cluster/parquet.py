@@ -24,11 +24,7 @@ _EXTENSION_IN_BASE64 = tuple(b64encode(_EXTENSION[start : start + 18]) for start
 
 
 def open_parquet(content: bytes, place: str) -> pq.ParquetFile:
-    """Opens a Parquet file that holds no extension types.
-
-    Args:
-        content: The file.
-        place: Where it lies, for errors.
+    """Opens a Parquet file that holds no extension types; `place` is for errors.
 
     Raises:
         StorageError: It is not Parquet, or a column has an extension type.

@@ -127,11 +127,7 @@ def parquet_rows(
 ) -> Iterator[Row | Reject]:
     """Yields the rows of a Parquet file with those of the columns that it has.
 
-    Args:
-        content: The file.
-        columns: Those to read.
-        place: Where it lies, for errors.
-        name: What it is called in the rows' places.
+    Errors name its `place`, and the rows' places are `name:1` and so on.
 
     Raises:
         StorageError: As `cluster.parquet.parquet_batches`.

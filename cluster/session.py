@@ -26,14 +26,13 @@ class ClusterResources:
     num_gpus: int
 
 
-def connect(log_folder: Path | None = None, *, serve: bool = False) -> ClusterResources:
+def connect(log_folder: Path | None = None) -> ClusterResources:
     """Joins the cluster of RAY_ADDRESS, or starts Ray on this machine; a second call only reports.
 
     Workers' output goes to Ray's own log files, so that the console stays the user's.
 
     Args:
         log_folder: Where Ray's own warnings of this process go; discarded if None.
-        serve: Leaves worker output on the console, for a server's own log lines.
 
     Raises:
         UserError: RAY_ADDRESS names a cluster that does not answer, or Ray's files on this machine
@@ -52,14 +51,14 @@ def connect(log_folder: Path | None = None, *, serve: bool = False) -> ClusterRe
         silence(log_folder)
         try:
             if address:
-                ray.init(address=address, log_to_driver=serve, logging_level=logging.ERROR)
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             else:
                 _keep_token_private()
                 ray.init(
                     num_cpus=os.cpu_count(),
                     object_store_memory=MIN_OBJECT_STORE_BYTES,
                     include_dashboard=False,
-                    log_to_driver=serve,
+                    log_to_driver=False,
                     logging_level=logging.ERROR,
                     _temp_dir=_private_temporary_folder(),
                 )

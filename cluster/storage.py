@@ -107,11 +107,7 @@ def open_storage(uri: str | Path) -> Storage:
 
 
 def checked_path(path: str, place: str) -> str:
-    """Returns a path that stays within its folder, and is written in one way only.
-
-    Args:
-        path: Relative, with forward slashes.
-        place: Whose it is, for errors.
+    """Returns a relative path that stays within its folder, and is written in one way only.
 
     Raises:
         StorageError: It begins with a slash, or a part is empty, `.` or `..`, or holds a zero byte.
