@@ -36,6 +36,7 @@ class FakeEncoder:
     dimensions = DIMENSIONS
     max_tokens = 16
     device = SimpleNamespace(type="cpu")
+    model = SimpleNamespace(get_input_embeddings=lambda: None)
     templates = PromptTemplates(query="task: {task} | query: {text}", passage="{title} {text}")
 
     def __init__(self) -> None:
@@ -45,7 +46,8 @@ class FakeEncoder:
 
     format_passages = Encoder.format_passages
 
-    def tokenize(self, texts: list[str]) -> list[list[int]]:
+    def tokenize(self, texts: list[str], *, truncate: bool) -> list[list[int]]:
+        assert not truncate  # too long a text is refused
         rows: list[list[int]] = self.tokenizer(texts)["input_ids"]
         return rows
 

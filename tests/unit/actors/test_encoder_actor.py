@@ -58,7 +58,7 @@ def test_two_actors_give_the_vectors_and_scores_of_one_encoder(encoder: Encoder)
 @pytest.mark.usefixtures("ray_session")
 def test_model_that_does_not_load_is_the_users_error(tmp_path: Path) -> None:
     actors = EncoderActors(partial(_load, str(tmp_path), SHORT), 1)
-    with pytest.raises(UserError, match=r"holds no config\.json"):
+    with pytest.raises(UserError, match=r"has no config\.json"):
         assert actors.fingerprint
     actors.close()
 
