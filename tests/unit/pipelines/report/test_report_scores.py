@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from cluster.artifacts import Json
-from pipelines.report.write import print_evaluation, write_report
+from pipelines.report.terminal import print_evaluation
+from pipelines.report.write import write_report
 
 
 @pytest.fixture
