@@ -25,13 +25,17 @@ SAME = 1e-9
 
 
 def collect_test_sets(run: RunFolder) -> dict[str, dict[str, Json]]:
-    """Returns scores, differences and chosen queries of each test set, in the recipe's order."""
+    """Returns scores, differences and chosen queries of each test set, in the recipe's order.
+
+    Left out are those of other kinds than retrieval, and mteb's tasks, whose queries are not kept.
+    """
     document = _read_results(run)
     gains = {
         row["dataset"]: row
         for row in sorted(document["differences"], key=lambda row: row["after_dimensions"])
         if (row["before"], row["after"]) == ("student_before", "student_after")
         and row["metric"] == "ndcg_at_10"
+        and row["dataset"] in document["queries"]
     }
     test_sets: dict[str, dict[str, Json]] = {}
     for name, gain in gains.items():
@@ -56,8 +60,8 @@ def collect_test_sets(run: RunFolder) -> dict[str, dict[str, Json]]:
 def collect_scores(run: RunFolder) -> dict[str, Json]:
     """Returns every test set's main score by model and dimensions, and their means by type.
 
-    Empty where all test sets are retrieval at one number of dimensions, since
-    :func:`collect_test_sets` says more of those.
+    Empty where :func:`collect_test_sets` says more of all of them, each being retrieval at the same
+    number of dimensions.
     """
     document = _read_results(run)
     rows: dict[tuple[Any, ...], dict[str, Json]] = {}
@@ -66,7 +70,8 @@ def collect_scores(run: RunFolder) -> dict[str, Json]:
         row, metric = rows.setdefault(tuple(about.values()), about), result["metric"]
         row[result["model"]] = {"score": result[metric], "interval": result[f"{metric}_interval"]}
     kinds = {(row["task_type"], row["dimensions"]) for row in rows.values()}
-    if not rows or (len(kinds) == 1 and kinds.pop()[0] == "Retrieval"):
+    searched = all(row["dataset"] in document["queries"] for row in rows.values())
+    if not rows or (searched and len(kinds) == 1 and kinds.pop()[0] == "Retrieval"):
         return {}
     return {
         "models": [model for model in MODELS if any(model in row for row in rows.values())],
