@@ -65,12 +65,9 @@ def load_encoder(
 
 
 def saved_encoder(step: Artifact, student: EncoderConfig, folder: str = MODEL) -> EncoderConfig:
-    """Describes an encoder that a step saved: its folder carries its own templates.
+    """Describes an encoder that a finished step saved in `folder`, with its own templates.
 
-    Args:
-        step: The finished step.
-        student: The recipe's student, which says how it is loaded.
-        folder: Of the step's folder.
+    It is loaded as the recipe's `student` is.
     """
     return EncoderConfig(
         model=join(step.uri, folder),
