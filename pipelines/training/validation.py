@@ -137,7 +137,8 @@ class Validation:
 
                 watched = self._test_set
                 try:
-                    measured = evaluate(encoder, watched.data, task=watched.task).score.mean
+                    result = evaluate(encoder, watched.data, task=watched.task)
+                    measured = result.estimates["ndcg_at_10"].mean
                 except BrokenVectors:  # the training diverged, which `take_best` reports
                     measured = math.nan
                 score += measured if place.rank == 0 else 0
