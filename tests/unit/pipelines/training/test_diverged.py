@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines.evaluation.dataset import Passage, RetrievalDataset
 
 from actors.encoder import Encoder
 from cluster.storage import open_storage
+from pipelines.datasets.retrieval import RetrievalDataset, TitledText
 from pipelines.training.config import TrainingConfig, ValidationConfig
 from pipelines.training.metrics import METRICS, MetricsLog, read_metrics, recent_loss, scalars
 from pipelines.training.place import Place
@@ -43,7 +43,7 @@ def test_look_at_a_model_of_no_numbers_finds_none(student: str) -> None:
     with torch.no_grad():
         next(iter(encoder.model.parameters())).fill_(math.nan)
     data = RetrievalDataset(
-        name="d", passages={"a": Passage("", "x")}, queries={"q": "y"}, qrels={"q": {"a": 1}}
+        name="d", passages={"a": TitledText("", "x")}, queries={"q": "y"}, qrels={"q": {"a": 1}}
     )
     look = Validation(ValidationConfig(), [], WatchedSet(data=data, task="t"), [])
     measured = look._measure(encoder, TrainingConfig(), Place(rank=0, world=1, device="cpu"))
