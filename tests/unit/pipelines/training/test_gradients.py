@@ -365,5 +365,5 @@ def test_precision_is_what_is_asked_or_what_the_hardware_multiplies(
     cpu = torch.device("cpu")
     asked = [CONFIG.model_copy(update={"precision": p}) for p in ("bfloat16", "float32", "auto")]
     for able in (True, False):
-        monkeypatch.setattr("actors.encoder.native_bfloat16", lambda device, able=able: able)
+        monkeypatch.setattr("actors.kernels.linear.native_bfloat16", lambda device, able=able: able)
         assert [uses_bfloat16(config, cpu) for config in asked] == [True, False, able]
