@@ -204,12 +204,9 @@ def find_mteb_task(name: str) -> Any:
 
 
 def judged_texts(task: Any) -> Iterator[str]:
-    """Yields the texts of an mteb task that training must not have seen.
+    """Yields the texts of an mteb task, whose data is loaded, that training must not have seen.
 
     A retrieval's or reranking's queries, and every text of the evaluated splits of other types.
-
-    Args:
-        task: With its data loaded.
     """
     from mteb.abstasks import AbsTaskRetrieval
 

@@ -55,12 +55,8 @@ def mixture_step(
 ) -> Step:
     """Returns a step that mixes the batches of a training.
 
-    Args:
-        name: Of the step.
-        config: Which sets are mixed.
-        training: How they are trained on: its batches, epochs and lengths.
-        recipe: The whole recipe, for its student.
-        decontamination: Knows the texts of the run's own test sets.
+    `training` says how they are trained on: their size, epochs and lengths. `decontamination` knows
+    the texts of the run's own test sets.
 
     Raises:
         UserError: A labelled set does not exist.
