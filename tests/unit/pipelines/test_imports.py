@@ -21,7 +21,7 @@ COMMAND += "with contextlib.suppress(SystemExit): main()"
         COMMAND.format("--help"),
         COMMAND.format("keys"),
         # The recipe's configurations stand beside the code that they configure.
-        "from pipelines.recipe import load_recipe; load_recipe('laptop')",
+        "from pipelines.recipe.read import load_recipe; load_recipe('laptop')",
     ],
     ids=["help", "keys", "recipe"],
 )
