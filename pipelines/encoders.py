@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
@@ -9,7 +10,7 @@ from pydantic import Field, model_validator
 from actors.templates import PromptTemplates
 from cluster.artifacts import Artifact
 from cluster.config import Config
-from cluster.storage import join
+from cluster.storage import Storage, join
 
 if TYPE_CHECKING:
     from actors.encoder import Encoder
@@ -65,12 +66,9 @@ def load_encoder(
 
 
 def saved_encoder(step: Artifact, student: EncoderConfig, folder: str = MODEL) -> EncoderConfig:
-    """Describes an encoder that a step saved: its folder carries its own templates.
+    """Describes an encoder that a step saved in a folder, which carries its own templates.
 
-    Args:
-        step: The finished step.
-        student: The recipe's student, which says how it is loaded.
-        folder: Of the step's folder.
+    The recipe's `student` says how it is loaded.
     """
     return EncoderConfig(
         model=join(step.uri, folder),
@@ -78,3 +76,10 @@ def saved_encoder(step: Artifact, student: EncoderConfig, folder: str = MODEL) -
         dtype=student.dtype,
         trust_remote_code=student.trust_remote_code,
     )
+
+
+def upload_folder(folder: Path, storage: Storage, path: str) -> None:
+    """Copies the files of a model folder to a folder of a step's."""
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            storage.upload(file, f"{path}/{file.relative_to(folder).as_posix()}")
