@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
@@ -9,7 +10,7 @@ from pydantic import Field, model_validator
 from actors.templates import PromptTemplates
 from cluster.artifacts import Artifact
 from cluster.config import Config
-from cluster.storage import join
+from cluster.storage import Storage, join
 
 if TYPE_CHECKING:
     from actors.encoder import Encoder
@@ -75,3 +76,10 @@ def saved_encoder(step: Artifact, student: EncoderConfig, folder: str = MODEL) -
         dtype=student.dtype,
         trust_remote_code=student.trust_remote_code,
     )
+
+
+def upload_folder(folder: Path, storage: Storage, path: str) -> None:
+    """Copies the files of a model folder to a folder of a step's."""
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            storage.upload(file, f"{path}/{file.relative_to(folder).as_posix()}")

@@ -91,7 +91,6 @@ class Corpus:
     def __init__(self, config: CorpusConfig) -> None:
         """Finds the corpus's files; raises UserError where there is none."""
         self.config = config
-        self.files: list[str] = []
         self.passed_over: Counter[str] = Counter()
         self.format: str = config.format
         self._names: dict[str, None] = {}

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from cluster.errors import UserError
 from cluster.row_files import find_file
@@ -48,11 +48,7 @@ class LabelledDataset:
     kind: str
     split: str = "test"
     columns: Mapping[str, Columns]
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What whoever reads its scores has to know: nothing so far."""
-        return ()
+    notes: ClassVar[tuple[str, ...]] = ()  # what whoever reads its scores has to know
 
     @property
     def counts(self) -> dict[str, int]:

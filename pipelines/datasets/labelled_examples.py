@@ -105,10 +105,7 @@ def read_examples(
 ) -> Iterator[Example]:
     """Yields the set's examples, and notes in `reading` what became of its rows.
 
-    Args:
-        labelled: The set.
-        reading: Filled while the examples are taken.
-        passages: The run's passages, for a set that is made of them.
+    `passages` are the run's, for a set that is made of them.
 
     Raises:
         UserError: The set does not exist, is no file that is read here, or has one label only.

@@ -57,9 +57,7 @@ def version(labelled: LabelledSet) -> Json:
 def read_rows(labelled: LabelledSet, passages: Artifact | None = None) -> Iterator[Row | Reject]:
     """Yields the rows of a set of any kind but retrieval, with our names of the fields.
 
-    Args:
-        labelled: The set.
-        passages: The run's passages, for a set that is made of them.
+    `passages` are the run's, for a set that is made of them.
 
     Raises:
         UserError: The set does not exist, or is of no kind of file that is read here.

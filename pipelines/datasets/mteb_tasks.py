@@ -25,14 +25,15 @@ from cluster.errors import UserError
 from pipelines.datasets.folders import LabelledDataset, TestData
 from pipelines.datasets.retrieval import RetrievalDataset
 
-# Kind of test set -> mteb's type of task, and the main score that its tasks of that type have.
-TYPES = {
-    "retrieval": ("Retrieval", "ndcg_at_10"),
-    "rerank": ("Reranking", "map_at_1000"),
-    "sts": ("STS", "cosine_spearman"),
-    "pairs": ("PairClassification", "max_ap"),
-    "classification": ("Classification", "accuracy"),
-    "clustering": ("Clustering", "v_measure"),
+# Kind of test set -> mteb's type of task, the main score that its tasks of that type have, and
+# their class.
+_TYPES = {
+    "retrieval": ("Retrieval", "ndcg_at_10", "AbsTaskRetrieval"),
+    "rerank": ("Reranking", "map_at_1000", "AbsTaskRetrieval"),
+    "sts": ("STS", "cosine_spearman", "AbsTaskSTS"),
+    "pairs": ("PairClassification", "max_ap", "AbsTaskPairClassification"),
+    "classification": ("Classification", "accuracy", "AbsTaskClassification"),
+    "clustering": ("Clustering", "v_measure", "AbsTaskClustering"),
 }
 
 
@@ -99,15 +100,7 @@ def make_task(data: TestData) -> Any:
     from mteb import abstasks
     from mteb.abstasks.task_metadata import TaskMetadata
 
-    mteb_type, main_score = TYPES[data.kind]
-    base: Any = {
-        "retrieval": abstasks.AbsTaskRetrieval,
-        "rerank": abstasks.AbsTaskRetrieval,
-        "sts": abstasks.AbsTaskSTS,
-        "pairs": abstasks.AbsTaskPairClassification,
-        "classification": abstasks.AbsTaskClassification,
-        "clustering": abstasks.AbsTaskClustering,
-    }[data.kind]
+    mteb_type, main_score, base = _TYPES[data.kind]
     split = "" if data.split == "test" else f"-{data.split}"
     # It names a file of the results.
     name = f"{data.name}-{data.kind}{split}".replace("/", "-").replace("\0", "-")
@@ -121,7 +114,7 @@ def make_task(data: TestData) -> Any:
         eval_langs=["und-Zyyy"],
         main_score=main_score,
     )
-    task = type("LocalTask", (base,), {"metadata": metadata})()
+    task = type("LocalTask", (getattr(abstasks, base),), {"metadata": metadata})()
     if isinstance(data, RetrievalDataset):
         task.dataset = {"default": {data.split: _retrieval_split(data)}}
         task.ignore_identical_ids = data.leaves_out_own
@@ -136,17 +129,11 @@ def _retrieval_split(data: RetrievalDataset) -> dict[str, Any]:
 
     passages = list(data.passages.values())
     judged = list(data.qrels)
+    titles, texts = [each.title for each in passages], [each.text for each in passages]
+    queries = [data.queries[query] for query in judged]
     return {
-        "corpus": Dataset.from_dict(
-            {
-                "id": list(data.passages),
-                "title": [passage.title for passage in passages],
-                "text": [passage.text for passage in passages],
-            }
-        ),
-        "queries": Dataset.from_dict(
-            {"id": judged, "text": [data.queries[query] for query in judged]}
-        ),
+        "corpus": Dataset.from_dict({"id": list(data.passages), "title": titles, "text": texts}),
+        "queries": Dataset.from_dict({"id": judged, "text": queries}),
         "relevant_docs": {query: dict(data.qrels[query]) for query in judged},
         "top_ranked": data.candidates and {query: list(data.candidates[query]) for query in judged},
     }
@@ -217,12 +204,9 @@ def find_mteb_task(name: str) -> Any:
 
 
 def judged_texts(task: Any) -> Iterator[str]:
-    """Yields the texts of an mteb task that training must not have seen.
+    """Yields the texts of an mteb task, whose data is loaded, that training must not have seen.
 
     A retrieval's or reranking's queries, and every text of the evaluated splits of other types.
-
-    Args:
-        task: With its data loaded.
     """
     from mteb.abstasks import AbsTaskRetrieval
 

@@ -62,12 +62,7 @@ def is_header(score: str) -> bool:
 
 
 def read_qrels(lines: Iterable[bytes], place: str) -> Qrels:
-    """Reads the judgements of a file.
-
-    Args:
-        lines: Of the file.
-        place: Its name.
-    """
+    """Reads the judgements of a file's lines; `place` is its name."""
     rows, rejects = [], []
     for row in text_lines(lines, place):
         if len(row) == 3:

@@ -50,10 +50,6 @@ def load_test_set(test_set: TestSet) -> TestData | Any:
     """
     if test_set.kind == MTEB:
         return load_mteb_task(test_set.path)
-    return _read(test_set)
-
-
-def _read(test_set: TestSet) -> TestData:
     return replace(read_folder(test_set.kind, test_set.path, test_set.split), name=test_set.name)
 
 
@@ -68,10 +64,8 @@ def evaluation_queries(test_sets: tuple[TestSet, ...]) -> list[str]:
     """
     texts: set[str] = set()
     for test_set in test_sets:
-        if test_set.kind == MTEB:
-            texts |= set(judged_texts(load_mteb_task(test_set.path)))
-        else:
-            texts |= set(_read(test_set).judged_texts())
+        data = load_test_set(test_set)
+        texts.update(judged_texts(data) if test_set.kind == MTEB else data.judged_texts())
     return sorted(texts)
 
 

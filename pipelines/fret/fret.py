@@ -79,7 +79,7 @@ def make_fret(
     candidates, scores = context.input("candidates"), QueryScores(context.input("scores"))
     dropped, metrics = _filter(config, decontamination, candidates, scores)
     texts = PassageTexts(context.input("passages"), scores.passage_ids)
-    totals: Counter[str] = Counter()
+    totals = Counter(_count([]))
     for shard in candidates.shards:
         rows = []
         for found in candidates.shard(shard).to_pylist():
@@ -88,9 +88,9 @@ def make_fret(
                 row |= _labels(row, scored, config, texts)
             rows.append(row)
         write_table(context.storage, shard.path, pa.Table.from_pylist(rows, schema=FRET))
-        totals += _count(rows)
+        totals.update(_count(rows))
         context.progress.update(totals["num_queries"], candidates.num_rows)
-    return {**dict.fromkeys(_COUNTS, 0), **totals, **metrics}
+    return {**totals, **metrics}
 
 
 class QueryScores:
@@ -118,13 +118,12 @@ class QueryScores:
 class PassageTexts:
     """Titles and texts by passage id, held as Arrow columns."""
 
-    def __init__(self, passages: Artifact, ids: pa.ChunkedArray | None = None) -> None:
-        """Reads the artifact's passages into memory, those with these ids if any are given."""
-        tables = passages.tables(["id", "title", "text"])
-        if ids is not None:
-            tables = (table.filter(pc.is_in(table["id"], value_set=ids)) for table in tables)
-        schema = pa.schema([PASSAGE.field(name) for name in ("id", "title", "text")])
-        self._table = pa.concat_tables([schema.empty_table(), *tables])
+    def __init__(self, passages: Artifact, ids: pa.ChunkedArray) -> None:
+        """Reads those of the artifact's passages that have these ids."""
+        columns = ["id", "title", "text"]
+        read = passages.tables(columns)
+        tables = [table.filter(pc.is_in(table["id"], value_set=ids)) for table in read]
+        self._table = pa.concat_tables([PASSAGE.empty_table().select(columns), *tables])
         self._rows = {id_: row for row, id_ in enumerate(self._table["id"].to_pylist())}
 
     def __getitem__(self, passage_id: str) -> tuple[str, str]:
@@ -167,14 +166,12 @@ def _filter(
     contaminated: list[dict[str, str]] = []
     for table in candidates.tables(["id", "query", "dropped_by"]):
         for row in table.to_pylist():
-            id_, query = row["id"], row["query"]
-            error = row["dropped_by"]
+            id_, query, error = row["id"], row["query"], row["dropped_by"]
             if error is None:
                 error = next((s["error"] for s in scores.of(id_).values() if s["error"]), None)
             if error is not None:
                 dropped[id_] = error
-                continue
-            if repeated := decontamination.repeated(query):
+            elif repeated := decontamination.repeated(query):
                 dropped[id_], evaluation_query = repeated
                 contaminated.append({"query": query, "evaluation_query": evaluation_query})
             elif query.casefold() in kept:
@@ -238,25 +235,14 @@ def _labels(
     }
 
 
-_COUNTS = (
-    "num_queries",
-    "num_kept",
-    "num_scored",
-    "num_positive_is_not_seed",
-    "num_kept_positive_is_not_seed",
-    "num_without_negative",
-)
-
-
-def _count(rows: list[dict[str, Any]]) -> Counter[str]:
+def _count(rows: list[dict[str, Any]]) -> dict[str, int]:
     scored = [row for row in rows if row["query_likelihoods"]]
     kept = [row for row in scored if row["dropped_by"] is None]
-    numbers = (
-        len(rows),
-        len(kept),
-        len(scored),
-        sum(not row["positive_is_seed"] for row in scored),
-        sum(not row["positive_is_seed"] for row in kept),
-        sum(not row["negative_ids"] for row in kept),
-    )
-    return Counter(dict(zip(_COUNTS, numbers, strict=True)))
+    return {
+        "num_queries": len(rows),
+        "num_kept": len(kept),
+        "num_scored": len(scored),
+        "num_positive_is_not_seed": sum(not row["positive_is_seed"] for row in scored),
+        "num_kept_positive_is_not_seed": sum(not row["positive_is_seed"] for row in kept),
+        "num_without_negative": sum(not row["negative_ids"] for row in kept),
+    }

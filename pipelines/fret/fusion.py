@@ -65,13 +65,8 @@ def choose_labels(
 ) -> Labels:
     """Chooses the positive (highest R) and the hard negatives (lowest R first, or a draw).
 
-    Args:
-        ql: Query likelihood of each candidate, in the retriever's order.
-        rc: Relevance of each candidate.
-        similarities: The retriever's similarity of each candidate.
-        seed_place: Where the seed passage stands among the candidates.
-        config: The rules.
-        query_id: Seeds the draw of random negatives.
+    `ql`, `rc` and `similarities` hold one number a candidate, in the retriever's order; the seed
+    passage stands at `seed_place` among them. `query_id` seeds the draw of random negatives.
     """
     fused = fuse(ql, rc, config.fusion)
     # Of equal R, the nearer candidate is the better positive and the worse negative.

@@ -47,11 +47,8 @@ def step(recipe: Recipe) -> Step:
 def group_pairs(num_scored: int, context: StepContext) -> dict[str, Json]:
     """Groups (query, candidate) pairs and the candidates' texts by passage, with Ray Data.
 
-    Passage ids are hashes, so equal ranges of them make shards of about equal size.
-
-    Args:
-        num_scored: Nearest candidates of a query that are scored, the seed among them.
-        context: With the artifacts of `candidates` and `passages`.
+    Passage ids are hashes, so equal ranges of them make shards of about equal size. Of each query
+    the nearest `num_scored` candidates are scored, the seed among them.
     """
     import ray
 
@@ -64,13 +61,8 @@ def group_pairs(num_scored: int, context: StepContext) -> dict[str, Json]:
         if step == "candidates":
             rows = _pairs(candidates.shard(candidates.shards[number]), num_scored)
         else:
-            ids = ray.get(wanted)
-            rows = [
-                row
-                for row in passages.shard(passages.shards[number]).to_pylist()
-                if _holds(ids, row["id"])
-            ]
-            rows = [{"passage_id": row["id"], **row} for row in rows]
+            ids, texts = ray.get(wanted), passages.shard(passages.shards[number]).to_pylist()
+            rows = [{"passage_id": row["id"], **row} for row in texts if _holds(ids, row["id"])]
         for row in rows:
             row["shard"] = int(row["passage_id"][:8], 16) * num_shards >> 32
         return pa.Table.from_pylist(rows, schema=_ROWS)

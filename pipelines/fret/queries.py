@@ -65,6 +65,24 @@ class QueriesConfig(Config):
 def step(recipe: Recipe) -> Step:
     """Returns the step."""
     prompts = load_prompts(recipe.prompts)
+
+    def write_queries(context: StepContext) -> dict[str, Json]:
+        stage = WriteQueries(
+            config=recipe.queries,
+            prompts=query_prompts(recipe.queries, prompts),
+            llm=recipe.llm,
+            engine=recipe.resources.engine,
+            resources=recipe.resources.llm,
+        )
+        seeds = context.input("seeds")
+        limit = Limit(
+            share=recipe.queries.max_unusable_share,
+            num_all=seeds.num_rows * recipe.queries.queries_per_seed,
+            remedy="use another llm.model, a lower queries.temperature, or raise"
+            " queries.max_unusable_share",
+        )
+        return run_stage(stage, seeds, context, limit)
+
     return Step(
         name="queries",
         config={
@@ -73,16 +91,7 @@ def step(recipe: Recipe) -> Step:
             "prompts": prompts.model_dump(mode="json", exclude={"scores"}),
         },
         inputs=("seeds",),
-        work=lambda context: write_queries(
-            WriteQueries(
-                config=recipe.queries,
-                prompts=query_prompts(recipe.queries, prompts),
-                llm=recipe.llm,
-                engine=recipe.resources.engine,
-                resources=recipe.resources.llm,
-            ),
-            context,
-        ),
+        work=write_queries,
     )
 
 
@@ -157,18 +166,3 @@ def query_prompts(config: QueriesConfig, prompts: Prompts) -> QueryPrompts:
     return QueryPrompts(
         prompts=prompts, tasks=config.tasks, language=config.language, instruct=config.chat
     )
-
-
-def write_queries(stage: WriteQueries, context: StepContext) -> dict[str, Json]:
-    """Streams the seeds past the vLLM actors.
-
-    Raises:
-        TooManyRejects: The LLM writes more nonsense than the recipe allows.
-    """
-    limit = Limit(
-        share=stage.config.max_unusable_share,
-        num_all=context.input("seeds").num_rows * stage.config.queries_per_seed,
-        remedy="use another llm.model, a lower queries.temperature, or raise"
-        " queries.max_unusable_share",
-    )
-    return run_stage(stage, context.input("seeds"), context, limit)

@@ -49,6 +49,23 @@ class ScoresConfig(Config):
 def step(recipe: Recipe) -> Step:
     """Returns the step."""
     prompts = load_prompts(recipe.prompts)
+
+    def score_pairs(context: StepContext) -> dict[str, Json]:
+        stage = ScorePairs(
+            config=recipe.scores,
+            prompts=PairPrompts(prompts=prompts, relevance=recipe.scores.relevance),
+            llm=recipe.llm,
+            engine=recipe.resources.engine,
+            resources=recipe.resources.llm,
+        )
+        pairs = context.input("pairs")
+        limit = Limit(
+            share=recipe.scores.max_unusable_share,
+            num_all=pairs.manifest.metrics["num_pairs"],
+            remedy="raise llm.max_model_tokens or scores.max_unusable_share",
+        )
+        return run_stage(stage, pairs, context, limit)
+
     return Step(
         name="scores",
         config={
@@ -57,16 +74,7 @@ def step(recipe: Recipe) -> Step:
             "prompts": prompts.model_dump(mode="json", exclude={"tasks", "written"}),
         },
         inputs=("pairs",),
-        work=lambda context: score_pairs(
-            ScorePairs(
-                config=recipe.scores,
-                prompts=PairPrompts(prompts=prompts, relevance=recipe.scores.relevance),
-                llm=recipe.llm,
-                engine=recipe.resources.engine,
-                resources=recipe.resources.llm,
-            ),
-            context,
-        ),
+        work=score_pairs,
     )
 
 
@@ -137,18 +145,3 @@ class ScorePairs(Stage):
             )
 
         return score
-
-
-def score_pairs(stage: ScorePairs, context: StepContext) -> dict[str, Json]:
-    """Streams the passages with their queries past the vLLM actors.
-
-    Raises:
-        TooManyRejects: More pairs cannot be scored than the recipe allows.
-    """
-    pairs = context.input("pairs")
-    limit = Limit(
-        share=stage.config.max_unusable_share,
-        num_all=pairs.manifest.metrics["num_pairs"],
-        remedy="raise llm.max_model_tokens or scores.max_unusable_share",
-    )
-    return run_stage(stage, pairs, context, limit)

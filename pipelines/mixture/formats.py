@@ -65,10 +65,11 @@ class Formatter:
         limit = self._target_tokens(symmetric)
         negatives = texts["negatives"].combine_chunks()
         flat = self._tokens(negatives.flatten(), limit)
+        offsets = pc.subtract(negatives.offsets, negatives.offsets[0])
         columns = {
             "query_tokens": self._tokens(texts["query"].combine_chunks(), self.max_query_tokens),
             "positive_tokens": self._tokens(texts["positive"].combine_chunks(), limit),
-            "negative_tokens": pa.LargeListArray.from_arrays(_offsets(negatives), flat),
+            "negative_tokens": pa.LargeListArray.from_arrays(offsets, flat),
         }
         for name, column in columns.items():
             texts = texts.append_column(name, column)
@@ -140,11 +141,3 @@ class Formatter:
 
 
 _TOKEN_LISTS = pa.large_list(pa.int32())
-
-
-def _offsets(lists: pa.LargeListArray) -> pa.Array:
-    """Returns where each list of a column starts among its flattened values, and the end."""
-    lengths = pc.fill_null(pc.list_value_length(lists), 0)
-    return pa.concat_arrays(
-        [pa.array([0], pa.int64()), pc.cumulative_sum(lengths).cast(pa.int64())]
-    )

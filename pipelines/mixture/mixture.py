@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.artifacts import Artifact, Json, shard_path, write_rejects
-from cluster.errors import TooManyRejects, UserError
+from cluster.errors import Reject, TooManyRejects, UserError
 from cluster.steps import Step, StepContext
 from cluster.storage import write_table
 from pipelines.datasets.decontamination import Decontamination
@@ -55,12 +55,8 @@ def mixture_step(
 ) -> Step:
     """Returns a step that mixes the batches of a training.
 
-    Args:
-        name: Of the step.
-        config: Which sets are mixed.
-        training: How they are trained on: its batches, epochs and lengths.
-        recipe: The whole recipe, for its student.
-        decontamination: Knows the texts of the run's own test sets.
+    `training` says how they are trained on: their size, epochs and lengths. `decontamination` knows
+    the texts of the run's own test sets.
 
     Raises:
         UserError: A labelled set does not exist.
@@ -144,7 +140,9 @@ def make_mixture(
     sources = []
     if isinstance(config, MixtureConfig) and config.fret_weight != 0:
         sources.append(_fret(config, formatter, context.input("fret")))
-    reader = _Reader(config, formatter, decontamination, context)
+    reader = _Reader(
+        config=config, formatter=formatter, decontamination=decontamination, context=context
+    )
     sources += [reader.read(labelled) for labelled in config.labelled]
     write_rejects(context.storage, reader.rejects)
     sources = [source for source in sources if source.texts.num_rows]
@@ -162,10 +160,11 @@ def make_mixture(
     batches = list(
         draw_batches([source.rows() for source in sources], batch_size, num_batches, config.seed)
     )
-    writer = _Writer(formatter, batch_size, context)
-    writer.write(sources, batches, "shards")
+    per_shard = max(1, EXAMPLES_PER_SHARD // batch_size)
+    _write(sources, batches, "shards", per_shard, formatter, context)
     if any(source.texts.num_rows for source in held_out):
-        writer.write(held_out, _in_order(held_out, batch_size), VALIDATION)
+        in_order = _in_order(held_out, batch_size)
+        _write(held_out, in_order, VALIDATION, per_shard, formatter, context)
     drawn = Counter(place for place, _ in batches)
     return {
         "num_batches": num_batches,
@@ -177,47 +176,43 @@ def make_mixture(
     }
 
 
+@dataclass(kw_only=True)
 class _Reader:
     """Reads labelled sets, and keeps count of what is not trained on."""
 
-    def __init__(
-        self,
-        config: SetsConfig,
-        formatter: Formatter,
-        decontamination: Decontamination,
-        context: StepContext,
-    ) -> None:
-        self._config, self._formatter = config, formatter
-        self._decontamination, self._context = decontamination, context
-        self._counts: dict[str, Json] = {}
-        self._contaminated: list[dict[str, str]] = []
-        self.rejects: list[tuple[str, str, str]] = []
+    config: SetsConfig
+    formatter: Formatter
+    decontamination: Decontamination
+    context: StepContext
+    counts: dict[str, Json] = field(default_factory=dict)
+    contaminated: list[dict[str, str]] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
 
     def read(self, labelled: LabelledSet) -> Source:
         """Reads one set; raises TooManyRejects."""
-        self._context.progress.update(0, None, f"reading {labelled.name}")
-        reading = Reading(decontamination=self._decontamination)
-        texts = self._formatter.texts(
-            read_examples(labelled, reading, self._context.inputs.get("passages")),
+        self.context.progress.update(0, None, f"reading {labelled.name}")
+        reading = Reading(decontamination=self.decontamination)
+        texts = self.formatter.texts(
+            read_examples(labelled, reading, self.context.inputs.get("passages")),
             dataset=labelled.name,
             symmetric=labelled.is_symmetric,
         )
         self._check(labelled, reading)
-        self._counts[labelled.name] = {
+        self.counts[labelled.name] = {
             "num_rows": reading.num_rows,
             "num_examples": texts.num_rows,
             "rejected": dict(Counter(reason for _, reason, _ in reading.rejects)),
             "left_out": dict(reading.left_out),
             "decontaminated": dict(reading.decontaminated),
         }
-        self._contaminated += [
+        self.contaminated += [
             {"set": labelled.name, "text": text, "evaluation_query": query}
             for text, query in reading.contaminated
         ]
-        texts = _sample(texts, labelled.max_rows, labelled.name, self._config.seed)
+        texts = _sample(texts, labelled.max_rows, labelled.name, self.config.seed)
         return Source(
             name=labelled.name,
-            weight=_weight(labelled.weight, texts, self._config),
+            weight=_weight(labelled.weight, texts, self.config),
             texts=texts,
             symmetric=labelled.is_symmetric,
         )
@@ -225,20 +220,20 @@ class _Reader:
     def metrics(self) -> dict[str, Json]:
         """Returns the counts of each set, and the first examples that were taken out."""
         return {
-            "labelled": self._counts,
-            "num_evaluation_queries": len(self._decontamination),
-            "contaminated": self._contaminated[:MAX_LISTED],
+            "labelled": self.counts,
+            "num_evaluation_queries": len(self.decontamination),
+            "contaminated": self.contaminated[:MAX_LISTED],
         }
 
     def _check(self, labelled: LabelledSet, reading: Reading) -> None:
         self.rejects += [
             (f"{labelled.name}: {id_}", why, text) for id_, why, text in reading.rejects
         ]
-        share = self._config.max_reject_share
+        share = self.config.max_reject_share
         if len(reading.rejects) > share * reading.num_rows:
-            write_rejects(self._context.storage, self.rejects)
+            write_rejects(self.context.storage, self.rejects)
             raise TooManyRejects.of(
-                self._context.storage.uri.rpartition("/")[2],
+                self.context.storage.uri.rpartition("/")[2],
                 Counter(reason for _, reason, _ in reading.rejects),
                 reading.rejects,
                 f"of set {labelled.name!r} accepted is a share of {share} of {reading.num_rows}:"
@@ -293,17 +288,13 @@ def _sample(texts: pa.Table, max_rows: int | None, name: str, seed: int) -> pa.T
 def _held_out(sources: list[Source], config: SetsConfig) -> list[Source]:
     """Draws the rows for validation, of each set by its weight and at most a fifth of it."""
     total = sum(source.weight for source in sources)
-    found = []
+    held_out = []
     for source in sources:
         share = round(config.validation_examples * source.weight / total)
         size = min(share, source.texts.num_rows // 5)
-        found.append(
-            replace(
-                source,
-                texts=_sample(source.texts, size, f"held out {source.name}", config.seed),
-            )
-        )
-    return found
+        texts = _sample(source.texts, size, f"held out {source.name}", config.seed)
+        held_out.append(replace(source, texts=texts))
+    return held_out
 
 
 def _without(source: Source, held_out: Source) -> Source:
@@ -322,40 +313,35 @@ def _in_order(sources: list[Source], batch_size: int) -> list[tuple[int, np.ndar
     ]
 
 
-@dataclass(frozen=True)
-class _Writer:
+def _write(
+    sources: list[Source],
+    batches: list[tuple[int, np.ndarray]],
+    folder: str,
+    per_shard: int,
+    formatter: Formatter,
+    context: StepContext,
+) -> None:
     """Tokenises the rows that batches hold, each once, and writes the batches in order."""
-
-    formatter: Formatter
-    batch_size: int
-    context: StepContext
-
-    def write(
-        self, sources: list[Source], batches: list[tuple[int, np.ndarray]], folder: str
-    ) -> None:
-        """Writes shards of the columns of `EXAMPLE` into a folder of the step's."""
-        progress = self.context.progress
-        tables, places = [], []
-        for number, source in enumerate(sources):
-            progress.update(0, len(batches), f"tokenising {source.name}")
-            drawn = [rows for place, rows in batches if place == number]
-            used = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *drawn]))
-            texts = source.texts
-            if len(used) < texts.num_rows:
-                texts = texts.take(pa.array(used))
-            table = self.formatter.with_tokens(texts, symmetric=source.symmetric)
-            tables.append(table.combine_chunks())
-            places.append(used)
-        per_shard = max(1, EXAMPLES_PER_SHARD // self.batch_size)
-        for start in range(0, len(batches), per_shard):
-            parts = []
-            for number, (place, rows) in enumerate(batches[start : start + per_shard], start):
-                table = tables[place].take(pa.array(np.searchsorted(places[place], rows)))
-                numbers = pa.array(np.full(len(rows), number, dtype=np.int32))
-                parts.append(table.add_column(0, "batch", numbers).cast(EXAMPLE))
-            shard = pa.concat_tables(parts)
-            write_table(self.context.storage, shard_path(start // per_shard, folder), shard)
-            progress.update(start + len(parts), len(batches))
+    progress = context.progress
+    tables, places = [], []
+    for number, source in enumerate(sources):
+        progress.update(0, len(batches), f"tokenising {source.name}")
+        drawn = [rows for place, rows in batches if place == number]
+        used = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *drawn]))
+        texts = source.texts
+        if len(used) < texts.num_rows:
+            texts = texts.take(pa.array(used))
+        tables.append(formatter.with_tokens(texts, symmetric=source.symmetric).combine_chunks())
+        places.append(used)
+    for start in range(0, len(batches), per_shard):
+        parts = []
+        for number, (place, rows) in enumerate(batches[start : start + per_shard], start):
+            table = tables[place].take(pa.array(np.searchsorted(places[place], rows)))
+            numbers = pa.array(np.full(len(rows), number, dtype=np.int32))
+            parts.append(table.add_column(0, "batch", numbers).cast(EXAMPLE))
+        shard = pa.concat_tables(parts)
+        write_table(context.storage, shard_path(start // per_shard, folder), shard)
+        progress.update(start + len(parts), len(batches))
 
 
 def _codes(column: pa.ChunkedArray) -> np.ndarray:

@@ -20,11 +20,7 @@ class OutOfMemory(TokayError):
 
 
 def agree(device: torch.device, *, ran_out: bool = False) -> None:
-    """Waits until all workers are here, and lets them go on together.
-
-    Args:
-        device: Where the workers' messages are sent from.
-        ran_out: Whether this worker has run out of memory.
+    """Waits until all workers are here, and lets them go on together, unless one `ran_out`.
 
     Raises:
         OutOfMemory: A worker has run out of memory.

@@ -84,15 +84,6 @@ class CheckpointWriter:
             self.wait()
 
 
-def save_checkpoint(
-    storage: Storage, batches: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
-    """Writes a whole model's checkpoint after `batches` batches and deletes the older ones."""
-    with CheckpointWriter(storage) as writer:
-        writer.save(batches, model, optimizer)
-        writer.wait()
-
-
 def load_checkpoint(
     storage: Storage, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> int:

@@ -11,8 +11,8 @@ from cluster.artifacts import Json
 from cluster.errors import TokayError
 from cluster.steps import Step, StepContext
 from cluster.storage import join
-from pipelines.encoders import TRAINED
-from pipelines.training.student import StudentConfig, upload_model
+from pipelines.encoders import MODEL, TRAINED, upload_folder
+from pipelines.training.student import StudentConfig
 
 if TYPE_CHECKING:
     from actors.encoder import Encoder
@@ -74,7 +74,7 @@ def export_student(
                 f" text's vector, at {worst.dimensions} dimensions, a cosine of"
                 f" {worst.cosine:.5f} with ours, and {MIN_PARITY} is asked for"
             )
-        upload_model(Path(temporary), context.storage)
+        upload_folder(Path(temporary), context.storage, MODEL)
     return {"parity_cosine": round(worst.cosine, 6), "dimensions": encoder.dimensions}
 
 

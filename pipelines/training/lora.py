@@ -15,12 +15,8 @@ from pipelines.training.config import LoraConfig
 def add_adapters(model: torch.nn.Module, config: LoraConfig, seed: int) -> None:
     """Freezes a model and puts adapters, to be trained, beside its linear layers.
 
-    They change nothing yet. A projection is small, and is trained in full.
-
-    Args:
-        model: The transformer, changed in place.
-        config: Which layers, and how large.
-        seed: Of the random weights.
+    They change nothing yet. A projection is small, and is trained in full. `seed` is that of the
+    adapters' random weights.
 
     Raises:
         UserError: No linear layer has such a name.
@@ -34,7 +30,8 @@ def add_adapters(model: torch.nn.Module, config: LoraConfig, seed: int) -> None:
         if isinstance(module, torch.nn.Linear)
         and name.split(".")[0] not in ("pooler", "projection")
     ]
-    chosen = [name for name in linear if _is_target(name, config.target)]
+    ends = ("",) if config.target == "all-linear" else tuple(f".{end}" for end in config.target)
+    chosen = [name for name in linear if f".{name}".endswith(ends)]
     if not chosen:
         raise UserError(
             f"training.lora.target {list(config.target)}: accepted are all-linear and"
@@ -62,9 +59,3 @@ def merge_adapters(model: torch.nn.Module) -> None:
             layer.merge(safe_merge=True)  # into a new tensor: nobody keeps the old one's layout
             model.set_submodule(name, layer.get_base_layer())
     del model.peft_config
-
-
-def _is_target(name: str, target: str | tuple[str, ...]) -> bool:
-    if isinstance(target, str):
-        return True
-    return any(f".{name}".endswith(f".{end}") for end in target)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -45,16 +45,6 @@ def use_growing_segments() -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
-class Memory(Protocol):
-    """What a worker's activations are kept in."""
-
-    def room(self) -> int:
-        """Returns how many more bytes this process may take."""
-
-    def taken_by(self, work: Callable[[], None]) -> int:
-        """Returns how many bytes some work takes at its highest, unless it runs out of memory."""
-
-
 class GpuMemory:
     """The memory of a GPU, with what PyTorch's allocator holds of it."""
 
@@ -83,20 +73,13 @@ def fit(
     place: Place = ALONE,
     *,
     num_negatives: int = 1,
-    memory: Memory | None = None,
+    memory: GpuMemory | None = None,
 ) -> TrainingConfig:
     """Replaces a gradient cache of ``auto`` by the number of tokens that fits all workers.
 
     All workers call this before their first batch, in training mode. On a CPU, and where the whole
-    batch fits, there is no cache: it computes all but its last chunk twice.
-
-    Args:
-        encoder: The student.
-        optimizer: Its state is counted whether it is there yet or not.
-        config: The training's configuration.
-        place: This worker's place.
-        num_negatives: Hard negatives of an example.
-        memory: The GPU's, or that of a test.
+    batch fits, there is no cache: it computes all but its last chunk twice. The optimizer's state
+    is counted whether it is there yet or not. `memory` is the GPU's, except in tests.
 
     Raises:
         UserError: Not even one text fits.
@@ -232,7 +215,7 @@ def _try_out(
     optimizer: torch.optim.Optimizer,
     config: TrainingConfig,
     part: Slice,
-    memory: Memory,
+    memory: GpuMemory,
 ) -> int:
     """Returns how many tokens fit this worker, 0 for none."""
     rows = sorted(part.rows, key=len, reverse=True)

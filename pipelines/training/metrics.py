@@ -9,6 +9,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,14 +56,10 @@ class MetricsLog:
         tracking: Iterable[str],
         parameters: Mapping[str, Any] | None = None,
     ) -> None:
-        """Goes on after `done` batches.
+        """Goes on after `done` batches; rows of later ones are dropped.
 
-        Args:
-            storage: The step's.
-            done: Rows of later batches are dropped.
-            tracking: Names of trackers. One that has a run of this training goes on with it; each
-                is given the rows that are kept, and skips those that it has.
-            parameters: The training's configuration, as a run of a tracker shows it.
+        A tracker that has a run of this training goes on with it, and any other shows the training
+        `parameters` in a new one. Each is given the rows that are kept, and skips those it has.
 
         Raises:
             UserError: A tracker is not installed, or does not know where its runs go.
@@ -70,7 +67,7 @@ class MetricsLog:
         self._storage = storage
         self._rows = [row for row in read_metrics(storage) if row["batch"] < done]
         self._trackers: list[Tracker] = []
-        begun = _read_runs(storage)
+        begun: dict[str, str] = json.loads(_content(storage, RUNS) or b"{}")
         runs = dict(begun)
         for name in tracking:
             tracker: Tracker = _TRACKERS[name](storage, flat(parameters or {}), begun.get(name))
@@ -110,11 +107,7 @@ def read_metrics(storage: Storage) -> list[MetricsRow]:
 
     A value that was not a number (the training diverged) is None.
     """
-    try:
-        content = storage.read_bytes(METRICS)
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in content.splitlines()]
+    return [json.loads(line) for line in _content(storage, METRICS).splitlines()]
 
 
 def scalars(row: MetricsRow) -> dict[str, float]:
@@ -138,12 +131,12 @@ def flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flattened
 
 
-def _read_runs(storage: Storage) -> dict[str, str]:
+def _content(storage: Storage, path: str) -> bytes:
+    """Returns a file's bytes, none if it is not there."""
     try:
-        runs: dict[str, str] = json.loads(storage.read_bytes(RUNS))
+        return storage.read_bytes(path)
     except FileNotFoundError:
-        return {}
-    return runs
+        return b""
 
 
 class _TensorBoard:
@@ -180,10 +173,7 @@ class _MLflow:
     """A run of the server that MLFLOW_TRACKING_URI names, in MLFLOW_EXPERIMENT_NAME if set."""
 
     def __init__(self, storage: Storage, parameters: dict[str, Any], run_id: str | None) -> None:
-        try:
-            import mlflow  # type: ignore[import-not-found,unused-ignore]
-        except ImportError as error:
-            raise _missing("mlflow") from error
+        mlflow = _library("mlflow")
         if not mlflow.is_tracking_uri_set():
             raise UserError(
                 "training.tracking names mlflow, and MLFLOW_TRACKING_URI is not set on the training"
@@ -229,10 +219,7 @@ class _Wandb:
     """A run of Weights & Biases, whose key WANDB_API_KEY holds; WANDB_MODE=offline needs none."""
 
     def __init__(self, storage: Storage, parameters: dict[str, Any], run_id: str | None) -> None:
-        try:
-            import wandb  # type: ignore[import-not-found,unused-ignore]
-        except ImportError as error:
-            raise _missing("wandb") from error
+        wandb = _library("wandb")
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "tokay"),
@@ -265,11 +252,14 @@ class _Wandb:
 _TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "mlflow": _MLflow, "wandb": _Wandb}
 
 
-def _missing(package: str) -> UserError:
-    return UserError(
-        f"training.tracking names {package}, which is not installed on the training nodes:"
-        f" pip install {package}, or take it out"
-    )
+def _library(package: str) -> Any:
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise UserError(
+            f"training.tracking names {package}, which is not installed on the training nodes:"
+            f" pip install {package}, or take it out"
+        ) from error
 
 
 def recent_loss(rows: Sequence[MetricsRow], num_batches: int = 20) -> float:

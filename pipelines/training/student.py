@@ -11,12 +11,11 @@ from pydantic import Field, field_validator
 from cluster.artifacts import Json
 from cluster.errors import UserError
 from cluster.steps import Step, StepContext
-from pipelines.encoders import MODEL, EncoderConfig, load_encoder
+from pipelines.encoders import MODEL, EncoderConfig, load_encoder, upload_folder
 from pipelines.fingerprints import NotFingerprinted, fingerprinted
 
 if TYPE_CHECKING:
     from actors.encoder import Encoder
-    from cluster.storage import Storage
     from pipelines.recipe.recipe import Recipe
 
 TITLE = "make the student"
@@ -76,11 +75,8 @@ def make_student(config: StudentConfig, context: StepContext) -> dict[str, Json]
     card = f"# Student before training\n\nMade of {', '.join(parts)}.\n"
     with tempfile.TemporaryDirectory() as temporary:
         encoder.save(temporary, model_card=card)
-        upload_model(Path(temporary), context.storage)
-    return {
-        "num_parameters": encoder.num_parameters,
-        "dimensions": encoder.dimensions,
-    }
+        upload_folder(Path(temporary), context.storage, MODEL)
+    return {"num_parameters": encoder.num_parameters, "dimensions": encoder.dimensions}
 
 
 def load_student(config: StudentConfig) -> Encoder:
@@ -107,10 +103,3 @@ def load_student(config: StudentConfig) -> Encoder:
     if config.projection is not None:
         add_projection(encoder, config.projection)
     return encoder
-
-
-def upload_model(folder: Path, storage: Storage) -> None:
-    """Copies the files of a model folder into a step's folder."""
-    for file in sorted(folder.rglob("*")):
-        if file.is_file():
-            storage.upload(file, f"{MODEL}/{file.relative_to(folder).as_posix()}")

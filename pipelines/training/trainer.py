@@ -15,7 +15,7 @@ import torch
 
 from cluster.errors import TokayError
 from cluster.storage import open_storage
-from pipelines.encoders import TRAINED
+from pipelines.encoders import TRAINED, upload_folder
 from pipelines.training.checkpoint import (
     SOUP,
     average_weights,
@@ -25,7 +25,7 @@ from pipelines.training.checkpoint import (
     trained_weights,
 )
 from pipelines.training.config import TrainingConfig
-from pipelines.training.examples import Batch, iterate_batches
+from pipelines.training.examples import Batch, iterate_batches, iterate_validation
 from pipelines.training.gradients import Slice, slice_batch, uses_bfloat16
 from pipelines.training.lora import add_adapters, merge_adapters
 from pipelines.training.memory import fit, halve, remember, remembered
@@ -92,13 +92,7 @@ class Trainer:
     """
 
     def __init__(self, job: Job, place: Place, encoder: Encoder) -> None:
-        """Goes on from the last checkpoint, if there is one.
-
-        Args:
-            job: What to train.
-            place: This worker's place.
-            encoder: What :func:`load_student` returned.
-        """
+        """Goes on from the last checkpoint, if there is one; `load_student` made `encoder`."""
         self.encoder, self.config, self.place = encoder, job.config, place
         if self.config.sharding == "fsdp2" and place.world > 1:
             shard(encoder.model, bfloat16=uses_bfloat16(self.config, encoder.device))
@@ -111,9 +105,8 @@ class Trainer:
         self._validation = None
         if self.config.validation:
             rows = [row for row in read_metrics(self._storage) if row["batch"] < self.done]
-            self._validation = Validation.open(
-                self.config.validation, job.examples, job.test_set, rows
-            )
+            held_out = list(iterate_validation(job.examples))
+            self._validation = Validation(self.config.validation, held_out, job.test_set, rows)
 
     def batches(self) -> Iterator[tuple[Batch, Slice]]:
         """Finds what fits in memory, then yields each batch, with this worker's part, to the end.
@@ -237,10 +230,7 @@ class Trainer:
             merge_adapters(encoder.model)
         with tempfile.TemporaryDirectory() as folder:
             encoder.save(folder, model_card="# A student trained with Tokay, before its export\n")
-            for file in sorted(Path(folder).rglob("*")):
-                if file.is_file():
-                    path = file.relative_to(folder).as_posix()
-                    self._storage.upload(file, f"{TRAINED}/{path}")
+            upload_folder(Path(folder), self._storage, TRAINED)
 
     def _remember(self) -> None:
         if self.place.rank == 0:

@@ -15,7 +15,6 @@ from pipelines.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     from pipelines.recipe.recipe import Recipe
-    from pipelines.training.validation import WatchedSet
 
 TITLE = "train the student"
 
@@ -33,20 +32,20 @@ def training_step(
     start: tuple[str, str],
     recipe: Recipe,
 ) -> Step:
-    """Returns a step that trains the student.
+    """Returns a step that trains the student on the batches of the step `mixture`.
 
-    Args:
-        name: Of the step.
-        config: The stage's configuration.
-        mixture: Name of the step whose batches are trained on.
-        start: Name of the step whose encoder is trained, and the folder where that keeps it.
-        recipe: The whole recipe: its student, and the test set that training is watched on.
+    `start` is the name of the step whose encoder is trained, and the folder where that keeps it.
     """
     named = config.validation.test_set if config.validation else None
     test_set = next((each for each in recipe.evaluation if each.name == named), None)
     before, folder = start
 
-    def work(context: StepContext) -> dict[str, Json]:
+    def train_student(context: StepContext) -> dict[str, Json]:
+        """Trains the student; the step's folder gets `encoder/` and `metrics.jsonl`."""
+        from pipelines.training.examples import count_batches
+        from pipelines.training.metrics import recent_loss
+        from pipelines.training.train import train
+        from pipelines.training.trainer import Job
         from pipelines.training.validation import WatchedSet
 
         watched = None
@@ -54,64 +53,27 @@ def training_step(
             # The recipe was checked: it is a retrieval set.
             data = cast(RetrievalDataset, load_test_set(test_set))
             watched = WatchedSet(data=data, task=test_set.task)
-        return train_student(
-            config,
-            mixture=mixture,
+        examples, output = context.input(mixture).uri, context.storage.uri
+        job = Job(
+            config=config,
+            examples=examples,
             student=join(context.input(before).uri, folder),
+            output=output,
+            num_batches=count_batches(examples),
             test_set=watched,
             trust_remote_code=recipe.student.trust_remote_code,
-            context=context,
         )
+        context.progress.update(0, job.num_batches)
+        rows = train(job, scratch=join(output, "work", "ray"), progress=context.progress)
+        metrics = {"num_batches": len(rows), "final_loss": round(recent_loss(rows), 4)}
+        if "gradient_cache_tokens" in rows[-1]:
+            metrics["gradient_cache_tokens"] = rows[-1]["gradient_cache_tokens"]
+        return metrics
 
     watched_on = {} if test_set is None else {"test_set": test_set_fingerprint(test_set)}
     return Step(
         name=name,
         config={**fingerprinted(config), **watched_on},
         inputs=(mixture, before),
-        work=work,
+        work=train_student,
     )
-
-
-def train_student(
-    config: TrainingConfig,
-    *,
-    mixture: str,
-    student: str,
-    test_set: WatchedSet | None,
-    trust_remote_code: bool,
-    context: StepContext,
-) -> dict[str, Json]:
-    """Trains the student; the step's folder gets `encoder/` and `metrics.jsonl`.
-
-    Args:
-        config: The stage's configuration.
-        mixture: Name of the step whose batches are trained on.
-        student: Folder or URI of the encoder to start from.
-        test_set: What the training is watched on, if anything.
-        trust_remote_code: Run Python code that comes with the student.
-        context: Of the step.
-
-    Raises:
-        UserError: There are no examples.
-    """
-    from pipelines.training.examples import count_batches
-    from pipelines.training.metrics import recent_loss
-    from pipelines.training.train import train
-    from pipelines.training.trainer import Job
-
-    examples, output = context.input(mixture).uri, context.storage.uri
-    job = Job(
-        config=config,
-        examples=examples,
-        student=student,
-        output=output,
-        num_batches=count_batches(examples),
-        test_set=test_set,
-        trust_remote_code=trust_remote_code,
-    )
-    context.progress.update(0, job.num_batches)
-    rows = train(job, scratch=join(output, "work", "ray"), progress=context.progress)
-    metrics = {"num_batches": len(rows), "final_loss": round(recent_loss(rows), 4)}
-    if "gradient_cache_tokens" in rows[-1]:
-        metrics["gradient_cache_tokens"] = rows[-1]["gradient_cache_tokens"]
-    return metrics

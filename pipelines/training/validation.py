@@ -14,7 +14,7 @@ from cluster.errors import TokayError, UserError
 from cluster.storage import Storage
 from pipelines.training.checkpoint import BEST, restore_weights, save_weights
 from pipelines.training.config import TrainingConfig, ValidationConfig
-from pipelines.training.examples import Batch, iterate_validation
+from pipelines.training.examples import Batch
 from pipelines.training.gradients import evaluation_loss, slice_batch
 from pipelines.training.metrics import MetricsRow
 from pipelines.training.place import Place
@@ -69,17 +69,6 @@ class Validation:
         for row in rows:
             if LOSS in row or NDCG in row:
                 self._judge(row, int(row["batch"]) + 1)
-
-    @classmethod
-    def open(
-        cls,
-        config: ValidationConfig,
-        examples: str,
-        test_set: WatchedSet | None,
-        rows: Sequence[MetricsRow],
-    ) -> Validation:
-        """Reads the held-out examples."""
-        return cls(config, list(iterate_validation(examples)), test_set, rows)
 
     def is_due(self, done: int, num_batches: int) -> bool:
         """Says whether to validate after `done` batches."""

@@ -36,12 +36,8 @@ def run_training(
 ) -> None:
     """Trains on this worker's slices; rank 0 also writes metrics, checkpoints and the encoder.
 
-    Needs no Ray; ``run_training(job, Place())`` trains in this process.
-
-    Args:
-        job: What to train.
-        place: This worker's place.
-        report: Called for every checkpoint once it is whole and at the end, by all workers.
+    Needs no Ray; ``run_training(job, Place())`` trains in this process. All workers call `report`,
+    for every checkpoint once it is whole and at the end.
 
     Raises:
         UserError: The training does not fit in this worker's memory.

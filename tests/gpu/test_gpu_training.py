@@ -16,7 +16,7 @@ from transformers import AutoModel, BertConfig, PretrainedConfig, Qwen3Config
 from actors.encoder import Encoder
 from actors.templates import PromptTemplates
 from cluster.storage import open_storage
-from pipelines.training.checkpoint import CheckpointWriter, load_checkpoint, save_checkpoint
+from pipelines.training.checkpoint import CheckpointWriter, load_checkpoint
 from pipelines.training.config import LossConfig, TrainingConfig
 from pipelines.training.examples import Batch
 from pipelines.training.gradients import Slice, backward, slice_batch
@@ -217,7 +217,8 @@ def test_training_goes_on_from_a_checkpoint(kind: str, tmp_path: Path):
     encoder = student(kind)
     state = optimizer(encoder)
     train(encoder, state, CONFIG, 0, 1)
-    save_checkpoint(storage, 2, encoder.model, state)
+    with CheckpointWriter(storage) as writer:
+        writer.save(2, encoder.model, state)
     losses = train(encoder, state, CONFIG, 2, 3)
     resumed = student(kind)
     state = optimizer(resumed)

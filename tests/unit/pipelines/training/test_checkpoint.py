@@ -17,7 +17,6 @@ from pipelines.training.checkpoint import (
     average_weights,
     load_checkpoint,
     restore_weights,
-    save_checkpoint,
     save_weights,
 )
 from pipelines.training.config import TrainingConfig
@@ -52,7 +51,8 @@ def test_training_goes_on_from_a_checkpoint_as_if_never_stopped(storage: Storage
     before = small()
     for number in range(3):
         step(*before, number)
-        save_checkpoint(storage, number + 1, *before)
+        with CheckpointWriter(storage) as writer:
+            writer.save(number + 1, *before)
     after = small()
     assert load_checkpoint(storage, *after) == 3
     for number in range(3, 6):
@@ -65,7 +65,8 @@ def test_only_the_last_checkpoint_is_kept_and_half_a_one_is_not_seen(tmp_path: P
     storage, (model, optimizer) = LocalStorage(tmp_path), small()
     assert load_checkpoint(storage, model, optimizer) == 0
     for batches in (2, 4):
-        save_checkpoint(storage, batches, model, optimizer)
+        with CheckpointWriter(storage) as writer:
+            writer.save(batches, model, optimizer)
     assert len(storage.list(FOLDER)) == 1
     (tmp_path / FOLDER / ".000000009.safetensors.x.unfinished").write_bytes(b"half")
     assert load_checkpoint(storage, model, optimizer) == 4

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from actors.encoder import Encoder
 from cluster.errors import UserError
 from cluster.storage import open_storage
-from pipelines.training.checkpoint import FOLDER, load_checkpoint, save_checkpoint
+from pipelines.training.checkpoint import FOLDER, CheckpointWriter, load_checkpoint
 from pipelines.training.config import LoraConfig, TrainingConfig
 from pipelines.training.examples import iterate_batches
 from pipelines.training.gradients import slice_batch
@@ -112,7 +112,8 @@ def test_checkpoint_holds_adapters_and_projection_alone(
     encoder = adapted(folder, config, projected=True)
     train(encoder, examples)
     optimizer = make_optimizer(encoder, TrainingConfig())
-    save_checkpoint(storage, 3, encoder.model, optimizer)
+    with CheckpointWriter(storage) as writer:
+        writer.save(3, encoder.model, optimizer)
     (checkpoint,) = (tmp_path / "storage" / FOLDER).iterdir()
     names = {re.sub(r"encoder\.layer\.\d+\.|\.lora_.*", "", name) for name in load_file(checkpoint)}
     assert names == {
