@@ -30,7 +30,8 @@ from actors.encoder_files import (
 )
 from actors.encoder_fingerprint import encoder_fingerprint
 from actors.encoder_folder import read_folder
-from actors.encoder_format import POOLINGS
+from actors.encoder_settings import POOLINGS
+from actors.encoder_templates import PromptTemplates
 from actors.kernels.dropout import use_fast_dropout
 from actors.kernels.linear import native_bfloat16, use_onednn
 from actors.kernels.packing import (
@@ -42,7 +43,6 @@ from actors.kernels.packing import (
     send,
     use_packing,
 )
-from actors.templates import PromptTemplates
 from actors.text_encoder import TextEncoder
 from actors.vectors import BrokenVectors
 from cluster.errors import UserError
@@ -127,7 +127,7 @@ class Encoder(TextEncoder):
         """Reads a sentence-transformers or a plain Hugging Face model.
 
         What a folder says is done as sentence-transformers does it, or refused
-        (:mod:`actors.encoder_format`). A plain model is pooled at the last token if it is a decoder
+        (:mod:`actors.encoder_settings`). A plain model is pooled at the last token if it is a decoder
         and by the mean otherwise. Templates that are not given come from ``tokay.json``, or from
         the prompts of sentence-transformers.
 

@@ -1,7 +1,7 @@
 """The files of an encoder: a sentence-transformers folder, its weights read, and written.
 
 What sentence-transformers computes from a folder is what we compute, or the folder is refused;
-:mod:`actors.encoder_format` says which.
+:mod:`actors.encoder_settings` says which.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from torch.nn import functional
 
 from actors.encoder_folder import EncoderFolder
-from actors.encoder_format import MAX_TOKENS, Activation, Dense
+from actors.encoder_settings import MAX_TOKENS, Activation, Dense
+from actors.encoder_templates import PromptTemplates
 from actors.kernels.packing import first_position
 from actors.model_files import (
     brief,
@@ -26,7 +27,6 @@ from actors.model_files import (
     check_weights,
     read_object,
 )
-from actors.templates import PromptTemplates
 from cluster.errors import UserError
 
 # Of a plain model that does not say how long its texts may be.

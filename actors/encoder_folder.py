@@ -1,4 +1,4 @@
-"""An encoder folder, read against the allow-list of :mod:`actors.encoder_format`."""
+"""An encoder folder, read against the allow-list of :mod:`actors.encoder_settings`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import TypeAdapter
 
-from actors.encoder_format import (
+from actors.encoder_settings import (
     MODULE_NAMES,
     MODULES,
     POOLINGS,
@@ -22,8 +22,8 @@ from actors.encoder_format import (
     Settings,
     TransformerSettings,
 )
+from actors.encoder_templates import PromptTemplates
 from actors.model_files import brief, checked, read_checked, read_json, read_object
-from actors.templates import PromptTemplates
 from cluster.errors import UserError
 
 _REST: dict[str, type[Dense | Normalize]] = {"Dense": Dense, "Normalize": Normalize}

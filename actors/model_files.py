@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from actors.encoder_format import File, Index
+from actors.encoder_settings import File, Index
 from cluster.errors import UserError, excerpt
 
 _MAX_FILE_BYTES = 2**24  # of a configuration

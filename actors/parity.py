@@ -19,7 +19,7 @@ from torch.nn import functional
 from actors.encoder import Encoder
 from actors.encoder_files import no_progress_bars, read_projection
 from actors.encoder_folder import read_folder
-from actors.templates import PromptTemplates
+from actors.encoder_templates import PromptTemplates
 from actors.vectors import unit
 
 SERVED = "the endpoint's passes"

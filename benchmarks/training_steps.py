@@ -45,7 +45,7 @@ from cluster.plain_json import dump_json
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where the project is not installed
 
 from actors.encoder import Encoder
-from actors.templates import PromptTemplates
+from actors.encoder_templates import PromptTemplates
 from pipelines.training.agreement import OutOfMemory
 from pipelines.training.config import LossConfig, TrainingConfig
 from pipelines.training.examples import Batch

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from actors.templates import PromptTemplates
+from actors.encoder_templates import PromptTemplates
 from cluster.artifacts import Artifact
 from cluster.config import Config
 from cluster.storage import Storage, join

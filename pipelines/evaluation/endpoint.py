@@ -19,7 +19,7 @@ import numpy as np
 import openai
 from pydantic import BaseModel, ValidationError
 
-from actors.templates import PromptTemplates
+from actors.encoder_templates import PromptTemplates
 from actors.text_encoder import TextEncoder
 from actors.vectors import unit
 from cluster.errors import TokayError, UserError, excerpt

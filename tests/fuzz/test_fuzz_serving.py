@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from actors.embedded import embedded_model
 from actors.encoder import Encoder
+from actors.encoder_templates import PromptTemplates
 from actors.passage_index import PassageIndex
-from actors.templates import PromptTemplates
 from serving.api import create_app
 from serving.corpus import Corpus
 from serving.guard import Access

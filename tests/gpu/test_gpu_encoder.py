@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModel, BertConfig, ModernBertConfig, PretrainedConfig, Qwen3Config
 
 from actors.encoder import Encoder
+from actors.encoder_templates import PromptTemplates
 from actors.kernels.flash import can_flash
-from actors.templates import PromptTemplates
 from pipelines.training.layers import make_bidirectional
 
 DEVICE = "cuda"

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModel, BertConfig, PretrainedConfig, Qwen3Config
 
 from actors.encoder import Encoder
-from actors.templates import PromptTemplates
+from actors.encoder_templates import PromptTemplates
 from cluster.storage import open_storage
 from pipelines.training.checkpoint import CheckpointWriter, load_checkpoint
 from pipelines.training.config import LossConfig, TrainingConfig

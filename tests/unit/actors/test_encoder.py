@@ -8,8 +8,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from actors.encoder import Encoder
+from actors.encoder_templates import PromptTemplates
 from actors.parity import ParityText, check_parity
-from actors.templates import PromptTemplates
 from cluster.errors import UserError
 from pipelines.training.layers import cut_layers
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from actors.encoder import Encoder
-from actors.templates import PromptTemplates
+from actors.encoder_templates import PromptTemplates
 
 TinyModel = Callable[..., Path]
 

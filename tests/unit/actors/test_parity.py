@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from actors.encoder import Encoder
+from actors.encoder_templates import PromptTemplates
 from actors.parity import DIFFICULT, Agreement, ParityText, check_parity
-from actors.templates import PromptTemplates
 from pipelines.training.layers import add_projection, cut_layers
 
 TinyModel = Callable[..., Path]

@@ -5,7 +5,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from actors.encoder import Encoder
-from actors.templates import PromptTemplates
+from actors.encoder_templates import PromptTemplates
 from serving.api import create_app
 from serving.corpus import Corpus
 from serving.metrics import Metrics

@@ -16,8 +16,8 @@ from fastapi.testclient import TestClient
 
 from actors.embedded import embedded_model
 from actors.encoder import Encoder
+from actors.encoder_templates import PromptTemplates
 from actors.passage_index import PassageIndex
-from actors.templates import PromptTemplates
 from serving.api import create_app
 from serving.corpus import Corpus, load_corpus
 from serving.served_model import ServedModel

@@ -15,7 +15,7 @@ import pytest
 import pytrec_eval
 import torch
 
-from actors.templates import PromptTemplates
+from actors.encoder_templates import PromptTemplates
 from actors.text_encoder import TextEncoder
 from actors.vectors import BrokenVectors
 from cluster.errors import UserError

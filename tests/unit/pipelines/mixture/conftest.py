@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from actors.templates import PromptTemplates
+from actors.encoder_templates import PromptTemplates
 from pipelines.mixture.formats import Formatter
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from actors.encoder import Encoder
-from actors.templates import PromptTemplates
+from actors.encoder_templates import PromptTemplates
 from cluster.artifacts import Artifact, shard_path
 from cluster.steps import StepContext
 from cluster.storage import open_storage, write_table

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from actors.templates import MAX_TEMPLATE_CHARS
+from actors.encoder_templates import MAX_TEMPLATE_CHARS
 
 Mode = Literal["mean", "cls", "lasttoken"]
 POOLINGS: tuple[Mode, ...] = ("mean", "cls", "lasttoken")

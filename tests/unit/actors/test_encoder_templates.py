@@ -2,7 +2,7 @@ import tracemalloc
 
 import pytest
 
-from actors.templates import MAX_TEMPLATE_CHARS, PromptTemplates
+from actors.encoder_templates import MAX_TEMPLATE_CHARS, PromptTemplates
 
 GECKO = PromptTemplates(
     query="task: {task} | query: {text}", passage="title: {title} | text: {text}"
