@@ -127,9 +127,9 @@ class Encoder(TextEncoder):
         """Reads a sentence-transformers or a plain Hugging Face model.
 
         What a folder says is done as sentence-transformers does it, or refused
-        (:mod:`actors.encoder_settings`). A plain model is pooled at the last token if it is a decoder
-        and by the mean otherwise. Templates that are not given come from ``tokay.json``, or from
-        the prompts of sentence-transformers.
+        (:mod:`actors.encoder_settings`). A plain model is pooled at the last token if it is a
+        decoder and by the mean otherwise. Templates that are not given come from ``tokay.json``, or
+        from the prompts of sentence-transformers.
 
         Args:
             model: Folder, hub id, or ``embedded:NAME``.
