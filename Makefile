@@ -20,6 +20,7 @@ PIP := $(BIN)/pip install -qq --disable-pip-version-check --no-deps
 LOCKED := $(PIP) --require-hashes --only-binary :all:
 
 $(STAMP): requirements-cpu.txt requirements-cpu-torch.txt pyproject.toml
+	@test ! -L $(VENV) || { echo "$(VENV) is a link to another checkout's: run make there"; exit 2; }
 	@command -v $(PYTHON) >/dev/null || { echo "tokay needs Python 3.11: set PYTHON=/path/to/python3.11"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "Python's venv module is missing: apt-get install python3.11-venv"; exit 2; }
 	@echo "Installing into $(VENV) (about 3 minutes, once) ..."

@@ -17,8 +17,8 @@ from actors.passage_index import (
     exact_top_k,
     fits_gpu,
 )
+from cluster.actor_health import actor_begins
 from cluster.artifacts import Json
-from cluster.presence import actor_begins
 from cluster.stages import StageResources
 from cluster.storage import Storage
 

@@ -16,10 +16,10 @@ from typing import Any
 import pyarrow as pa
 from pydantic import Field
 
+from cluster.actor_health import MAX_DEATHS, actor_begins, clear_actors, report_waiting
 from cluster.artifacts import Artifact, FileEntry, Json, shard_path, write_rejects
 from cluster.config import Config
 from cluster.errors import EngineDied, Reject, TokayError, TooManyRejects
-from cluster.presence import MAX_DEATHS, actor_begins, clear_actors, report_waiting
 from cluster.ray_errors import reported_error
 from cluster.steps import StepContext
 from cluster.storage import Storage, read_table, write_table

@@ -5,7 +5,6 @@ configuration left, calls a step's work, and writes the manifest last.
 """
 
 import contextlib
-import fcntl
 import json
 import re
 import time
@@ -27,11 +26,11 @@ from cluster.artifacts import (
     parse_object,
 )
 from cluster.errors import DUPLICATES, ArtifactError, TooManyRejects, UserError, excerpt
+from cluster.run_lock import LOCK, run_lock
 from cluster.storage import LocalStorage, Storage, join, open_storage
 
 BEGUN = "work/begun.json"
 MARKER = ".tokay"
-LOCK = "run.lock"
 _MARKER_TEXT = b"A run of Tokay: with --fresh or --rebuild it deletes its steps' folders in here.\n"
 State = Literal["done", "unfinished", "changed", "waiting"]
 
@@ -221,7 +220,7 @@ class Run:
             yield
             return
         self.check_folder()
-        with self._lock():
+        with run_lock(self.storage):
             if not self.storage.exists(MARKER):
                 self.storage.write_bytes(MARKER, _MARKER_TEXT)
             self._held = True
@@ -229,21 +228,6 @@ class Run:
                 yield
             finally:
                 self._held = False
-
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        if not isinstance(self.storage, LocalStorage):
-            yield
-            return
-        self.storage.make()
-        with (self.storage.folder / LOCK).open("a", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"another process is at work in {self.storage.uri}: wait for it, or stop it"
-                ) from error
-            yield
 
     def _is_ours(self, step: Step) -> bool:
         """Says whether a step of this name, of whatever configuration or version, made a folder."""

@@ -3,8 +3,6 @@
 import gc
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +16,6 @@ from pipelines.screen import Screen, plain, write_any_text
 
 app = typer.Typer(
     name="tokay",
-    help="Distils a large language model into a small text-embedding model: an open Gecko.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -361,11 +358,14 @@ def _print_rows(rows: list[dict[str, object]], as_json: bool) -> None:
     console.print(table)
 
 
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Reports the user's mistakes and our failures in one line, and exits with their code."""
+def main() -> None:
+    """Runs the console script; an error is one line, and the exit code says whose it is."""
+    write_any_text()
+    gc.set_threshold(100_000)  # it took a fifth of the time in which torch and mteb are imported
+    for command in entry_points(group="tokay.commands"):
+        app.command(command.name)(command.load())
     try:
-        yield
+        app()
     except TokayError as error:
         if os.environ.get("TOKAY_VERBOSE"):
             raise
@@ -380,16 +380,6 @@ def _one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("tokay: interrupted; the same command goes on where it stopped", file=sys.stderr)
         sys.exit(130)
-
-
-def main() -> None:
-    """Runs the console script."""
-    write_any_text()
-    gc.set_threshold(100_000)  # it took a fifth of the time in which torch and mteb are imported
-    for command in entry_points(group="tokay.commands"):
-        app.command(command.name)(command.load())
-    with _one_line_errors():
-        app()
 
 
 if __name__ == "__main__":

@@ -1,19 +1,13 @@
 """Addresses with a user name or a password; a recipe may hold none, since it is kept and shown."""
 
 import re
-from collections.abc import Iterable
+
+from pipelines.yaml_files import leaves
 
 _CREDENTIALS = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]*@", re.IGNORECASE)
 
 
-def key_with_credentials(value: object, key: str = "") -> str | None:
+def key_with_credentials(tree: object) -> str | None:
     """Returns the key of the first address with a user's name or a password in it."""
-    if isinstance(value, str):
-        return key if _CREDENTIALS.match(value) else None
-    inner: Iterable[tuple[object, object]] = ()
-    if isinstance(value, dict):
-        inner = value.items()
-    elif isinstance(value, list | tuple):
-        inner = enumerate(value)
-    parts = (key_with_credentials(each, f"{key}.{part}".lstrip(".")) for part, each in inner)
-    return next(filter(None, parts), None)
+    texts = ((key, text) for key, text in leaves(tree) if isinstance(text, str))
+    return next((key for key, text in texts if _CREDENTIALS.match(text)), None)

@@ -66,9 +66,9 @@ def load_encoder(
 
 
 def saved_encoder(step: Artifact, student: EncoderConfig, folder: str = MODEL) -> EncoderConfig:
-    """Describes an encoder that a step saved in a folder, which carries its own templates.
+    """Describes an encoder that a finished step saved in `folder`, with its own templates.
 
-    The recipe's `student` says how it is loaded.
+    It is loaded as the recipe's `student` is.
     """
     return EncoderConfig(
         model=join(step.uri, folder),

@@ -5,13 +5,16 @@ What changes speed, place or tolerance and no number is marked where it is decla
     num_workers: Annotated[int, NotFingerprinted] = 1
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from cluster.artifacts import Json
+if TYPE_CHECKING:
+    from cluster.artifacts import Json
 
 
 class NotFingerprinted:

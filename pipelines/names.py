@@ -1,30 +1,22 @@
 """Names that become folders and files, so that none leads out of the folder it is meant for."""
 
 import re
+from functools import partial
 from typing import Annotated
 
 from pydantic import AfterValidator
 
-MAX_LENGTH = 100
 _RUN_NAME = re.compile(r"(?!\.)[\w.-]{1,100}")
 _SET_NAME = re.compile(r"(?!\.)[^/\\\x00-\x1f\x7f]{1,100}")
 
 
-def _run_name(name: str) -> str:
-    if not _RUN_NAME.fullmatch(name):
-        raise ValueError(
-            f"accepted are up to {MAX_LENGTH} letters, digits, '.', '_' and '-', the first not '.'"
-        )
+def _check(pattern: re.Pattern[str], accepted: str, name: str) -> str:
+    if not pattern.fullmatch(name):
+        raise ValueError(f"accepted are up to 100 {accepted}, the first not '.'")
     return name
 
 
-def _set_name(name: str) -> str:
-    if not _SET_NAME.fullmatch(name):
-        raise ValueError(
-            f"accepted are up to {MAX_LENGTH} characters without '/' and '\\', the first not '.'"
-        )
-    return name
-
-
-RunName = Annotated[str, AfterValidator(_run_name)]
-SetName = Annotated[str, AfterValidator(_set_name)]
+_of_a_run = partial(_check, _RUN_NAME, "letters, digits, '.', '_' and '-'")
+_of_a_set = partial(_check, _SET_NAME, "characters without '/' and '\\'")
+RunName = Annotated[str, AfterValidator(_of_a_run)]
+SetName = Annotated[str, AfterValidator(_of_a_set)]

@@ -7,7 +7,8 @@ characters on to the terminal, which may obey them.
 import re
 import sys
 from collections.abc import Iterable
-from typing import Any, TextIO
+from io import TextIOWrapper
+from typing import TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -42,6 +43,5 @@ class Screen(Console):
 def write_any_text() -> None:
     """Lets standard output and error show `?` for a character that they cannot encode."""
     for stream in (sys.stdout, sys.stderr):
-        reconfigure: Any = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:
-            reconfigure(errors="replace")
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")

@@ -8,6 +8,7 @@ and none can take more time or memory than its size allows.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -37,14 +38,9 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_yaml(content: str | bytes, place: str) -> Any:
-    """Reads one YAML document.
+    """Reads one YAML document: mappings, lists, texts, numbers, booleans and None.
 
-    Args:
-        content: The file's content.
-        place: What the file is called in an error.
-
-    Returns:
-        Mappings, lists, texts, numbers, booleans and None.
+    `place` is what an error calls the file.
 
     Raises:
         UserError: It is not YAML, holds a key twice, a number that versions 1.1 and 1.2 read
@@ -74,6 +70,15 @@ def write_yaml(tree: Any) -> str:
     """Returns the text that :func:`read_yaml` reads as `tree`, in ASCII."""
     text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
     return text
+
+
+def leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields each value that holds no others, with its key from the top: `evaluation.0.name`."""
+    if isinstance(tree, dict | list | tuple):
+        for part, each in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from leaves(each, f"{key}.{part}" if key else str(part))
+    else:
+        yield key, tree
 
 
 class _Refused(yaml.MarkedYAMLError):

@@ -186,12 +186,12 @@ def _entries(module_name: str, shelf: _Shelf, seen: set[int]) -> Iterator[tuple[
     for name, value in _public(module):
         entries.append((prefix + name, value))
         if shelf.methods and inspect.isclass(value) and id(value) not in seen:
-            entries += _methods(prefix + name, value, vars(value))
+            entries += _methods(prefix + name, vars(value))
     for path in _METHODS_OF.get(module_name, ()):
         owner = attrgetter(path)(module)
         # Inherited ones count: pandas defines most of DataFrame's in private base classes.
         members = {name: inspect.getattr_static(owner, name) for name in dir(owner)}
-        entries += _methods(prefix + path, owner, members)
+        entries += _methods(prefix + path, members)
     for name, value in entries:
         if id(value) not in seen:
             seen.add(id(value))
@@ -224,9 +224,7 @@ def _is_entry(value: object) -> bool:
     return inspect.isclass(value) or inspect.isroutine(value) or type(value).__name__ == "ufunc"
 
 
-def _methods(
-    name: str, owner: object, members: Mapping[str, object]
-) -> Iterator[tuple[str, object]]:
+def _methods(name: str, members: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     alike = _ALIKE.get(name)
     for attribute, member in sorted(members.items()):
         if not attribute.startswith("_") and not (alike and hasattr(alike, attribute)):

@@ -14,15 +14,16 @@ from pydantic import Field
 
 from actors.index_actor import INDEX_ACTORS, IndexActor
 from actors.passage_index import IndexKind, merge_top_k
+from cluster.actor_health import clear_actors, report_waiting
 from cluster.artifacts import Artifact, FileEntry, Json
 from cluster.config import Config
-from cluster.presence import clear_actors, report_waiting
 from cluster.ray_errors import reported_error
 from cluster.stages import Stage, StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import Step, StepContext
 from pipelines.encoders import EncoderConfig, load_encoder
 from pipelines.fingerprints import fingerprinted
 from pipelines.mining.embeddings import column_vectors
+from pipelines.mining.round_trip import failed_round_trip, seed_rank
 from pipelines.records import CANDIDATES, QUERY
 
 if TYPE_CHECKING:
@@ -140,15 +141,13 @@ class FindCandidates(Stage):
             for number, row in enumerate(rows):
                 held = places[number] >= 0
                 near = ids[places[number][held]].astype(str).tolist()
-                row["seed_rank"] = near.index(row["seed_id"]) + 1 if row["seed_id"] in near else 0
+                row["seed_rank"] = seed_rank(row["seed_id"], near)
                 row["candidate_ids"] = near
                 row["similarities"] = similarities[number][held].tolist()
                 if row["seed_rank"] == 0:
                     near[-1] = row["seed_id"]
                     row["similarities"][-1] = float(vectors[number] @ seed_vectors[near[-1]])
-                limit = self.config.max_seed_rank
-                if limit is not None and not 0 < row["seed_rank"] <= limit:
-                    row["dropped_by"] = "round trip failed"
+                row["dropped_by"] = failed_round_trip(row["seed_rank"], self.config.max_seed_rank)
 
         return find
 

@@ -39,10 +39,7 @@ class Key:
 
 
 def recipe_keys(below: str = "") -> list[Key]:
-    """Returns the keys of a recipe in its order.
-
-    Args:
-        below: Only this key and those below it.
+    """Returns the keys of a recipe in its order; with `below`, that key and those under it.
 
     Raises:
         UserError: There is no such key.
@@ -72,34 +69,26 @@ def print_keys(keys: list[Key], console: Console) -> None:
 def _keys(model: type[BaseModel], above: str, counts: bool = True) -> Iterator[Key]:
     for name, field in model.model_fields.items():
         key, fingerprinted = f"{above}{name}", counts and is_fingerprinted(field)
-        inner = _model(field.annotation)
-        if inner is None:
-            yield Key(
-                key=key,
-                accepts=_words(field.annotation),
-                default=_default(field),
-                description=field.description or "",
-                fingerprinted=fingerprinted,
-            )
-            continue
+        inner, origin = model_in(field.annotation), get_origin(field.annotation)
         if field.description or not isinstance(field.get_default(), BaseModel):
+            below = "list" if origin is tuple else "the keys below"
             yield Key(
                 key=key,
-                accepts="list" if get_origin(field.annotation) is tuple else "the keys below",
+                accepts=below if inner else _words(field.annotation),
                 default=_default(field),
                 description=field.description or "",
                 fingerprinted=fingerprinted,
             )
-        origin = get_origin(field.annotation)
-        member = "[]" if origin is tuple else ".NAME" if origin is dict else ""
-        yield from _keys(inner, f"{key}{member}.", fingerprinted)
+        if inner:
+            member = "[]" if origin is tuple else ".NAME" if origin is dict else ""
+            yield from _keys(inner, f"{key}{member}.", fingerprinted)
 
 
-def _model(annotation: Any) -> type[BaseModel] | None:
+def model_in(annotation: Any) -> type[BaseModel] | None:
     """Returns the model in ``Model``, ``Model | None`` or ``tuple[Model, ...]``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    models = [_model(each) for each in get_args(annotation)]
+    models = [model_in(each) for each in get_args(annotation)]
     return next((each for each in models if each), None)
 
 

@@ -5,7 +5,7 @@ A recipe may name another one as its `base`, by name or file, and then holds onl
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from cluster.errors import UserError, excerpt
 from pipelines.datasets.decontamination import DecontaminationConfig
 from pipelines.fret.languages import language_code
 from pipelines.fret.prompts import WRITTEN, load_prompts
+from pipelines.recipe.keys import model_in
 from pipelines.recipe.recipe import Recipe, RunModels
 from pipelines.recipe.variables import fill_in, is_name, unset_variables
-from pipelines.yaml_files import MAX_BYTES, read_value, read_yaml
+from pipelines.yaml_files import MAX_BYTES, leaves, read_value, read_yaml
 
 
 def load_recipe(
@@ -58,18 +59,14 @@ def refuse_foreign_code(
     allowed: bool,
     parts: Sequence[str] = ("llm", "retriever", "student"),
 ) -> None:
-    """Raises UserError where models may bring code by the recipe alone; both must say it.
+    """Raises UserError where the recipe lets its models bring code, and `allowed` is false.
 
-    Args:
-        recipe: The recipe.
-        place: What it is called in an error.
-        allowed: Whether the command line says it.
-        parts: Those whose models are to be loaded.
+    The command line must allow it too. Looked at are the `parts` whose models are to be loaded;
+    `place` is what the error calls the recipe.
     """
-    keys = [
-        f"{part}.trust_remote_code" for part in parts if getattr(recipe, part).trust_remote_code
-    ]
-    if keys and not allowed:
+    trusted = [part for part in parts if getattr(recipe, part).trust_remote_code]
+    if trusted and not allowed:
+        keys = [f"{part}.trust_remote_code" for part in trusted]
         raise UserError(
             f"{place} sets {' and '.join(keys)}, which runs Python code that comes with a model:"
             " give --trust-remote-code too if you trust it"
@@ -134,15 +131,12 @@ def refuse_other_version(tree: dict[str, Any], place: str) -> None:
     if unknown:
         raise UserError(
             f"{place} has the unknown key {' and '.join(unknown[:3])}, made by another version of"
-            " Tokay: use that version, or run it anew with this one"
+            " Tokay: use that version, or run it again with this one"
         )
 
 
 def read_keys(
-    source: str | Path,
-    settings: Sequence[str] | None = None,
-    *,
-    keep_unset: bool = False,
+    source: str | Path, settings: Sequence[str] | None = None, *, keep_unset: bool = False
 ) -> dict[str, Any]:
     """Reads a recipe's keys over those of its `base`, and the settings over both, unchecked."""
     tree = _read_file(source, (), keep_unset)
@@ -178,7 +172,9 @@ def _read_file(source: str | Path, above: tuple[Path, ...], keep_unset: bool) ->
     if base is None:
         return dict(tree)
     below = _read_file(_beside(path, base), (*above, path.resolve()), keep_unset)
-    if names and "variables" in below:  # what was read is told, of whichever file
+    if (
+        names and "variables" in below
+    ):  # the recipe that is kept names what was read, of whichever file
         tree["variables"] = [*dict.fromkeys([*below["variables"], *names])]
     return _over(tree, below)
 
@@ -244,18 +240,9 @@ def _index(text: str, node: list[Any], place: str) -> int:
 
 def _refuse_infinite(recipe: Recipe, place: str) -> None:
     """Raises UserError for a number without an end, which no key means."""
-    for key, value in _leaves(recipe.model_dump(mode="python"), ""):
+    for key, value in leaves(recipe.model_dump()):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{place}: {key}: {value} given; accepted are finite numbers")
-
-
-def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict | list | tuple):
-        inner = value.items() if isinstance(value, dict) else enumerate(value)
-        for part, each in inner:
-            yield from _leaves(each, f"{key}.{part}" if key else str(part))
-    else:
-        yield key, value
 
 
 def _explain(error: ValidationError) -> str:
@@ -263,6 +250,7 @@ def _explain(error: ValidationError) -> str:
     lines = []
     for mistake in error.errors()[:3]:
         key = excerpt(".".join(str(part) for part in mistake["loc"]))
+        said = excerpt(mistake["msg"].removeprefix("Value error, "), 400)
         if mistake["type"] == "extra_forbidden":
             accepted, last = _accepted_keys(mistake["loc"][:-1]), str(mistake["loc"][-1])
             near = difflib.get_close_matches(last, accepted, n=1)
@@ -274,10 +262,8 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"key {key} is missing")
         elif mistake["type"] == "value_error" and isinstance(mistake["input"], dict):
             # A mistake of several keys, which names them.
-            said = excerpt(mistake["msg"].removeprefix("Value error, "), 400)
             lines.append(f"{key}: {said}" if key else said)
         else:
-            said = excerpt(mistake["msg"].removeprefix("Value error, "), 400)
             if mistake["type"] == "string_type" and isinstance(mistake["input"], int | float):
                 said = "put it in quotes"
             elif mistake["input"] is None:
@@ -289,9 +275,6 @@ def _explain(error: ValidationError) -> str:
 def _accepted_keys(path: tuple[int | str, ...]) -> list[str]:
     model: Any = Recipe
     for part in path:
-        if part not in model.model_fields:  # a place in a list, or a name in a map
-            continue
-        annotation = model.model_fields[part].annotation
-        arguments = [a for a in getattr(annotation, "__args__", ()) if hasattr(a, "model_fields")]
-        model = arguments[0] if arguments else annotation
+        if part in model.model_fields:  # else a place in a list, or a name in a map
+            model = model_in(model.model_fields[part].annotation)
     return sorted(model.model_fields)

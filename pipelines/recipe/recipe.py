@@ -2,13 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from actors.engine import EngineConfig, LlmConfig
 from cluster.config import Config
@@ -61,7 +55,7 @@ class Resources(Config):
 
 
 class Estimate(Config):
-    """What `tokay plan` reckons with; measure your own and put it here."""
+    """What `tokay plan` estimates with; measure your own and put it here."""
 
     prefill_tokens_per_s: float = Field(default=1000.0, gt=0, description="of one LLM actor")
     decode_tokens_per_s: float = Field(default=250.0, gt=0, description="of one LLM actor")
@@ -108,6 +102,12 @@ class Recipe(Config):
         default=(), description=f"of the environment, that ${{NAME}} may read beside {OWN}*"
     )
 
+    @property
+    def stages(self) -> "dict[str, Prefinetuning | Recipe]":
+        """The stages in their order, each with its mixture and training, by their keys' prefix."""
+        first = {"prefinetuning.": self.prefinetuning} if self.prefinetuning else {}
+        return {**first, "": self}
+
     @model_validator(mode="before")
     @classmethod
     def _no_credentials(cls, tree: object) -> object:
@@ -125,16 +125,14 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _known_test_sets(self) -> "Recipe":
-        stages = {"training": self.training}
-        if self.prefinetuning:
-            stages["prefinetuning.training"] = self.prefinetuning.training
         retrieval = [each.name for each in self.evaluation if each.kind == "retrieval"]
-        for key, training in stages.items():
-            name = training.validation.test_set if training.validation else None
+        for key, stage in self.stages.items():
+            validation = stage.training.validation
+            name = validation.test_set if validation else None
             if name is not None and name not in retrieval:
                 raise ValueError(
-                    f"{key}.validation.test_set: {name!r} is no retrieval set of the recipe's"
-                    f" evaluation; accepted are {', '.join(retrieval) or 'none'}"
+                    f"{key}training.validation.test_set: {name!r} is no retrieval set of the"
+                    f" recipe's evaluation; accepted are {', '.join(retrieval) or 'none'}"
                 )
         return self
 

@@ -68,6 +68,10 @@ class ModelSize(Config):
             "down_proj": (inner, hidden),
         }
 
+    def layer_parameters(self) -> int:
+        """Returns the number of parameters in a layer's matrices, 0 for an unknown kind."""
+        return sum(ins * outs for ins, outs in (self.layer_matrices() or {}).values())
+
     def kept_bytes(self, *, bfloat16: bool, checkpointing: bool = False) -> float | None:
         """Estimates the bytes that a training step keeps for each token until its backward pass.
 
@@ -104,25 +108,15 @@ class ModelSize(Config):
 
     def with_layers(self, num_layers: int) -> ModelSize:
         """Returns the size of a model cut to `num_layers`; an unknown kind keeps its parameters."""
-        matrices = self.layer_matrices()
         fewer = (self.num_hidden_layers or num_layers) - num_layers
-        per_layer = sum(ins * outs for ins, outs in matrices.values()) if matrices else 0
-        return self.model_copy(
-            update={
-                "parameters": self.parameters - fewer * per_layer,
-                "num_hidden_layers": num_layers,
-            }
-        )
+        parameters = self.parameters - fewer * self.layer_parameters()
+        return self.model_copy(update={"parameters": parameters, "num_hidden_layers": num_layers})
 
     def _shape(self) -> tuple[int, int, int, int] | None:
         """Returns the widths of hidden states, the inner layer, all heads and all key heads."""
         if self.model_type not in (*_BERT, "modernbert", *_DECODERS):
             return None
-        hidden, inner, number = (
-            self.hidden_size,
-            self.intermediate_size,
-            self.num_attention_heads,
-        )
+        hidden, inner, number = self.hidden_size, self.intermediate_size, self.num_attention_heads
         if not (hidden and inner and number):
             return None
         width = self.head_dim or hidden // number
@@ -162,10 +156,9 @@ def read_size(folder: Path) -> ModelSize | None:
 
 def _by_shape(config: dict[str, Any], size: ModelSize) -> ModelSize | None:
     """Counts the parameters of the matrices and the token embeddings."""
-    matrices, vocab = size.layer_matrices(), config.get("vocab_size")
-    if not (matrices and vocab and size.num_hidden_layers) or config.get("quantization_config"):
+    per_layer, vocab = size.layer_parameters(), config.get("vocab_size")
+    if not (per_layer and vocab and size.num_hidden_layers) or config.get("quantization_config"):
         return None
-    per_layer = sum(ins * outs for ins, outs in matrices.values())
     parameters = vocab * config["hidden_size"] + size.num_hidden_layers * per_layer
     return size.model_copy(update={"parameters": parameters})
 

@@ -1,7 +1,6 @@
 """The figures of a run, gathered from its manifests and artifacts into one JSON document."""
 
 from collections import Counter
-from typing import Any
 
 import pyarrow.compute as pc
 
@@ -9,7 +8,7 @@ from cluster.artifacts import Artifact, Json
 from pipelines.datasets.decontamination import REASONS
 from pipelines.report.costs import collect_costs
 from pipelines.report.examples import choose_examples
-from pipelines.report.labels import REPEATS, collect_labels
+from pipelines.report.labels import REPEATS, collect_labels, share
 from pipelines.report.run_folder import RunFolder
 from pipelines.report.test_sets import MODELS, collect_scores, collect_test_sets
 from pipelines.report.training import STAGES, collect_stage
@@ -24,7 +23,7 @@ FILTERS = {
 
 def collect(run: RunFolder) -> dict[str, Json]:
     """Returns the report's document; a part whose step is unfinished is empty or None."""
-    fret = _metrics(run, "fret")
+    fret = run.metrics("fret")
     test_sets = collect_test_sets(run)
     first: dict[str, Json] = next(iter(test_sets.values()), {})
     return {
@@ -36,10 +35,10 @@ def collect(run: RunFolder) -> dict[str, Json]:
         "funnel": collect_funnel(run),
         "rejects": _rejects(run),
         "dropped_by": fret.get("dropped_by", {}),
-        "positive_is_not_seed_share": _share(
+        "positive_is_not_seed_share": share(
             fret.get("num_positive_is_not_seed"), fret.get("num_scored")
         ),
-        "positive_is_not_seed_share_kept": _share(
+        "positive_is_not_seed_share_kept": share(
             fret.get("num_kept_positive_is_not_seed"), fret.get("num_kept")
         ),
         "highest_overlap_kept": fret.get("highest_overlap_kept"),
@@ -57,14 +56,14 @@ def collect(run: RunFolder) -> dict[str, Json]:
 
 def collect_funnel(run: RunFolder) -> list[dict[str, Json]]:
     """Returns how many were left after each step, from documents to training examples."""
-    fret = _metrics(run, "fret")
+    fret = run.metrics("fret")
     rows = [
-        ("documents", _metrics(run, "passages").get("num_documents")),
+        ("documents", run.metrics("passages").get("num_documents")),
         ("passages", _num_rows(run, "passages")),
         ("seed passages", _num_rows(run, "seeds")),
     ]
     if "queries" in run.artifacts:
-        unusable = _metrics(run, "queries").get("num_unusable", 0)
+        unusable = run.metrics("queries").get("num_unusable", 0)
         rows.append(("queries written", run.artifacts["queries"].num_rows - unusable))
     rows.append(("queries scored", fret.get("num_scored")))
     if fret:
@@ -73,20 +72,12 @@ def collect_funnel(run: RunFolder) -> list[dict[str, Json]]:
             left -= sum(fret["dropped_by"].get(reason, 0) for reason in reasons)
             rows.append((name, left))
         rows.append(("with a hard negative", fret["num_kept"] - fret["num_without_negative"]))
-    rows.append(("training examples", _metrics(run, "mixture").get("num_examples")))
+    rows.append(("training examples", run.metrics("mixture").get("num_examples")))
     return [{"name": name, "count": count} for name, count in rows if count is not None]
-
-
-def _metrics(run: RunFolder, step: str) -> dict[str, Any]:
-    return run.artifacts[step].manifest.metrics if step in run.artifacts else {}
 
 
 def _num_rows(run: RunFolder, step: str) -> int | None:
     return run.artifacts[step].num_rows if step in run.artifacts else None
-
-
-def _share(part: int | None, whole: int | None) -> float | None:
-    return part / whole if part is not None and whole else None
 
 
 def _rejects(run: RunFolder) -> dict[str, dict[str, int]]:
@@ -103,13 +94,9 @@ def _seed_ranks(fret: Artifact | None) -> list[dict[str, int]]:
     scored: Counter[int] = Counter()
     kept: Counter[int] = Counter()
     for table in fret.tables(["seed_rank", "dropped_by"]) if fret else []:
-        for counter, part in (
-            (scored, table),
-            (kept, table.filter(pc.is_null(table["dropped_by"]))),
-        ):
-            for entry in part["seed_rank"].value_counts().to_pylist():
-                if entry["values"] is not None:
-                    counter[entry["values"]] += entry["counts"]
+        scored.update(table["seed_rank"].drop_null().to_pylist())
+        of_kept = table.filter(pc.is_null(table["dropped_by"]))
+        kept.update(of_kept["seed_rank"].drop_null().to_pylist())
     ranks = sorted(scored, key=lambda rank: (rank == 0, rank))
     return [{"rank": rank, "scored": scored[rank], "kept": kept[rank]} for rank in ranks]
 
@@ -126,10 +113,8 @@ def _step(name: str, artifact: Artifact) -> dict[str, Json]:
 
 def _versions(run: RunFolder) -> dict[str, str]:
     """Returns each library's version; several where the steps were run with different ones."""
-    by_library: dict[str, list[str]] = {}
+    by_library: dict[str, dict[str, None]] = {}
     for artifact in run.artifacts.values():
         for library, version in artifact.manifest.versions.items():
-            versions = by_library.setdefault(library, [])
-            if version not in versions:
-                versions.append(version)
+            by_library.setdefault(library, {})[version] = None
     return {library: ", ".join(versions) for library, versions in sorted(by_library.items())}

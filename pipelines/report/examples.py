@@ -1,6 +1,5 @@
 """Some FRet examples, with everything that their labels were chosen by."""
 
-import heapq
 from collections.abc import Callable
 from typing import Any
 from zlib import crc32
@@ -29,6 +28,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], float]] = {
     "The positive explains the query least": ORDERS["hardest"],
 }
 DROPPED = "Dropped, one for each reason"
+_SHOWN = ("id", "task", "query", "dropped_by", "positive_is_seed", "seed_rank")  # as they stand
 
 
 def choose_examples(fret: Artifact | None, passages: Artifact | None) -> list[dict[str, Json]]:
@@ -47,13 +47,10 @@ def choose_examples(fret: Artifact | None, passages: Artifact | None) -> list[di
             continue
         for kind, key in KINDS.items():
             entry = (key(row), -number, row)  # the first wins a tie
-            if len(best[kind]) < NUM_OF_EACH_KIND:
-                heapq.heappush(best[kind], entry)
-            else:
-                heapq.heappushpop(best[kind], entry)
+            best[kind] = sorted([*best[kind], entry], reverse=True)[:NUM_OF_EACH_KIND]
     chosen: dict[str, tuple[str, dict[str, Any]]] = {}
-    for kind, heap in best.items():
-        for _, _, row in sorted(heap, reverse=True):
+    for kind, entries in best.items():
+        for _, _, row in entries:
             chosen.setdefault(row["id"], (kind, row))
     chosen |= {dropped[reason]["id"]: (DROPPED, dropped[reason]) for reason in sorted(dropped)}
     described = describe_examples([row for _, row in chosen.values()], passages)
@@ -100,12 +97,7 @@ def _example(row: dict[str, Any], texts: dict[str, dict[str, str]]) -> dict[str,
             }
         )
     return {
-        "id": row["id"],
-        "task": row["task"],
-        "query": row["query"],
-        "dropped_by": row["dropped_by"],
-        "positive_is_seed": row["positive_is_seed"],
-        "seed_rank": row["seed_rank"],
+        **{key: row[key] for key in _SHOWN},
         "seed": passage(row["seed_id"]),
         "positive": row["positive_id"] and passage(row["positive_id"]),
         "negatives": [passage(id_) for id_ in row["negative_ids"]],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -133,10 +134,7 @@ def curve(
     name: str, label: str, points: Sequence[Sequence[float]], what: str, *, noisy: bool = False
 ) -> str:
     """Draws (batch, value), and its moving mean if `noisy`, at half the page's width."""
-
-    def draw(axes: Axes) -> None:
-        _draw_curve(axes, points, what, noisy=noisy, num_ticks=5)
-
+    draw = partial(_draw_curve, points=points, what=what, noisy=noisy, num_ticks=5)
     return _svg(name, label, 1.7, draw, WIDTH_INCHES / 2)
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter, defaultdict
-from typing import Any
 
 import numpy as np
 
@@ -58,7 +57,7 @@ def collect_labels(fret: Artifact | None) -> dict[str, Json] | None:
     kept = [counts["num_kept"] for counts in tasks.values() if counts["num_kept"]]
     common = sorted(tasks.items(), key=lambda entry: -entry[1]["num_queries"])
     return {
-        "tasks": [{"task": task, **_task_row(counts)} for task, counts in common[:MAX_TASKS]],
+        "tasks": [_task_row(task, counts) for task, counts in common[:MAX_TASKS]],
         "num_tasks": len(tasks),
         "task_entropy_bits": -sum(n / sum(kept) * math.log2(n / sum(kept)) for n in kept),
         "ql_rc_correlation": float(np.mean(correlations)),
@@ -78,13 +77,16 @@ def rank_correlation(left: list[float], right: list[float]) -> float:
     return float(1 - 6 * np.square(differences).sum() / (n * (n * n - 1)))
 
 
-def _task_row(counts: Counter[str]) -> dict[str, Any]:
-    scored = counts["num_scored"]
+def share(part: int | None, whole: int | None) -> float | None:
+    """Returns part / whole; None where one is unknown or the whole is 0."""
+    return part / whole if part is not None and whole else None
+
+
+def _task_row(task: str, counts: Counter[str]) -> dict[str, Json]:
     return {
-        "num_queries": counts["num_queries"],
-        "num_scored": scored,
-        "num_kept": counts["num_kept"],
-        "positive_is_not_seed_share": counts["num_positive_is_not_seed"] / scored
-        if scored
-        else None,
+        "task": task,
+        **{key: counts[key] for key in ("num_queries", "num_scored", "num_kept")},
+        "positive_is_not_seed_share": share(
+            counts["num_positive_is_not_seed"], counts["num_scored"]
+        ),
     }

@@ -1,6 +1,5 @@
 """The report as one self-contained HTML page."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,6 @@ from pipelines.report.test_sets import MODELS
 from pipelines.report.training import STAGES
 
 TEMPLATE = "report.html"
-MODEL_NAMES = {
-    "retriever": "Retriever",
-    "student_before": "Student before",
-    "student_prefinetuned": "Student pre-finetuned",
-    "student_after": "Student after",
-}
 
 
 def render_page(document: dict[str, Json], recipe_text: str) -> str:
@@ -35,8 +28,8 @@ def render_page(document: dict[str, Json], recipe_text: str) -> str:
         "score": show_score,
         "gain": "{:+.3f}".format,
         "percent": "{:.1%}".format,
-        "interval": partial(show_interval, form=".3f"),
-        "gain_interval": partial(show_interval, form="+.3f"),
+        "interval": "{0[0]:.3f} to {0[1]:.3f}".format,
+        "gain_interval": "{0[0]:+.3f} to {0[1]:+.3f}".format,
         "duration": show_duration,
         "number": show_number,
     }
@@ -44,7 +37,7 @@ def render_page(document: dict[str, Json], recipe_text: str) -> str:
         document=document,
         figures=_figures(document),
         recipe_text=recipe_text,
-        models=MODEL_NAMES,
+        models=MODELS,
         stages={"prefinetuning": "Pre-finetuning", "training": "Fine-tuning"},
         titles=TITLES,
     )
@@ -53,12 +46,6 @@ def render_page(document: dict[str, Json], recipe_text: str) -> str:
 def show_score(score: float | None) -> str:
     """Returns a score to three decimal places; `none` where a test set has none."""
     return "none" if score is None else f"{score:.3f}"
-
-
-def show_interval(interval: list[float], form: str) -> str:
-    """Returns `low to high`."""
-    low, high = interval
-    return f"{low:{form}} to {high:{form}}"
 
 
 def show_duration(seconds_s: float) -> str:
@@ -100,14 +87,9 @@ def _figures(document: dict[str, Json]) -> dict[str, Any]:
         ]
         drawn["steps"] = figures.bars("steps", "Time of each step", times)
     for number, test_set in enumerate(document["test_sets"].values()):
+        of_models = [(title, test_set[key]) for key, title in MODELS.items() if key in test_set]
         scores = [
-            (
-                MODEL_NAMES[model],
-                test_set[model]["ndcg_at_10"],
-                *test_set[model]["ndcg_at_10_interval"],
-            )
-            for model in MODELS
-            if model in test_set
+            (title, row["ndcg_at_10"], *row["ndcg_at_10_interval"]) for title, row in of_models
         ]
         label = "nDCG@10 with 95 % interval"
         drawn[f"scores_{number}"] = figures.intervals(f"scores-{number}", label, scores)

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.artifacts import Artifact
+from cluster.artifacts import Artifact, Json
 from cluster.errors import ArtifactError, UserError, excerpt
 from cluster.steps import BEGUN, MARKER, State
 from cluster.storage import Storage, join, open_storage
@@ -57,6 +57,10 @@ class RunFolder:
         """Steps without a manifest."""
         return [name for name in self.steps if name not in self.artifacts]
 
+    def metrics(self, step: str) -> dict[str, Json]:
+        """Returns the metrics of a step's manifest; empty until it is finished."""
+        return self.artifacts[step].manifest.metrics if step in self.artifacts else {}
+
     def state(self, step: str) -> State:
         """Says whether a step is done, begun, waiting, or made from inputs that have changed."""
         if step in self.artifacts:
@@ -84,13 +88,11 @@ def open_run_folder(uri: str) -> RunFolder:
             and no step is finished.
     """
     storage = open_storage(uri)
-    content, place = _read(storage, RECIPE) or b"", join(storage.uri, RECIPE)
+    content = storage.read_bytes(RECIPE) if storage.exists(RECIPE) else b""
+    place = join(storage.uri, RECIPE)
     recipe = read_saved_keys(content, place)
-    artifacts = {}
-    for name in TITLES:
-        artifact = Artifact.open(open_storage(join(storage.uri, name)))
-        if artifact is not None:
-            artifacts[name] = artifact
+    opened = {name: Artifact.open(open_storage(join(storage.uri, name))) for name in TITLES}
+    artifacts = {name: artifact for name, artifact in opened.items() if artifact is not None}
     if not artifacts:
         refuse_other_version(recipe, place)
     if not artifacts and not (content and storage.exists(MARKER)):
@@ -99,10 +101,7 @@ def open_run_folder(uri: str) -> RunFolder:
             " the folder that `tokay run` or `tokay demo` wrote to"
         )
     return RunFolder(
-        storage=storage,
-        recipe_text=content.decode(),
-        recipe=recipe,
-        artifacts=artifacts,
+        storage=storage, recipe_text=content.decode(), recipe=recipe, artifacts=artifacts
     )
 
 
@@ -123,13 +122,6 @@ def files_of_a_run(uri: str) -> Iterator[None]:
             f"run {excerpt(uri)} holds files of a form that this version of Tokay does not write"
             f" ({type(error).__name__}: {excerpt(error)}): run `tokay run` on it again"
         ) from error
-
-
-def _read(storage: Storage, path: str) -> bytes | None:
-    try:
-        return storage.read_bytes(path)
-    except FileNotFoundError:
-        return None
 
 
 def find_passages(passages: Artifact | None, ids: Iterable[str]) -> dict[str, dict[str, str]]:

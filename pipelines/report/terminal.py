@@ -8,7 +8,7 @@ from rich.text import Text
 
 from cluster.artifacts import Json
 from cluster.errors import excerpt
-from pipelines.report.page import MODEL_NAMES
+from pipelines.report.test_sets import MODELS
 
 RESULT_CHARACTERS = 160
 
@@ -43,7 +43,7 @@ def _scores(test_set: dict[str, Any]) -> Table:
     table.add_column("")
     for heading in ("nDCG@10 [95 %]", "recall@10 [95 %]", "texts/s", "parameters"):
         table.add_column(Text(heading), justify="right")
-    for model, title in MODEL_NAMES.items():
+    for model, title in MODELS.items():
         if model not in test_set:
             continue
         row = test_set[model]
@@ -64,7 +64,7 @@ def _all_scores(scores: dict[str, Any]) -> Table:
         table.add_column(heading)
     models = scores["models"]
     for model in models:
-        table.add_column(MODEL_NAMES[model].removeprefix("Student "), justify="right")
+        table.add_column(MODELS[model].removeprefix("Student "), justify="right")
     for row in scores["rows"]:
         figures = [_figure(row[model]["score"]) if model in row else "" for model in models]
         name = Text(row["dataset"])
@@ -121,7 +121,7 @@ def _query(query: dict[str, Any]) -> Table:
 
 
 def _hit(hit: dict[str, Any]) -> Text:
-    mark = {True: ("✓ ", "green"), False: ("· ", "dim"), None: ("", "")}[hit["relevant"]]
+    mark = ("✓ ", "green") if hit["relevant"] else ("· ", "dim")
     title, text = hit["title"] or "", excerpt(hit["text"], RESULT_CHARACTERS)
     return Text.assemble(mark, (title or ("" if text else hit["id"]), "bold"), "  ", (text, "dim"))
 

@@ -6,7 +6,12 @@ from typing import Any
 from cluster.artifacts import Json
 from pipelines.report.run_folder import RunFolder, find_documents, find_passages
 
-MODELS = ("retriever", "student_before", "student_prefinetuned", "student_after")
+MODELS = {
+    "retriever": "Retriever",
+    "student_before": "Student before",
+    "student_prefinetuned": "Student pre-finetuned",
+    "student_after": "Student after",
+}
 SCORES = (
     "ndcg_at_10",
     "ndcg_at_10_interval",
@@ -20,22 +25,24 @@ SAME = 1e-9
 
 
 def collect_test_sets(run: RunFolder) -> dict[str, dict[str, Json]]:
-    """Returns scores, differences and chosen queries of each test set, in the recipe's order."""
-    evaluation = run.artifacts.get("evaluation")
-    if evaluation is None:
-        return {}
-    document = json.loads(evaluation.storage.read_bytes("results.json"))
+    """Returns scores, differences and chosen queries of each test set, in the recipe's order.
+
+    Left out are those of other kinds than retrieval, and mteb's tasks, whose queries are not kept.
+    """
+    document = _read_results(run)
     gains = {
         row["dataset"]: row
-        for row in sorted(document["differences"], key=lambda row: row.get("after_dimensions", 0))
-        if _is_of_student(row) and row["metric"] == "ndcg_at_10"
+        for row in sorted(document["differences"], key=lambda row: row["after_dimensions"])
+        if (row["before"], row["after"]) == ("student_before", "student_after")
+        and row["metric"] == "ndcg_at_10"
+        and row["dataset"] in document["queries"]
     }
     test_sets: dict[str, dict[str, Json]] = {}
     for name, gain in gains.items():
         results = {
             row["model"]: row
-            for row in sorted(document["results"], key=lambda row: row.get("dimensions", 0))
-            if row["dataset"] == name and row.get("task_type", "Retrieval") == "Retrieval"
+            for row in sorted(document["results"], key=lambda row: row["dimensions"])
+            if row["dataset"] == name and row["task_type"] == "Retrieval"
         }
         if not results:
             continue
@@ -53,29 +60,18 @@ def collect_test_sets(run: RunFolder) -> dict[str, dict[str, Json]]:
 def collect_scores(run: RunFolder) -> dict[str, Json]:
     """Returns every test set's main score by model and dimensions, and their means by type.
 
-    Empty where all test sets are retrieval at one number of dimensions, since
-    :func:`collect_test_sets` says more of those.
+    Empty where :func:`collect_test_sets` says more of all of them, each being retrieval at the same
+    number of dimensions.
     """
-    evaluation = run.artifacts.get("evaluation")
-    if evaluation is None:
-        return {}
-    document = json.loads(evaluation.storage.read_bytes("results.json"))
-    if "averages" not in document:
-        return {}
-    rows: dict[tuple[str, str, int], dict[str, Json]] = {}
+    document = _read_results(run)
+    rows: dict[tuple[Any, ...], dict[str, Json]] = {}
     for result in document["results"]:
-        metric, name = result["metric"], result["dataset"]
-        row = rows.setdefault(
-            (name, result["task_type"], result["dimensions"]),
-            {
-                "dataset": name,
-                "task_type": result["task_type"],
-                "dimensions": result["dimensions"],
-                "metric": metric,
-            },
-        )
+        about = {key: result[key] for key in ("dataset", "task_type", "dimensions", "metric")}
+        row, metric = rows.setdefault(tuple(about.values()), about), result["metric"]
         row[result["model"]] = {"score": result[metric], "interval": result[f"{metric}_interval"]}
-    if len({key[1:] for key in rows}) == 1 and next(iter(rows))[1] == "Retrieval":
+    kinds = {(row["task_type"], row["dimensions"]) for row in rows.values()}
+    searched = all(row["dataset"] in document["queries"] for row in rows.values())
+    if not rows or (searched and len(kinds) == 1 and kinds.pop()[0] == "Retrieval"):
         return {}
     return {
         "models": [model for model in MODELS if any(model in row for row in rows.values())],
@@ -95,21 +91,20 @@ def _means(averages: list[dict[str, Any]]) -> list[dict[str, Json]]:
     return list(rows.values())
 
 
-def _is_of_student(row: dict[str, Any]) -> bool:
-    """Says whether a difference is that of the student before and after training."""
-    names = (row.get("before", "student_before"), row.get("after", "student_after"))
-    return names == ("student_before", "student_after")
+def _read_results(run: RunFolder) -> dict[str, Any]:
+    """Reads what the step `evaluation` wrote; no results until it is done."""
+    evaluation = run.artifacts.get("evaluation")
+    if evaluation is None:
+        return {"results": [], "differences": []}
+    results: dict[str, Any] = json.loads(evaluation.storage.read_bytes("results.json"))
+    return results
 
 
 def choose_queries(before: dict[str, float], after: dict[str, float]) -> list[str]:
-    """Chooses queries that show a difference honestly.
+    """Chooses queries, by their scores before and after, that show the difference honestly.
 
     The two that gained most, the two that lost most and one that stayed the same; where there are
     too few of a kind, the largest remaining differences fill the five.
-
-    Args:
-        before: Query id -> score.
-        after: The same queries' scores.
     """
     gains = {query: after[query] - before[query] for query in sorted(before)}
     order = sorted(gains, key=lambda query: -gains[query])
@@ -152,11 +147,11 @@ def _queries(
     texts = find_passages(run.artifacts.get("passages"), ids)
     if _is_the_corpus(name, run):
         texts = find_documents(run.artifacts.get("passages"), ids - texts.keys()) | texts
-    judged = document.get("qrels", {}).get(name)
+    judged = document["qrels"][name]
 
     def hit(query: str, id_: str, score: float) -> dict[str, Json]:
         passage = texts.get(id_, {"title": "", "text": ""})
-        relevant = None if judged is None else judged[query].get(id_, 0) > 0
+        relevant = judged[query].get(id_, 0) > 0
         return {**passage, "id": id_, "score": score, "relevant": relevant}
 
     return [

@@ -23,9 +23,7 @@ def collect_stage(run: RunFolder, step: str) -> dict[str, Json] | None:
     artifact = run.artifacts.get(step)
     if artifact is None:
         return None
-    mixed = run.artifacts.get(STAGES[step])
-    mixture = mixed.manifest.metrics if mixed else {}
-    rows = read_metrics(artifact.storage)
+    mixture, rows = run.metrics(STAGES[step]), read_metrics(artifact.storage)
     return {
         "batches": mixture.get("num_batches", len(rows)),
         "done": len(rows),

@@ -6,9 +6,6 @@ from cluster.storage import join
 from pipelines.report.collect import collect
 from pipelines.report.page import render_page
 from pipelines.report.run_folder import files_of_a_run, open_run_folder
-from pipelines.report.terminal import print_evaluation
-
-__all__ = ["print_evaluation", "write_report"]
 
 PAGE = "report.html"
 DOCUMENT = "report.json"

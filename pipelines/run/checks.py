@@ -10,21 +10,19 @@ import json
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from actors.embedded import find_model, is_hub_id, refuse_missing
 from actors.encoder_folder import read_folder
 from cluster.errors import UserError
 from cluster.storage import open_storage
 from pipelines.fret.prompts import WRITTEN
-from pipelines.mixture.config import SetsConfig
 from pipelines.recipe.recipe import Recipe
 from pipelines.recipe.variables import unset_variables
-from pipelines.training.config import TrainingConfig
 
 PATIENCE_S = 15.0  # for an answer from S3 or the hub, whose clients try for minutes
 _ENCODERS = (
@@ -48,9 +46,7 @@ Settings = dict[str, Any]  # of a model: its config.json
 def check_recipe(recipe: Recipe, *, here: bool = True) -> None:
     """Refuses a recipe with a step that is certain to fail; loads nothing and runs no code.
 
-    Args:
-        recipe: The recipe.
-        here: Whether this machine is to run it: its folders and packages are then looked at.
+    If it is to run `here`, this machine's folders and packages are looked at too.
 
     Raises:
         UserError: The key, what was given, what is accepted.
@@ -79,32 +75,18 @@ def check_recipe(recipe: Recipe, *, here: bool = True) -> None:
 
 def within(seconds: float, late: str, work: Callable[[], T]) -> T:
     """Returns what `work` returns, or raises what it raises; UserError if it takes longer."""
-    answer: list[tuple[T | None, Exception | None]] = []
+    answer: Future[T] = Future()
 
     def ask() -> None:
         try:
-            answer.append((work(), None))
+            answer.set_result(work())
         except Exception as error:  # raised again below, in the caller's thread
-            answer.append((None, error))
+            answer.set_exception(error)
 
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not answer:
+    threading.Thread(target=ask, daemon=True).start()  # one that does not keep the process alive
+    if not wait([answer], seconds).done:
         raise UserError(f"{late} within {seconds:.0f} s")
-    result, error = answer[0]
-    if error is not None:
-        raise error
-    return cast(T, result)
-
-
-def _stages(recipe: Recipe) -> list[tuple[str, SetsConfig, TrainingConfig]]:
-    """Returns the key before `training`, the mixture and the training of each stage."""
-    stages: list[tuple[str, SetsConfig, TrainingConfig]] = [("", recipe.mixture, recipe.training)]
-    if recipe.prefinetuning:
-        first = recipe.prefinetuning
-        stages.insert(0, ("prefinetuning.", first.mixture, first.training))
-    return stages
+    return answer.result()
 
 
 def _check_keys(recipe: Recipe) -> None:
@@ -125,9 +107,9 @@ def _check_keys(recipe: Recipe) -> None:
             f"mixture.fret_only_tasks: {unknown[:3]} given, and queries.tasks are"
             f" {', '.join(recipe.queries.tasks)}"
         )
-    for key, mixture, training in _stages(recipe):
-        watched = training.validation
-        if watched and watched.test_set is None and not mixture.validation_examples:
+    for key, stage in recipe.stages.items():
+        watched = stage.training.validation
+        if watched and watched.test_set is None and not stage.mixture.validation_examples:
             raise UserError(
                 f"{key}training.validation has nothing to look at: set"
                 f" {key}mixture.validation_examples or {key}training.validation.test_set"
@@ -135,7 +117,8 @@ def _check_keys(recipe: Recipe) -> None:
 
 
 def _check_tracking(recipe: Recipe) -> None:
-    for key, _, training in _stages(recipe):
+    for key, stage in recipe.stages.items():
+        training = stage.training
         for package in () if training.node_resource else training.tracking:
             if package in ("mlflow", "wandb") and find_spec(package) is None:
                 raise UserError(
@@ -176,8 +159,8 @@ def _check_student(recipe: Recipe, settings: Settings) -> None:
     if not dimensions:
         return
     asked = {
-        f"{key}training.loss.matryoshka_dimensions": training.loss.matryoshka_dimensions
-        for key, _, training in _stages(recipe)
+        f"{key}training.loss.matryoshka_dimensions": stage.training.loss.matryoshka_dimensions
+        for key, stage in recipe.stages.items()
     }
     for number, test_set in enumerate(recipe.evaluation):
         asked[f"evaluation.{number}.dimensions"] = test_set.dimensions
@@ -203,15 +186,13 @@ def _settings(key: str, name: str, here: bool, trusted: bool) -> Settings:
     settings = _json((folder / "config.json").read_bytes, dict)
     settings["dimensions"] = _number(settings, "hidden_size")
     for module in _json((folder / "modules.json").read_bytes, list):
-        path = Path(str(module.get("path", ""))) if isinstance(module, dict) else Path("..")
-        if not path.is_absolute() and ".." not in path.parts and _is_dense(module):
+        if not (isinstance(module, dict) and str(module.get("type", "")).endswith(".Dense")):
+            continue
+        path = Path(str(module.get("path", "")))
+        if not path.is_absolute() and ".." not in path.parts:
             read = (folder / path / "config.json").read_bytes
             settings["dimensions"] = _number(_json(read, dict), "out_features")
     return settings
-
-
-def _is_dense(module: dict[str, Any]) -> bool:
-    return str(module.get("type", "")).endswith(".Dense")
 
 
 def _fetched(key: str, name: str) -> Settings:

@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
 
 from cluster.artifacts import Artifact
@@ -43,7 +43,7 @@ class RunConsole:
 
     def step_found(self, step: Step, artifact: Artifact) -> None:
         """Says that the step was finished before."""
-        self._line("✓", step, _summary(artifact), "done before")
+        self._line(step, artifact, "done before")
 
     def step_begins(self, step: Step, resumed: bool) -> "StepConsole":
         """Starts the step's line."""
@@ -53,17 +53,12 @@ class RunConsole:
         """Ends the step's line."""
         for task in self.progress.task_ids:
             self.progress.remove_task(task)
-        self._line("✓", step, _summary(artifact), f"{artifact.manifest.seconds_s:.1f} s")
+        self._line(step, artifact, f"{artifact.manifest.seconds_s:.1f} s")
 
-    def _line(self, mark: str, step: Step, summary: str, time_text: str) -> None:
-        self.console.print(
-            Text.assemble(
-                (mark, "green"),
-                f" {step.name:<11} {TITLES.get(step.name, ''):<38} {summary:<34} ",
-                (time_text, "dim"),
-            ),
-            soft_wrap=True,
-        )
+    def _line(self, step: Step, artifact: Artifact, time_text: str) -> None:
+        text = f" {step.name:<11} {TITLES.get(step.name, ''):<38} {_summary(artifact):<34} "
+        line = Text.assemble(("✓", "green"), text, (time_text, "dim"))
+        self.console.print(line, soft_wrap=True)
 
 
 class StepConsole:
@@ -74,13 +69,8 @@ class StepConsole:
         self._run, self._step = run, step
         self._begin = self._last = time.monotonic()
         note = "going on where it stopped" if resumed else ""
-        self._task: TaskID = run.progress.add_task(
-            f"{step.name:<11} {TITLES.get(step.name, '')}",
-            total=None,
-            count="",
-            clock="",
-            note=note,
-        )
+        title = f"{step.name:<11} {TITLES.get(step.name, '')}"
+        self._task = run.progress.add_task(title, total=None, count="", clock="", note=note)
         if resumed and not run.console.is_terminal:
             run.console.print(Text(f"… {step.name}: {note}"))
 
@@ -88,17 +78,13 @@ class StepConsole:
         """Moves the bar, or prints a line every ten seconds where there is no terminal."""
         now = time.monotonic()
         count = f"{done:,.0f}" + (f"/{total:,.0f}" if total else "")
+        clock = f"{now - self._begin:.0f} s"
         self._run.progress.update(
-            self._task,
-            completed=done,
-            total=total,
-            count=count,
-            clock=f"{now - self._begin:.0f} s",
-            note=note,
+            self._task, completed=done, total=total, count=count, clock=clock, note=note
         )
         if not self._run.console.is_terminal and now - self._last > SECONDS_BETWEEN_LINES:
             self._last = now
-            line = f"… {self._step.name}: {count} after {now - self._begin:.0f} s {note}".rstrip()
+            line = f"… {self._step.name}: {count} after {clock} {note}".rstrip()
             self._run.console.print(Text(line), soft_wrap=True)
 
 

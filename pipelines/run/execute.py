@@ -15,7 +15,8 @@ from pipelines.recipe.graph import TITLES, build_run
 from pipelines.recipe.read import read_models, refuse_foreign_code
 from pipelines.recipe.recipe import Recipe
 from pipelines.report.run_folder import RECIPE, open_run_folder
-from pipelines.report.write import print_evaluation, write_report
+from pipelines.report.terminal import print_evaluation
+from pipelines.report.write import write_report
 from pipelines.run.checks import check_recipe
 from pipelines.run.console import JsonLines, RunConsole
 from pipelines.run.fit import refuse_unfit

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Literal
 
@@ -84,23 +84,15 @@ Memory = dict[str, float | None]  # bytes of a GPU, by its GpuUser
 def gpu_needs(recipe: Recipe, num_passages: int | None = None, *, here: bool = True) -> list[Need]:
     """Returns what each part of a run needs, in the order of the steps; starts and fetches nothing.
 
-    Args:
-        recipe: The recipe.
-        num_passages: Of the corpus; None: not known.
-        here: Whether it is to run on this machine, unless a resource names other nodes.
+    `num_passages` is the size of the corpus, None if unknown. What runs `here` has this machine's
+    GPUs, unless a resource names other nodes.
     """
     memory = _memory(recipe, here)
-    steps: list[tuple[str, SetsConfig, TrainingConfig]] = [
-        ("training", recipe.mixture, recipe.training)
-    ]
-    if recipe.prefinetuning:
-        first = recipe.prefinetuning
-        steps.insert(0, ("prefinetuning", first.mixture, first.training))
     return [
         _llm(recipe, memory["llm"]),
         _encoder(recipe, memory["encoder"], ("embeddings", "candidates"), "retriever"),
         _candidates(recipe, memory["index"], num_passages),
-        *(_training(recipe, memory["training"], *step) for step in steps),
+        *(_training(recipe, memory["training"], prefix) for prefix in recipe.stages),
         _encoder(recipe, memory["encoder"], ("index",), "student"),
     ]
 
@@ -110,10 +102,7 @@ def refuse_unfit(
 ) -> None:
     """Stops before anything starts where a part of a run certainly does not fit.
 
-    Args:
-        recipe: The recipe.
-        here: As for :func:`gpu_needs`.
-        needless: Says whether a step need not run.
+    A part is left out if all its steps are `needless`, that is, need not run.
 
     Raises:
         UserError: Which part, what it needs, what there is, and which keys to change.
@@ -212,18 +201,12 @@ def _candidates(recipe: Recipe, have: float | None, num_passages: int | None) ->
     )
 
 
-def _training(
-    recipe: Recipe,
-    have: float | None,
-    step: str,
-    mixture: SetsConfig,
-    training: TrainingConfig,
-) -> Need:
-    key, gpu = f"{step}.training" if step == "prefinetuning" else step, training.use_gpu
-    size = _student(recipe)
+def _training(recipe: Recipe, have: float | None, prefix: str) -> Need:
+    mixture, training = recipe.stages[prefix].mixture, recipe.stages[prefix].training
+    key, gpu, size = f"{prefix}training", training.use_gpu, _student(recipe)
+    need = Need(steps=(key.partition(".")[0],), what="student", have=have, gpu=gpu)
     if size is None:
-        unknown = _unknown(recipe.student.model)
-        return Need(steps=(step,), what="student", have=have, gpu=gpu, unknown=unknown)
+        return replace(need, unknown=_unknown(recipe.student.model))
     bfloat16 = training.precision == "bfloat16" or (training.precision == "auto" and gpu)
     parts = _states(size, training, bfloat16, recipe.student.projection or 0)
     certain = parts["weights"] + parts["gradients"] + parts["AdamW"]
@@ -234,16 +217,7 @@ def _training(
     per_token = size.kept_bytes(bfloat16=bfloat16, checkpointing=training.gradient_checkpointing)
     if per_token is None:
         what = f"activations of a {size.model_type or 'model without model_type'} were not counted"
-        return Need(
-            steps=(step,),
-            what="student",
-            parts=parts,
-            have=have,
-            gpu=gpu,
-            least=certain,
-            unknown=what,
-            remedy=remedy,
-        )
+        return replace(need, parts=parts, least=certain, unknown=what, remedy=remedy)
     longest, batch = _num_tokens(recipe, mixture, training)
     least, margin, less = certain, "", f"activations taken {ERROR:.0%} less than estimated"
     note = f"activations {per_token / 1024:,.0f} KiB per token"
@@ -266,17 +240,8 @@ def _training(
     if least > certain:
         remedy = f"set {key}.gradient_cache_tokens: auto"
     parts[f"activations of {tokens:,} tokens"] = tokens * per_token
-    return Need(
-        steps=(step,),
-        what="student",
-        parts=parts,
-        have=have,
-        gpu=gpu,
-        least=least,
-        margin=margin,
-        note=note,
-        remedy=f"{remedy}; or correct resources.gpu_memory_gib",
-    )
+    remedy += "; or correct resources.gpu_memory_gib"
+    return replace(need, parts=parts, least=least, margin=margin, note=note, remedy=remedy)
 
 
 def _states(
@@ -293,7 +258,7 @@ def _states(
             for name, (ins, outs) in matrices.items()
             if target == "all-linear" or name.endswith(tuple(target))
         )
-    per_layer = sum(ins * outs for ins, outs in matrices.values())
+    per_layer = size.layer_parameters()
     shares = training.num_workers if training.sharding == "fsdp2" else 1
     if shares > 1:  # the ends and two layers are gathered at a time
         gathered = size.parameters - max(0, num_layers - 2) * per_layer

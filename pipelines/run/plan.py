@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -35,6 +34,7 @@ from pipelines.recipe.sizes import GIB
 from pipelines.recipe.variables import unset_variables
 from pipelines.run.checks import PATIENCE_S, within
 from pipelines.run.fit import Need, gpu_needs
+from pipelines.yaml_files import leaves
 
 NUM_SAMPLED = 50
 NUM_READ = 2000  # passages of the corpus that the sample is drawn from
@@ -153,7 +153,9 @@ def _states(
 ) -> tuple[dict[str, str], dict[str, Artifact]]:
     """Returns the state of each step, and the artifacts of those that are done."""
     try:
-        _check_reach(uri, *_texts(recipe.model_dump(mode="json")))
+        _check_reach(
+            uri, *(text for _, text in leaves(recipe.model_dump()) if isinstance(text, str))
+        )
         if any(test_set.kind == "mteb" for test_set in recipe.evaluation):
             late = "the data of mteb's tasks in evaluation did not arrive"
             run = within(4 * PATIENCE_S, late, lambda: build_run(recipe, uri))
@@ -162,7 +164,7 @@ def _states(
         states = {step.name: str(run.state(step)) for step in run.steps}
         artifacts = {step.name: run.artifact(step) for step in run.steps}
     except (TokayError, OSError) as error:
-        unknown["states of the steps are"] = _line(error)
+        unknown["states of the steps are"] = " ".join(str(error).split())
         names = [name for name in TITLES if recipe.prefinetuning or "prefinetuning" not in name]
         return {name: "unknown" for name in names if recipe.evaluation or name != "evaluation"}, {}
     done = {name: artifact for name, artifact in artifacts.items() if artifact is not None}
@@ -175,12 +177,8 @@ def _known_tokens(
     try:
         return _llm_tokens(recipe, done)
     except (TokayError, OSError) as error:
-        unknown["LLM tokens and cost are"] = _line(error)
+        unknown["LLM tokens and cost are"] = " ".join(str(error).split())
         return {}
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _check_reach(*places: str) -> None:
@@ -190,14 +188,6 @@ def _check_reach(*places: str) -> None:
             raise UserError(f"the recipe reads {unset[0]}, which is not set in the environment")
         if place.startswith("s3://") and (error := _ask(place)):
             raise error
-
-
-def _texts(tree: Any) -> Iterator[str]:
-    if isinstance(tree, dict | list):
-        for each in tree.values() if isinstance(tree, dict) else tree:
-            yield from _texts(each)
-    elif isinstance(tree, str):
-        yield tree
 
 
 @cache

@@ -306,10 +306,10 @@ def test_stage_on_a_faulty_s3_gives_the_rows_of_a_sound_one(
 NODES_THAT_COME = """
 import threading
 from ray.cluster_utils import Cluster
-from cluster import presence
+from cluster import actor_health
 from cluster.session import connect, disconnect
 
-presence._LOOK_EVERY_S = 0.2
+actor_health._LOOK_EVERY_S = 0.2
 folder, listener = Path(sys.argv[1]), Silent()
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
 os.environ["RAY_ADDRESS"] = cluster.address

@@ -15,6 +15,7 @@ from cluster.errors import UserError
 from cluster.storage import open_storage
 from pipelines.report.collect import collect_funnel
 from pipelines.report.examples import DROPPED
+from pipelines.report.run_folder import RunFolder
 from pipelines.report.test_sets import choose_queries
 from pipelines.report.write import write_report
 
@@ -250,8 +251,9 @@ def test_funnel_counts_each_reason_of_decontamination() -> None:
         "nearly repeats another query": 16,
     }
     counts = {"num_scored": 40, "num_kept": 9, "num_without_negative": 0, "dropped_by": dropped}
-    fret = SimpleNamespace(manifest=SimpleNamespace(metrics=counts))
-    run: Any = SimpleNamespace(artifacts={"fret": fret})
+    storage: Any = None
+    artifacts: Any = {"fret": SimpleNamespace(manifest=SimpleNamespace(metrics=counts))}
+    run = RunFolder(storage=storage, recipe_text="", recipe={}, artifacts=artifacts)
     assert {row["name"]: row["count"] for row in collect_funnel(run)} == {
         "queries scored": 40,
         "not repeating an evaluation query": 33,

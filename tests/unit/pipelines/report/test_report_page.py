@@ -11,7 +11,8 @@ from rich.console import Console
 
 from cluster.artifacts import Json
 from pipelines.report.page import show_duration
-from pipelines.report.write import print_evaluation, write_report
+from pipelines.report.terminal import print_evaluation
+from pipelines.report.write import write_report
 
 HOSTILE = (
     "</pre></script><script>alert(1)</script><img src=x onerror=alert(1)>"

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from cluster.artifacts import Json
-from pipelines.report.write import print_evaluation, write_report
+from pipelines.report.terminal import print_evaluation
+from pipelines.report.write import write_report
 
 
 @pytest.fixture
@@ -66,3 +67,18 @@ def test_report_shows_the_queries_of_the_full_vectors(
     assert document["test_sets"].keys() == {"questions"}
     for key in ("student_after", "difference"):
         assert document["test_sets"]["questions"][key] == report["test_sets"]["questions"][key]
+
+
+def test_report_shows_the_scores_of_a_retrieval_task_whose_queries_are_not_kept(
+    finished_run: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    path = run / "evaluation" / "results.json"
+    results = json.loads(path.read_text())
+    path.write_text(json.dumps({**results, "queries": {}, "qrels": {}}))  # as of mteb's own tasks
+    report = write_report(str(run))
+    assert report["test_sets"] == {}
+    (row,) = report["scores"]["rows"]
+    score = results["results"][-1]["ndcg_at_10"]
+    assert row["dataset"] == "questions" and row["student_after"]["score"] == score

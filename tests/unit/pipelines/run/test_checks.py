@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,3 +231,20 @@ def test_plan_runs_no_code_of_a_model_even_if_both_say_so(tmp_path: Path, model:
     assert planned.returncode == 0
     assert "LLM tokens and cost are unknown" in planned.stdout
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("raised", [TimeoutError("the work's own"), KeyError("name")])
+def test_what_the_work_raises_is_raised_again(raised: Exception) -> None:
+    def work() -> None:
+        raise raised
+
+    with pytest.raises(type(raised)) as error:
+        checks.within(30, "the hub did not answer", work)
+    assert error.value is raised
+
+
+def test_answer_that_comes_too_late_is_refused() -> None:
+    answered = threading.Event()
+    with pytest.raises(UserError, match="the hub did not answer within 0 s"):
+        checks.within(0.05, "the hub did not answer", lambda: answered.wait(30))
+    answered.set()

@@ -68,7 +68,7 @@ def test_smaller_gradient_cache_is_told_once_and_remembered_by_the_first_worker(
     assert (tmp_path / FITTED).exists() == (rank == 0)
 
 
-def test_look_comes_when_it_is_due_and_the_last_batch_ends_the_training(
+def test_validation_comes_when_it_is_due_and_the_last_batch_ends_the_training(
     examples: str, student: str, tmp_path: Path, steps: list[dict[str, Any]]
 ):
     here = trainer(examples, student, tmp_path, validation=ValidationConfig(every_batches=5))

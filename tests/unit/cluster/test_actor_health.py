@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import ray
 
-from cluster import presence
+from cluster import actor_health
+from cluster.actor_health import MAX_DEATHS, actor_begins, clear_actors
 from cluster.errors import TokayError
-from cluster.presence import MAX_DEATHS, actor_begins, clear_actors
 from cluster.storage import Storage, open_storage
 
 
@@ -29,8 +29,8 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Nodes:
         get_worker_id=lambda: "ffff",
     )
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
-    monkeypatch.setattr(presence, "_alive_nodes", lambda: nodes.alive)
-    monkeypatch.setattr(presence, "_exit_reason", lambda worker: f"{worker} was killed")
+    monkeypatch.setattr(actor_health, "_alive_nodes", lambda: nodes.alive)
+    monkeypatch.setattr(actor_health, "_exit_reason", lambda worker: f"{worker} was killed")
     return nodes
 
 
@@ -61,10 +61,10 @@ def test_actor_is_there_while_its_last_node_is(nodes: Nodes, notes: Storage) -> 
     for nodes.actor, nodes.here in (("1", "a"), ("2", "b"), ("2", "a"), ("3", "b")):
         actor_begins(notes, "stage")
     actor_begins(notes, "index")
-    assert presence._num_running(notes, "stage") == 3
+    assert actor_health._num_running(notes, "stage") == 3
     nodes.alive = {"a"}
-    assert presence._num_running(notes, "stage") == 2
+    assert actor_health._num_running(notes, "stage") == 2
     clear_actors(notes, "stage")
-    assert presence._num_running(notes, "stage") == 0
+    assert actor_health._num_running(notes, "stage") == 0
     nodes.alive = {"b"}
-    assert presence._num_running(notes, "index") == 1
+    assert actor_health._num_running(notes, "index") == 1
