@@ -6,17 +6,10 @@ from pipelines.words import word_spans
 
 
 def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> set[int]:
-    """Finds the rows that repeat an earlier, kept row.
+    """Returns the numbers of the rows that repeat an earlier, kept row.
 
     Candidates come from MinHash-LSH over word trigrams and are confirmed by the exact Jaccard
-    similarity, so nothing below the threshold is dropped.
-
-    Args:
-        texts: Passage texts; the first of a group of duplicates is the one kept.
-        threshold: Jaccard similarity of the trigram sets from which two texts are duplicates.
-
-    Returns:
-        Numbers of the rows to drop.
+    similarity of the trigram sets, so nothing below the threshold is dropped.
 
     Raises:
         ValueError: `threshold` is not above 0 and at most 1.

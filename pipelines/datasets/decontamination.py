@@ -75,11 +75,8 @@ class Decontamination:
 
         Of equally similar queries it is the last in alphabetical order. Whoever shares so many of
         the given words shares one of the rarest few, and few queries hold those (prefix filtering:
-        Bayardo et al., "Scaling up all pairs similarity search", 2007).
-
-        Args:
-            text: Compared without case and punctuation.
-            above: A share that is of interest no more: 0 and no query where none has a higher one.
+        Bayardo et al., "Scaling up all pairs similarity search", 2007). Where no query has a share
+        higher than `above`, returns 0 and no query.
         """
         given = words(text)
         least = max(1, math.ceil(above * len(given) - 1e-9))  # words that both must hold

@@ -41,10 +41,7 @@ def ranks(scores: Sequence[float]) -> np.ndarray:
 def fuse(ql: Sequence[float], rc: Sequence[float], fusion: str = "ql+rc") -> np.ndarray:
     """Returns R(q, p) = 1 / rank_QL + 1 / rank_RC for each candidate (Gecko, section 3).
 
-    Args:
-        ql: Query likelihoods of the candidates.
-        rc: Log probabilities of the relevant label.
-        fusion: `ql+rc`; or one of them, for ablations.
+    `fusion` is `ql+rc`, or one of them, for ablations.
 
     >>> fuse(ql=[-2.0, -1.0, -3.0], rc=[-0.1, -0.9, -2.0]).round(2).tolist()
     [1.5, 1.5, 0.67]

@@ -114,12 +114,9 @@ def backward(encoder: Encoder, part: Slice, config: TrainingConfig) -> float:
 
 
 def batch_loss(embedded: torch.Tensor, part: Slice, config: TrainingConfig) -> torch.Tensor:
-    """Returns this worker's share of the loss.
+    """Returns this worker's share of the loss of the texts of `part`.
 
-    Args:
-        embedded: ``[queries + positives + negatives, dimensions]``, unit length.
-        part: The texts that were embedded.
-        config: Its `loss` is used.
+    `embedded` is ``[queries + positives + negatives, dimensions]``, unit length.
     """
     queries, positives, flat = torch.split(
         embedded, [len(part.queries), len(part.positives), len(part.negatives)]

@@ -14,9 +14,7 @@ from actors.encoder import Encoder
 def cut_layers(encoder: Encoder, layers: Sequence[int]) -> Encoder:
     """Returns a shallower copy that keeps some of an encoder's layers: a student's starting point.
 
-    Args:
-        encoder: Its layers stand in ``model.encoder.layer`` or ``model.layers``.
-        layers: Indices of those to keep, rising, such as ``[0, 2, 5]``.
+    `layers` are the indices of those to keep, rising, such as ``[0, 2, 5]``.
 
     Raises:
         ValueError: The model is of another kind, or the indices do not fit it.
@@ -54,11 +52,8 @@ def cut_layers(encoder: Encoder, layers: Sequence[int]) -> Encoder:
 def add_projection(encoder: Encoder, dimensions: int, seed: int = 0) -> None:
     """Puts a projection, to be trained, behind the pooling; it replaces one that is there.
 
-    Args:
-        encoder: Changed in place.
-        dimensions: Of the vectors from now on.
-        seed: Of the random weights. They are orthogonal, which keeps similarities as well as that
-            number of dimensions can.
+    Its random weights are orthogonal, which keeps similarities as well as that number of
+    `dimensions` can.
     """
     weights = next(encoder.model.parameters())
     size = int(cast(Any, encoder.model.config).hidden_size)

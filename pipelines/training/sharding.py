@@ -21,10 +21,8 @@ from actors.kernels.linear import OneDnnLinear
 def shard(model: torch.nn.Module, *, bfloat16: bool) -> None:
     """Leaves this worker its share of a model: a unit for each layer and each end.
 
-    Args:
-        model: The transformer, changed in place; the same on all workers, on their devices.
-        bfloat16: Gather weights as bfloat16, the type of the products that they go into; shares,
-            gradients and optimizer stay as they are.
+    The model is the same on all workers. With `bfloat16`, weights are gathered as the type of the
+    products that they go into; shares, gradients and optimizer stay as they are.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 

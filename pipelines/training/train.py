@@ -25,12 +25,8 @@ def train(job: Job, *, scratch: str, progress: Progress | None = None) -> list[M
     """Trains the student on all batches, going on from the last checkpoint in the job's output.
 
     Ray must be connected. The output gets ``encoder/``, ``metrics.jsonl`` and, while it runs,
-    ``work/checkpoints/``.
-
-    Args:
-        job: What to train; its folders are the same on every node.
-        scratch: URI of a folder that every node reaches, for Ray Train's own files.
-        progress: Receives the number of batches done.
+    ``work/checkpoints/``. Every node reaches the job's folders, and `scratch`, a folder for Ray
+    Train's own files. `progress` receives the number of batches done.
 
     Returns:
         A row for each batch: batch, dataset, loss, learning_rate, gradient_norm, examples_per_s,

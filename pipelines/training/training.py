@@ -26,11 +26,7 @@ def step(recipe: Recipe) -> Step:
 
 
 def training_step(
-    name: str,
-    config: TrainingConfig,
-    mixture: str,
-    start: tuple[str, str],
-    recipe: Recipe,
+    name: str, config: TrainingConfig, mixture: str, start: tuple[str, str], recipe: Recipe
 ) -> Step:
     """Returns a step that trains the student on the batches of the step `mixture`.
 
