@@ -169,6 +169,11 @@ def test_passages_of_number_the_parts_of_a_document() -> None:
     assert (first.title, second.title) == ("A title", "A title")
     assert (first.text, second.text) == (words(0, 40), words(40, 80))
     assert first.id == passage_id("A title", words(0, 40)) != second.id
+    short = Document(
+        name="doc", title="", text=f"{words(0, 30)}\n\n{words(30, 50)}\n\n{words(50, 62)}"
+    )
+    parts = passages_of(short, max_words=60, min_words=10)
+    assert [num_words(part.text) for part in parts] == [50, 12]  # 20 would take the 20 before
 
 
 @pytest.mark.parametrize(
