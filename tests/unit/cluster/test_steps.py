@@ -18,6 +18,7 @@ class Listener:
         self.events: list[str] = []
 
     def step_found(self, step: Step, artifact: Artifact) -> None:
+        assert artifact.manifest.step == step.name
         self.events.append(f"found {step.name}")
 
     def step_begins(self, step: Step, resumed: bool) -> "Listener":
@@ -25,6 +26,7 @@ class Listener:
         return self
 
     def step_done(self, step: Step, artifact: Artifact) -> None:
+        assert artifact.manifest.step == step.name
         self.events.append(f"done {step.name}")
 
     def update(self, done: float, total: float | None = None, note: str = "") -> None:
@@ -32,6 +34,8 @@ class Listener:
 
 
 def write(context: StepContext) -> dict[str, object]:
+    context.progress.update(0, 3)
+    context.storage.write_bytes("work/note", b"gone when the step is done")
     write_shards(context.storage, pa.table({"id": ["a", "b", "c"]}), 2)
     return {"num": 3}
 
@@ -94,7 +98,37 @@ def test_step_that_dies_is_resumed_and_its_shards_are_no_result(tmp_path: Path) 
     with pytest.raises(RuntimeError):
         Run(str(tmp_path), [dying]).execute(Listener())
     assert Run(str(tmp_path), steps()).artifact(steps()[0]) is None
+    half_written = tmp_path / "one" / "shards" / "00001.parquet.unfinished"
+    half_written.touch()
     assert events_of(Run(str(tmp_path), steps()))[0] == "resumed one"
+    assert not half_written.exists() and not (tmp_path / "one" / "work").exists()
+
+
+def test_half_done_step_of_another_configuration_is_never_gone_on_with(tmp_path: Path) -> None:
+    def die(context: StepContext) -> dict[str, object]:
+        write_shards(context.storage, pa.table({"id": [*"abcdefgh"]}), 2)
+        raise RuntimeError("power cut")
+
+    old = {"k": 1, "gone": {"a": 1}, "x": "y" * 99, "z1": 0, "z2": 0}
+    dying = Step(name="one", config=old, inputs=(), work=die)
+    with pytest.raises(RuntimeError):
+        Run(str(tmp_path), [dying]).execute(Listener())
+    changed = Run(str(tmp_path), steps({"k": 2}))
+    assert [changed.state(step) for step in changed.steps] == ["changed", "waiting"]
+    message = r"\(gone\.a: 1 -> null, k: 1 -> 2, x: \"y+\.\.\. -> null and 2 more\): use --rebuild"
+    with pytest.raises(UserError, match=message):
+        changed.execute(Listener())
+    assert events_of(changed, rebuild=True)[0] == "begins one"
+    artifact = changed.artifact(changed.steps[0])
+    assert artifact is not None and artifact.read()["id"].to_pylist() == ["a", "b", "c"]
+
+
+def test_run_ends_at_the_step_that_is_named(tmp_path: Path) -> None:
+    run = Run(str(tmp_path), steps())
+    assert [step.name for step in run.steps_until("one")] == ["one"]
+    assert [step.name for step in run.steps_until("two")] == ["one", "two"]
+    assert events_of(run, until="one") == ["begins one", "done one"]
+    assert 0 <= run.execute(Listener())["one"].manifest.seconds_s < 60
 
 
 def test_other_configuration_is_refused_by_key_and_rebuilt_on_demand(tmp_path: Path) -> None:
