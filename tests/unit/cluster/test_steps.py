@@ -115,7 +115,7 @@ def test_half_done_step_of_another_configuration_is_never_gone_on_with(tmp_path:
         Run(str(tmp_path), [dying]).execute(Listener())
     changed = Run(str(tmp_path), steps({"k": 2}))
     assert [changed.state(step) for step in changed.steps] == ["changed", "waiting"]
-    message = r"\(gone\.a: 1 -> null, k: 1 -> 2, x: \"y+\.\.\. -> null and 2 more\): use --rebuild"
+    message = r'\(gone\.a: 1 -> null, k: 1 -> 2, x: "y+… -> null and 2 more\): use --rebuild'
     with pytest.raises(UserError, match=message):
         changed.execute(Listener())
     assert events_of(changed, rebuild=True)[0] == "begins one"
