@@ -277,7 +277,7 @@ def pool_packed(hidden: torch.Tensor, layout: Layout, pooling: str) -> torch.Ten
 def _window(
     length: int, causal: bool, size: int | None, device: torch.device
 ) -> torch.Tensor | None:
-    """Returns who sees whom, None where the window is wider than the text."""
+    """Returns which tokens see which, None where the window is wider than the text."""
     if size is None or size >= length:
         return None
     ahead = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)

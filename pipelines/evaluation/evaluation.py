@@ -135,8 +135,8 @@ def run_evaluation(
     context.storage.write_bytes(RESULTS, dump_json(document).encode())
     short = [result.to_json(items=False) for result in results]
     scored = [row for row in short if row["mteb_score"] is not None]
-    told = model_index(STUDENT_AFTER, [row for row in scored if row["model"] == STUDENT_AFTER])
-    context.storage.write_bytes(CARD, add_to_card(card, told).encode())
+    metadata = model_index(STUDENT_AFTER, [row for row in scored if row["model"] == STUDENT_AFTER])
+    context.storage.write_bytes(CARD, add_to_card(card, metadata).encode())
     return {"results": short, "differences": differences, "averages": means, "notes": notes}
 
 

@@ -44,14 +44,14 @@ def model_index(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"tags": ["mteb"], "model-index": eval_results_to_model_index(name, results)}
 
 
-def add_to_card(card: str, told: Mapping[str, Any]) -> str:
+def add_to_card(card: str, metadata: Mapping[str, Any]) -> str:
     """Returns a model card with more front matter, such as :func:`model_index` returns.
 
     The card may have had none; ``tags`` are added to those it has.
     """
     head, text = _split(card)
-    tags = [*head.get("tags", ()), *told.get("tags", ())]
-    head = {**head, **told} | ({"tags": list(dict.fromkeys(tags))} if tags else {})
+    tags = [*head.get("tags", ()), *metadata.get("tags", ())]
+    head = {**head, **metadata} | ({"tags": list(dict.fromkeys(tags))} if tags else {})
     return f"{_MARK}{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}{_MARK}{text}"
 
 
