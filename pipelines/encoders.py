@@ -79,7 +79,7 @@ def saved_encoder(step: Artifact, student: EncoderConfig, folder: str = MODEL) -
 
 
 def upload_folder(folder: Path, storage: Storage, path: str) -> None:
-    """Copies the files of a model folder to a folder of a step's."""
+    """Copies the files of a folder to one below a step's."""
     for file in sorted(folder.rglob("*")):
         if file.is_file():
             storage.upload(file, f"{path}/{file.relative_to(folder).as_posix()}")

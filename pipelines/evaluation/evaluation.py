@@ -14,7 +14,7 @@ from cluster.steps import Step, StepContext
 from cluster.storage import LocalStorage, Storage
 from pipelines.datasets.retrieval import RetrievalDataset
 from pipelines.datasets.test_sets import TestSet, load_test_set, test_set_fingerprint
-from pipelines.encoders import TRAINED, load_encoder, saved_encoder
+from pipelines.encoders import TRAINED, load_encoder, saved_encoder, upload_folder
 from pipelines.evaluation.compare import STUDENT_AFTER, averages, compare
 from pipelines.evaluation.evaluate import evaluate_at
 from pipelines.evaluation.model_card import add_to_card, model_index, training_sets
@@ -158,6 +158,4 @@ def _results_folder(storage: Storage) -> Iterator[Path]:
         try:
             yield folder / MTEB_RESULTS
         finally:
-            for path in folder.rglob("*"):
-                if path.is_file():
-                    storage.upload(path, path.relative_to(folder).as_posix())
+            upload_folder(folder / MTEB_RESULTS, storage, MTEB_RESULTS)

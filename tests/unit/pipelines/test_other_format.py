@@ -7,24 +7,16 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from cluster.artifacts import Artifact, Json
+from cluster.artifacts import Json
 from cluster.errors import OtherFormat
 from cluster.steps import Run, Step, StepContext
 from pipelines import cli
+from pipelines.run.console import JsonLines
 from pipelines.run.execute import find_models
 from serving.command import find_model
 from serving.corpus import check_corpus
 
 RECIPE = "name: old\nmuch: {has: changed}\n"
-
-
-class Silent:
-    def step_found(self, step: Step, artifact: Artifact) -> None: ...
-    def step_done(self, step: Step, artifact: Artifact) -> None: ...
-    def step_begins(self, step: Step, resumed: bool) -> "Silent":
-        return self
-
-    def update(self, done: float, total: float | None = None, note: str = "") -> None: ...
 
 
 def work(context: StepContext) -> dict[str, Json]:
@@ -37,7 +29,7 @@ def old(tmp_path: Path) -> Path:
     """A run of before there were numbers, with a recipe of which this version knows little."""
     names = ("passages", "student", "export")
     steps = [Step(name=name, config={}, inputs=(), work=work) for name in names]
-    Run(str(tmp_path / "old"), steps).execute(Silent())
+    Run(str(tmp_path / "old"), steps).execute(JsonLines())
     for manifest in tmp_path.glob("old/*/manifest.json"):
         fields = json.loads(manifest.read_text())
         del fields["format"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from actors.encoder import Encoder
-from cluster.artifacts import Artifact, Json
+from cluster.artifacts import Json
 from cluster.errors import UserError
 from cluster.steps import BEGUN, Run, Step, StepContext
 from cluster.storage import LocalStorage
@@ -16,19 +16,11 @@ from pipelines.evaluation.location import SavedEncoder
 from pipelines.recipe.graph import TITLES
 from pipelines.recipe.read import load_recipe
 from pipelines.report.write import write_report
+from pipelines.run.console import JsonLines
 from pipelines.run.execute import find_models, run_status
 from pipelines.yaml_files import write_yaml
 
 NOWHERE = "/no/such/place"
-
-
-class Silent:
-    def step_found(self, step: Step, artifact: Artifact) -> None: ...
-    def step_done(self, step: Step, artifact: Artifact) -> None: ...
-    def step_begins(self, step: Step, resumed: bool) -> "Silent":
-        return self
-
-    def update(self, done: float, total: float | None = None, note: str = "") -> None: ...
 
 
 def work(context: StepContext) -> dict[str, Json]:
@@ -59,7 +51,7 @@ def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             ("export", ("student",)),
         )
     ]
-    Run(str(folder), steps).execute(Silent())
+    Run(str(folder), steps).execute(JsonLines())
     (folder / "recipe.yaml").write_text(write_yaml(tree), encoding="utf-8")
 
     def outside(*_: object) -> None:
