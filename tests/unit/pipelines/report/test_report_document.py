@@ -252,7 +252,7 @@ def test_funnel_counts_each_reason_of_decontamination() -> None:
     }
     counts = {"num_scored": 40, "num_kept": 9, "num_without_negative": 0, "dropped_by": dropped}
     storage: Any = None
-    artifacts: Any = {"fret": SimpleNamespace(manifest=SimpleNamespace(metrics=counts))}
+    artifacts: Any = {"fret": SimpleNamespace(manifest=SimpleNamespace(metrics=counts, config={}))}
     run = RunFolder(storage=storage, recipe_text="", recipe={}, artifacts=artifacts)
     assert {row["name"]: row["count"] for row in collect_funnel(run)} == {
         "queries scored": 40,
