@@ -107,7 +107,7 @@ async def score(
         ql = [scores[i].ql or -99.0 for i in mine]
         rc = [scores[i].rc or -99.0 for i in mine]
         for fusion in firsts:
-            firsts[fusion] += int(np.argmax(fuse(ql, rc, fusion)) == place)
+            firsts[fusion] += int(np.argmax(fuse({"ql": ql, "rc": rc}, fusion)) == place)
     cached = sum(s.num_cached_tokens for s in scores) / sum(s.num_prompt_tokens for s in scores)
     retriever = sum(near[0] == seed for _, seed, near in queries)
     shares = [f"{count / len(queries):.0%}" for count in (retriever, *firsts.values())]

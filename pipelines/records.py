@@ -80,11 +80,11 @@ EXAMPLE = pa.schema(
         ("dataset", pa.string()),
         ("query", pa.string()),
         ("positive", pa.string()),
-        ("negatives", pa.list_(pa.string())),  # its hard negatives
+        ("negatives", pa.list_(pa.string())),  # its hard negatives, or the rest of its list
         ("query_tokens", pa.list_(pa.int32())),
         ("positive_tokens", pa.list_(pa.int32())),
         ("negative_tokens", pa.list_(pa.list_(pa.int32()))),
-        # The LLM's fused scores of the positive and then of each negative; empty: unscored.
+        # The fused scores of the positive and then of each negative; empty: unscored.
         ("teacher_scores", pa.list_(pa.float32())),
         ("query_id", pa.string()),
         ("positive_id", pa.string()),

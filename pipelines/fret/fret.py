@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from cluster.artifacts import Artifact, Json
 from cluster.config import Config
@@ -21,8 +21,8 @@ from cluster.storage import write_table
 from pipelines.corpus.near_duplicates import near_duplicates
 from pipelines.datasets.decontamination import Decontamination
 from pipelines.fingerprints import fingerprinted
-from pipelines.fret.fusion import choose_labels
-from pipelines.records import FRET, PASSAGE
+from pipelines.fret.fusion import JUDGES, choose_labels
+from pipelines.records import CANDIDATES, FRET, PASSAGE
 
 if TYPE_CHECKING:
     from pipelines.recipe.recipe import Recipe
@@ -34,14 +34,22 @@ MAX_LISTED = 100
 class FretConfig(Config):
     """How labels are chosen from the scored candidates. The defaults are Gecko's."""
 
-    fusion: Literal["ql+rc", "ql", "rc"] = Field(
-        default="ql+rc", description="ranks that are fused, or one of them, for ablations"
+    fusion: str = Field(
+        default="ql+rc",
+        description="judges, joined by +: ql, rc, and sim, the retriever's similarity",
+    )
+    scale: Literal["ranks", "z-scores"] = Field(
+        default="ranks",
+        description="what of each judge is added up: 1 / rank, or its scores, standardised over a"
+        " query's scored candidates",
     )
     positive: Literal["fused", "seed"] = Field(
         default="fused", description="the candidate that ranks highest, or the seed passage"
     )
-    negative: Literal["lowest", "random", "none"] = Field(
-        default="lowest", description="which of the other candidates"
+    negative: Literal["lowest", "random", "none", "all"] = Field(
+        default="lowest",
+        description="which of the other candidates; all: every one that was scored, whatever the"
+        " two rules below say, as a list for training.loss.distillation_weight",
     )
     num_negatives: int = Field(
         default=1, ge=1, description="hard negatives an example, as many as are fit; Gecko has one"
@@ -60,6 +68,14 @@ class FretConfig(Config):
         " (Jaccard)",
     )
     seed: int = 0
+
+    @field_validator("fusion")
+    @classmethod
+    def _of_judges(cls, fusion: str) -> str:
+        names = fusion.split("+")
+        if len(set(names)) < len(names) or not JUDGES.keys() >= set(names):
+            raise ValueError(f"accepted are {', '.join(JUDGES)}, each once, joined by + (ql+sim)")
+        return fusion
 
 
 def step(recipe: Recipe, decontamination: Decontamination) -> Step:
@@ -195,6 +211,8 @@ _NOT_SCORED: dict[str, Any] = dict.fromkeys(FRET.names) | {
     name: [] for name in FRET.names if pa.types.is_list(FRET.field(name).type)
 }
 
+_OF_CANDIDATES = [field.name for field in CANDIDATES if pa.types.is_list(field.type)]
+
 
 def _labels(
     row: dict[str, Any],
@@ -205,14 +223,15 @@ def _labels(
     """Returns the columns that a scored query gains; none of a query with an unscored pair."""
     if any(score["error"] for score in scored.values()):
         return {}
-    nearest = dict(zip(row["candidate_ids"], row["similarities"], strict=True))
-    ids = [id_ for id_ in nearest if id_ in scored]
-    order = ids + [id_ for id_ in nearest if id_ not in scored]
-    ql, rc = ([scored[id_][kind] for id_ in ids] for kind in ("ql", "rc"))
+    candidates = row["candidate_ids"]
+    places = {id_: place for place, id_ in enumerate(candidates)}.values()  # of each id one
+    order = sorted(places, key=lambda place: candidates[place] not in scored)
+    columns = {name: [row[name][place] for place in order] for name in _OF_CANDIDATES}
+    ids = [id_ for id_ in columns["candidate_ids"] if id_ in scored]
+    columns["query_likelihoods"] = [scored[id_]["ql"] for id_ in ids]
+    columns["relevances"] = [scored[id_]["rc"] for id_ in ids]
     labels = choose_labels(
-        ql=ql,
-        rc=rc,
-        similarities=[nearest[id_] for id_ in ids],
+        {judge: columns[column][: len(ids)] for judge, column in JUDGES.items()},
         seed_place=ids.index(row["seed_id"]),
         config=config,
         query_id=row["id"],
@@ -220,10 +239,7 @@ def _labels(
     positive_id = ids[labels.positive]
     negative_ids = [ids[place] for place in labels.negatives]
     return {
-        "candidate_ids": order,
-        "similarities": [nearest[id_] for id_ in order],
-        "query_likelihoods": ql,
-        "relevances": rc,
+        **columns,
         "fused": labels.fused,
         "positive_id": positive_id,
         "positive_title": texts[positive_id][0],

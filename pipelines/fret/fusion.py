@@ -1,13 +1,15 @@
-"""Rank fusion and the choice of positive and hard negative, as pure functions.
+"""Fusion of scores and the choice of positive and hard negatives, as pure functions.
 
 Source: "Gecko: Versatile Text Embeddings Distilled from Large Language Models", arXiv 2403.20327,
 section 3 ("LLM-based positive and negative mining").
+
+The paper fuses the ranks of two judges, QL and RC. Others may be named, and their scores fused.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,14 @@ import numpy as np
 
 if TYPE_CHECKING:
     from pipelines.fret.fret import FretConfig
+
+
+# Who judges a candidate, and the column that holds the scores, the higher the better.
+JUDGES = {
+    "ql": "query_likelihoods",
+    "rc": "relevances",
+    "sim": "similarities",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,52 +48,68 @@ def ranks(scores: Sequence[float]) -> np.ndarray:
     return result
 
 
-def fuse(ql: Sequence[float], rc: Sequence[float], fusion: str = "ql+rc") -> np.ndarray:
-    """Returns R(q, p) = 1 / rank_QL + 1 / rank_RC for each candidate (Gecko, section 3).
+def z_scores(scores: Sequence[float]) -> np.ndarray:
+    """Returns scores with a mean of 0 and a population standard deviation of 1; 0 if all are equal.
 
-    `fusion` is `ql+rc`, or one of them, for ablations.
+    >>> z_scores([1.0, 3.0, 5.0, 3.0]).round(2).tolist()
+    [-1.41, 0.0, 1.41, 0.0]
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if values.min() == values.max():  # whose mean may differ from them by rounding
+        return np.zeros_like(values)
+    standardised: np.ndarray = (values - values.mean()) / values.std()
+    return standardised
 
-    >>> fuse(ql=[-2.0, -1.0, -3.0], rc=[-0.1, -0.9, -2.0]).round(2).tolist()
+
+def fuse(
+    scores: Mapping[str, Sequence[float]], fusion: str = "ql+rc", scale: str = "ranks"
+) -> np.ndarray:
+    """Returns R of each candidate: what the judges that `fusion` names say together.
+
+    Args:
+        scores: Of each judge, one a candidate.
+        fusion: Keys of `scores`, joined by ``+``.
+        scale: ``ranks``: R is the sum of 1 / rank, with `ql+rc` Gecko's R(q, p) (section 3);
+            ``z-scores``: the sum of scores, each judge's standardised over the candidates.
+
+    >>> fuse({"ql": [-2.0, -1.0, -3.0], "rc": [-0.1, -0.9, -2.0]}).round(2).tolist()
     [1.5, 1.5, 0.67]
     """
-    kinds = {"ql": ql, "rc": rc}
-    fused: np.ndarray = np.sum([1.0 / ranks(kinds[kind]) for kind in fusion.split("+")], axis=0)
+    of_judges = [scores[judge] for judge in fusion.split("+")]
+    if scale == "z-scores":
+        parts = [z_scores(each) for each in of_judges]
+    else:
+        parts = [1.0 / ranks(each) for each in of_judges]
+    fused: np.ndarray = np.sum(parts, axis=0)
     return fused
 
 
 def choose_labels(
-    *,
-    ql: Sequence[float],
-    rc: Sequence[float],
-    similarities: Sequence[float],
-    seed_place: int,
-    config: FretConfig,
-    query_id: str,
+    scores: Mapping[str, Sequence[float]], *, seed_place: int, config: FretConfig, query_id: str
 ) -> Labels:
-    """Chooses the positive (highest R) and the hard negatives (lowest R first, or a draw).
+    """Chooses the positive (highest R) and the negatives (lowest R first, or a draw).
 
-    `ql`, `rc` and `similarities` hold one number a candidate, in the retriever's order; the seed
-    passage stands at `seed_place` among them. `query_id` seeds the draw of random negatives.
+    Args:
+        scores: Of each of `JUDGES`, one a candidate, in the retriever's order.
+        seed_place: Where the seed passage stands among the candidates.
+        config: Who judges, and which candidates become negatives.
+        query_id: Seeds the draw of random negatives.
     """
-    fused = fuse(ql, rc, config.fusion)
+    fused, similarities = fuse(scores, config.fusion, config.scale), scores["sim"]
     # Of equal R, the nearer candidate is the better positive and the worse negative.
     order = [int(place) for place in np.argsort(-fused, kind="stable")]
     positive = seed_place if config.positive == "seed" else order[0]
-    limit = float("inf")
-    if config.max_negative_similarity is not None:
-        limit = config.max_negative_similarity * similarities[positive]
-    fit = [
-        place
-        for place in order
-        if place not in (positive, seed_place) and similarities[place] < limit
-    ]
-    fit.reverse()
-    if config.negative == "none":
-        fit = []
-    elif config.negative == "random":
-        random.Random(f"{config.seed} {query_id}").shuffle(fit)
-    return Labels(
-        positive=positive,
-        negatives=fit[: config.num_negatives],
-        fused=[float(value) for value in fused],
-    )
+    others = [place for place in reversed(order) if place != positive]
+    if config.negative == "all":
+        negatives = others
+    elif config.negative == "none":
+        negatives = []
+    else:
+        limit = float("inf")
+        if config.max_negative_similarity is not None:
+            limit = config.max_negative_similarity * similarities[positive]
+        fit = [place for place in others if place != seed_place and similarities[place] < limit]
+        if config.negative == "random":
+            random.Random(f"{config.seed} {query_id}").shuffle(fit)
+        negatives = fit[: config.num_negatives]
+    return Labels(positive=positive, negatives=negatives, fused=[float(value) for value in fused])

@@ -136,6 +136,29 @@ class Recipe(Config):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _lists_are_learnt_from(self) -> "Recipe":
+        loss, negative = self.training.loss, self.fret.negative
+        has_fret = self.mixture.fret_weight != 0
+        if has_fret and negative == "all" and loss.hard_negatives:
+            raise ValueError(
+                "fret.negative: all given, and with training.loss.hard_negatives each scored"
+                " candidate would be a negative: set that to false and"
+                " training.loss.distillation_weight above 0, or fret.negative to lowest"
+            )
+        if has_fret and negative == "none" and not loss.contrastive_weight:
+            raise ValueError(
+                "fret.negative: none given, and training.loss.contrastive_weight 0 leaves nothing"
+                " but lists to learn from: set fret.negative to all"
+            )
+        for key, stage in self.stages.items():
+            if stage.mixture.labelled and not stage.training.loss.contrastive_weight:
+                raise ValueError(
+                    f"{key}training.loss.contrastive_weight: 0 given, and the sets of"
+                    f" {key}mixture.labelled have no teacher scores to learn from: set it above 0"
+                )
+        return self
+
     @field_validator("evaluation")
     @classmethod
     def _named_apart(cls, test_sets: tuple[TestSet, ...]) -> tuple[TestSet, ...]:

@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 from cluster.artifacts import Artifact, Json
 from pipelines.datasets.decontamination import REASONS
 from pipelines.report.costs import collect_costs
-from pipelines.report.examples import choose_examples
+from pipelines.report.examples import are_lists, choose_examples
 from pipelines.report.labels import REPEATS, collect_labels, share
 from pipelines.report.run_folder import RunFolder
 from pipelines.report.test_sets import MODELS, collect_scores, collect_test_sets
@@ -71,7 +71,8 @@ def collect_funnel(run: RunFolder) -> list[dict[str, Json]]:
         for name, reasons in FILTERS.items():
             left -= sum(fret["dropped_by"].get(reason, 0) for reason in reasons)
             rows.append((name, left))
-        rows.append(("with a hard negative", fret["num_kept"] - fret["num_without_negative"]))
+        if not are_lists(run.artifacts["fret"]):
+            rows.append(("with a hard negative", fret["num_kept"] - fret["num_without_negative"]))
     rows.append(("training examples", run.metrics("mixture").get("num_examples")))
     return [{"name": name, "count": count} for name, count in rows if count is not None]
 

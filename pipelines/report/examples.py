@@ -53,28 +53,38 @@ def choose_examples(fret: Artifact | None, passages: Artifact | None) -> list[di
         for _, _, row in entries:
             chosen.setdefault(row["id"], (kind, row))
     chosen |= {dropped[reason]["id"]: (DROPPED, dropped[reason]) for reason in sorted(dropped)}
-    described = describe_examples([row for _, row in chosen.values()], passages)
+    described = describe_examples([row for _, row in chosen.values()], fret, passages)
     kinds = [kind for kind, _ in chosen.values()]
     return [{"kind": kind} | row for kind, row in zip(kinds, described, strict=True)]
 
 
 def describe_examples(
-    rows: list[dict[str, Any]], passages: Artifact | None
+    rows: list[dict[str, Any]], fret: Artifact, passages: Artifact | None
 ) -> list[dict[str, Json]]:
-    """Returns rows of the FRet artifact with their passages' texts and each candidate's ranks."""
+    """Returns rows of the FRet artifact with their passages' texts and each candidate's ranks.
+
+    Their `negatives` are None where lists are learnt from, of which no passage is a negative.
+    """
     ids = {id_ for row in rows for id_ in (row["seed_id"], *row["candidate_ids"])}
     texts = find_passages(passages, ids)
-    return [_example(row, texts) for row in rows]
+    return [_example(row, texts, are_lists(fret)) for row in rows]
 
 
-def _example(row: dict[str, Any], texts: dict[str, dict[str, str]]) -> dict[str, Json]:
+def are_lists(fret: Artifact) -> bool:
+    """Says whether the step took every scored candidate into an example, as `negative: all`."""
+    return fret.manifest.config.get("negative") == "all"
+
+
+def _example(
+    row: dict[str, Any], texts: dict[str, dict[str, str]], is_list: bool
+) -> dict[str, Json]:
     def passage(id_: str) -> dict[str, str]:
         return texts.get(id_, {"id": id_, "title": "", "text": ""})
 
     roles = {
         "seed": [row["seed_id"]],
         "positive": [row["positive_id"]],
-        "hard negative": row["negative_ids"],
+        "hard negative": [] if is_list else row["negative_ids"],
     }
     num_scored = len(row["query_likelihoods"])
     ids = row["candidate_ids"][:num_scored]
@@ -100,6 +110,6 @@ def _example(row: dict[str, Any], texts: dict[str, dict[str, str]]) -> dict[str,
         **{key: row[key] for key in _SHOWN},
         "seed": passage(row["seed_id"]),
         "positive": row["positive_id"] and passage(row["positive_id"]),
-        "negatives": [passage(id_) for id_ in row["negative_ids"]],
+        "negatives": None if is_list else [passage(id_) for id_ in row["negative_ids"]],
         "candidates": sorted(candidates, key=lambda row: -row["fused"]),
     }

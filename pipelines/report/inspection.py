@@ -56,7 +56,7 @@ def inspect_run(
         if not chosen:
             reasons = ", ".join(sorted(fret.manifest.metrics.get("dropped_by", {})))
             raise UserError(f"run {uri} has no such query; its reasons for dropping are: {reasons}")
-        return describe_examples(chosen, run.artifacts.get("passages"))
+        return describe_examples(chosen, fret, run.artifacts.get("passages"))
 
 
 def print_examples(examples: list[dict[str, Json]], console: Console) -> None:

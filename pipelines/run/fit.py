@@ -284,7 +284,9 @@ def _num_negatives(recipe: Recipe, mixture: SetsConfig) -> int:
     """Returns the largest number of hard negatives of an example."""
     counts = [labelled.max_negatives for labelled in mixture.labelled]
     if isinstance(mixture, MixtureConfig) and mixture.fret_weight != 0:
-        counts.append(recipe.fret.num_negatives)
+        num_others = min(recipe.scores.num_scored, recipe.candidates.num_candidates) - 1
+        most = {"none": 0, "all": num_others}.get(recipe.fret.negative, recipe.fret.num_negatives)
+        counts.append(min(most, num_others))
     return max(counts, default=0)
 
 

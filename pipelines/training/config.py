@@ -16,6 +16,11 @@ from pipelines.fingerprints import NotFingerprinted
 class LossConfig(Config):
     """Gecko's equation 3, term by term, and what later work added; see `training/loss.py`."""
 
+    contrastive_weight: float = Field(
+        default=1,
+        ge=0,
+        description="of equation 3 (CADET: 0.1 beside lists of scored candidates); 0 leaves it out",
+    )
     temperature: float = Field(default=0.05, gt=0, description="GTR used 0.01; the paper is silent")
     in_batch_negatives: bool = Field(
         default=True, description="the batch's other positives are negatives"
@@ -58,11 +63,19 @@ class LossConfig(Config):
     distillation_weight: float = Field(
         default=0,
         ge=0,
-        description="of the KL divergence from the LLM's fused scores of the positive and the hard"
-        " negatives (KaLM-Embedding-V2)",
+        description="of the KL divergence from the fused scores of the positive and the negatives"
+        " (KaLM-Embedding-V2); with fret.negative: all, of all scored candidates (CADET)",
     )
     teacher_temperature: float = Field(
-        default=0.5, gt=0, description="divides the fused scores, which lie between 0 and 2"
+        default=0.5,
+        gt=0,
+        description="divides the fused scores: sums of 1 / rank, above 0 and at most 1 a judge, or"
+        " with fret.scale: z-scores some -2 to 2 a judge, for which 1 is usual",
+    )
+    student_temperature: float | None = Field(
+        default=None,
+        gt=0,
+        description="divides the student's similarities in that divergence; default: temperature",
     )
 
     @model_validator(mode="after")
@@ -75,10 +88,11 @@ class LossConfig(Config):
             )
         if any(weight <= 0 for weight in weights) or any(size < 1 for size in dimensions):
             raise ValueError("matryoshka_dimensions and matryoshka_weights must be above 0")
-        if not (self.in_batch_negatives or self.hard_negatives or self.distillation_weight):
+        contrast = self.contrastive_weight and (self.in_batch_negatives or self.hard_negatives)
+        if not (contrast or self.distillation_weight):
             raise ValueError(
-                "loss has nothing to learn from: switch on in_batch_negatives, hard_negatives or"
-                " distillation_weight"
+                "loss has nothing to learn from: give a distillation_weight, or a"
+                " contrastive_weight with in_batch_negatives or hard_negatives"
             )
         return self
 

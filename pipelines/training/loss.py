@@ -2,15 +2,18 @@
 
 For example i of a batch of B, with s the cosine similarity and tau the temperature:
 
-    -log  e^{s(q_i,p_i+)/tau}
+    w  *  -log  e^{s(q_i,p_i+)/tau}
           ------------------------------------------------------------------------------------
           sum_j [ e^{s(q_i,p_j+)/tau} + 1[j != i] e^{s(q_i,q_j)/tau} ]  +  e^{s(q_i,p_i-)/tau}
 
 The last term is a sum where an example has several hard negatives. Each term has its switch in
-:class:`pipelines.training.config.LossConfig`. Two more may be added, each with its weight:
+:class:`pipelines.training.config.LossConfig`, and w is its `contrastive_weight`, 1 in the paper;
+where it is 0, nothing of this is computed. Two more may be added, each with its weight:
 
-    KL divergence from the LLM, over C_i = {p_i+, p_i-...} with fused scores f (KaLM-Embedding-V2,
-    arXiv 2506.20923):  sum_c P_c log(P_c / Q_c),  P = softmax(f / T),  Q = softmax(s(q_i,c) / tau)
+    KL divergence from the teacher, over C_i = {p_i+, p_i-...} with fused scores f
+    (KaLM-Embedding-V2, arXiv 2506.20923; over a list of all scored candidates, CADET, arXiv
+    2502.19712):  sum_c P_c log(P_c / Q_c),  P = softmax(f / T),  Q = softmax(s(q_i,c) / t),
+    with T `teacher_temperature`, and t `student_temperature` or else tau
 
     spread-out regulariser (EmbeddingGemma, arXiv 2509.20354):
     1/(B(B-1)) sum_{i != j} [ s(q_i,q_j)^2 + s(p_i+,p_j+)^2 ]
@@ -85,9 +88,10 @@ def contrastive_loss(
             backward pass too.
     """
     first, own, batch = sum(sizes[:rank]), sizes[rank], sum(sizes)
-    queries, positives = _gather(
-        torch.cat([vectors.queries, vectors.positives], dim=1), sizes, rank
-    ).chunk(2, dim=1)
+    queries, positives = vectors.queries, vectors.positives
+    if config.contrastive_weight or config.spread_out_weight:  # else nobody needs another's
+        rows = torch.cat([queries, positives], dim=1)
+        queries, positives = _gather(rows, sizes, rank).chunk(2, dim=1)
     mine = torch.zeros(own, batch, dtype=torch.bool, device=queries.device)
     mine[torch.arange(own), first + torch.arange(own)] = True
     excluded = mine if related is None else related[first : first + own].to(mine.device) | mine
@@ -148,6 +152,29 @@ def _example_losses(
     """Returns the loss of each own example against the pool's (queries, positives)."""
     own = (vectors.queries * vectors.positives).sum(1, keepdim=True)
     to_negatives = (vectors.queries[:, None] * vectors.negatives).sum(2)
+    losses = 0 * own[:, 0]  # of which there is a gradient even where nothing else is added
+    if config.contrastive_weight:
+        losses = config.contrastive_weight * _contrastive(
+            vectors, pool, (own, to_negatives), excluded, config, symmetric
+        )
+    if config.distillation_weight and vectors.teacher_scores is not None:
+        similarity = torch.cat([own, to_negatives], dim=1)
+        losses = losses + config.distillation_weight * _divergence(
+            vectors.teacher_scores, similarity, config
+        )
+    return losses
+
+
+def _contrastive(
+    vectors: Vectors,
+    pool: tuple[torch.Tensor, torch.Tensor],
+    similarities: tuple[torch.Tensor, torch.Tensor],
+    excluded: torch.Tensor,
+    config: LossConfig,
+    symmetric: bool,
+) -> torch.Tensor:
+    """Returns equation 3; `similarities` are those to the example's own positive and negatives."""
+    own, to_negatives = similarities
 
     def others(similarity: torch.Tensor) -> torch.Tensor:
         left_out = excluded
@@ -165,13 +192,7 @@ def _example_losses(
         config.same_tower_negatives == "symmetric" and symmetric
     ):
         terms.append(others(vectors.queries @ pool[0].T))
-    losses = torch.logsumexp(torch.cat(terms, dim=1), dim=1) - terms[0][:, 0]
-    if config.distillation_weight and vectors.teacher_scores is not None:
-        similarity = torch.cat([own, to_negatives], dim=1)
-        losses = losses + config.distillation_weight * _divergence(
-            vectors.teacher_scores, similarity, config
-        )
-    return losses
+    return torch.logsumexp(torch.cat(terms, dim=1), dim=1) - terms[0][:, 0]
 
 
 def _divergence(
@@ -183,7 +204,8 @@ def _divergence(
     known = known | ~taught[:, None]
     teacher = torch.where(taught[:, None], teacher_scores, 0.0).masked_fill(~known, _NEVER)
     target = torch.log_softmax(teacher / config.teacher_temperature, dim=1)
-    student = torch.log_softmax(similarity.masked_fill(~known, _NEVER) / config.temperature, dim=1)
+    temperature = config.student_temperature or config.temperature
+    student = torch.log_softmax(similarity.masked_fill(~known, _NEVER) / temperature, dim=1)
     terms = torch.where(known, target.exp() * (target - student), 0.0)
     return torch.where(taught, terms.sum(1), 0.0)
 

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from cluster.artifacts import shard_path
 from cluster.errors import UserError
 from cluster.storage import open_storage, write_table
 from pipelines.records import EXAMPLE
-from pipelines.training.config import TrainingConfig
+from pipelines.training.config import LossConfig, TrainingConfig
 from pipelines.training.layers import cut_layers
 from pipelines.training.metrics import read_metrics
 from pipelines.training.train import train
@@ -155,6 +156,73 @@ def test_one_worker_and_sharded_ones_train_as_two_do(
     losses = [[row["loss"] for row in found] for found in (rows, trained.rows)]
     np.testing.assert_allclose(*losses, rtol=1e-3)
     assert (vectors(tmp_path / "output") * vectors(trained.output)).sum(1).min() > 0.9999
+
+
+NUM_LISTS, LIST_SIZE = 24, 8
+
+
+def test_lists_of_scored_passages_teach_their_order(
+    ray_session: None, data_folder: Path, student: str, tmp_path: Path
+):
+    """The teacher orders each title's own text first, and seven others at random."""
+    lines = (data_folder / "retrieval/cranfield/corpus.jsonl").read_text().splitlines()
+    documents = [row for row in map(json.loads, lines) if row["title"] and row["text"]]
+    documents = documents[: NUM_LISTS + LIST_SIZE]
+    before = Encoder.load(student, device="cpu")
+    titles = before.tokenize([document["title"] for document in documents], max_tokens=32)
+    texts = before.tokenize([document["text"] for document in documents], max_tokens=32)
+    rng, rows = np.random.default_rng(0), []
+    for number in range(NUM_LISTS):
+        others = rng.permutation(np.arange(number + 1, number + LIST_SIZE))
+        rows.append(
+            {
+                "dataset": "fret",
+                "query_tokens": titles[number],
+                "positive_tokens": texts[number],
+                "negative_tokens": [texts[other] for other in others],
+                "teacher_scores": np.linspace(2, -2, LIST_SIZE),
+                "query_id": documents[number]["_id"],
+                "positive_id": documents[number]["_id"],
+                "symmetric": False,
+            }
+        )
+    size = 2 * NUM_LISTS // NUM_BATCHES  # two epochs
+    epochs = [row | {"batch": place // size} for place, row in enumerate(rows + rows)]
+    examples = open_storage(tmp_path / "examples")
+    write_table(examples, shard_path(0), pa.Table.from_pylist(epochs, schema=EXAMPLE))
+    loss = LossConfig(
+        contrastive_weight=0,
+        distillation_weight=1,
+        teacher_temperature=1,
+        student_temperature=0.05,
+    )
+    config = CONFIG.model_copy(update={"batch_size": size, "loss": loss, "learning_rate": 3e-4})
+    told = train(
+        job(config, examples.uri, student, tmp_path / "output"),
+        scratch=str(tmp_path / "scratch"),
+    )
+
+    def similarities(encoder: Encoder) -> np.ndarray:
+        lists = [[row["positive_tokens"], *row["negative_tokens"]] for row in rows]
+        queries = encoder.embed_tokens([row["query_tokens"] for row in rows]).detach().numpy()
+        near = [encoder.embed_tokens(passages).detach().numpy() for passages in lists]
+        return np.einsum("qd,qpd->qp", queries, np.stack(near))
+
+    def softmax(scores: np.ndarray) -> np.ndarray:
+        powers = np.exp(scores - scores.max(-1, keepdims=True))
+        return powers / powers.sum(-1, keepdims=True)
+
+    def agreement(found: np.ndarray) -> float:
+        pairs = list(combinations(range(LIST_SIZE), 2))
+        return float(np.mean([found[:, a] > found[:, b] for a, b in pairs]))
+
+    start = similarities(before)
+    wanted, found = softmax(np.linspace(2, -2, LIST_SIZE)), softmax(start[:size] / 0.05)
+    divergence = (wanted * np.log(wanted / found)).sum(1).mean()
+    assert told[0]["loss"] == pytest.approx(divergence, rel=1e-3)
+    end = similarities(Encoder.load(str(tmp_path / "output/encoder"), device="cpu"))
+    assert agreement(end) > agreement(start) + 0.05
+    assert mean_loss(told[NUM_BATCHES // 2 :]) < mean_loss(told[: NUM_BATCHES // 2])
 
 
 PROGRAM = """

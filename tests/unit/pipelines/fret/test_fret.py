@@ -138,6 +138,24 @@ def test_several_negatives_come_worst_first(fret: MakeFret) -> None:
     assert (row["negative_ids"], row["negatives"]) == (["c", "b"], ["text c", "text b"])
 
 
+def test_list_is_every_scored_candidate_with_its_fused_score(
+    tmp_path: Path, by_passage: Callable[[list[dict[str, Any]]], pa.Table]
+) -> None:
+    # The retriever names b twice, and c, which is nearer than the seed a, was not scored.
+    query = scored("q1", "what makes bread rise")
+    query |= {"candidate_ids": ["b", "c", "a", "b"], "similarities": [0.9, 0.8, 0.7, 0.9]}
+    judged = {**query, "candidate_ids": ["b", "a"], "query_likelihoods": [-2.0, -1.0]}
+    scores = by_passage([judged])
+    config = {"negative": "all", "fusion": "ql+sim", "scale": "z-scores"}
+    row = _fret(tmp_path, [query], scores, [], config).read().to_pylist()[0]
+    assert row["candidate_ids"] == ["b", "a", "c"]
+    assert row["similarities"] == pytest.approx([0.9, 0.7, 0.8])
+    assert row["query_likelihoods"] == [-2.0, -1.0]
+    assert row["fused"] == pytest.approx([0.0, 0.0])  # -1 + 1 and 1 - 1, of those scored alone
+    assert (row["positive_id"], row["negative_ids"]) == ("b", ["a"])  # of equal ones the nearer
+    assert (row["negatives"], row["negative_titles"]) == (["text a"], [""])
+
+
 def test_query_with_a_pair_that_could_not_be_scored_is_dropped(fret: MakeFret) -> None:
     broken = scored("q1", "what makes bread rise")
     broken["query_likelihoods"] = [-1.0, None, -2.0]

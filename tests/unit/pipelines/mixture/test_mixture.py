@@ -112,6 +112,40 @@ def test_fret_rows_carry_the_teachers_scores_of_positive_and_negatives(
     }
 
 
+def test_list_of_twenty_keeps_its_scores_in_every_epoch(
+    tmp_path: Path, formatter: Formatter
+) -> None:
+    others = range(19, 0, -1)  # the worst first
+
+    def listed(number: int) -> dict[str, Any]:
+        return fret_row(
+            number,
+            candidate_ids=[f"p{number}", *(f"{number}/{place}" for place in range(1, 20))],
+            fused=[1.5 - place / 8 for place in range(20)],
+            negative_ids=[f"{number}/{place}" for place in others],
+            negative_titles=[""] * 19,
+            negatives=[f"text {place}" for place in others],
+        )
+
+    alone = fret_row(2, candidate_ids=["p2"], fused=[0.5]) | {
+        name: [] for name in ("negative_ids", "negative_titles", "negatives")
+    }
+    rows = fret(listed(0), listed(1), listed(1), alone)  # one query comes twice
+    metrics, rows = mixed(tmp_path, formatter, MixtureConfig(), fret=rows, epochs=4, batch_size=2)
+    assert metrics["num_batches"] == 8
+    batches: dict[int, list[str]] = {}
+    for row in rows:
+        batches.setdefault(row["batch"], []).append(row["query_id"])
+        if row["query_id"] == "q2":
+            assert (row["negatives"], row["teacher_scores"]) == ([], [0.5])
+            continue
+        assert row["teacher_scores"] == [1.5, *(1.5 - place / 8 for place in others)]
+        assert [int(text.split()[-1]) for text in row["negatives"]] == list(others)
+        tokens = [[1, 6, 4, 1, 5, 4, len(str(place)), 2] for place in others]
+        assert row["negative_tokens"] == tokens
+    assert all(len(set(ids)) == len(ids) == 2 for ids in batches.values())
+
+
 def test_batches_are_in_order_and_each_of_one_set(tmp_path: Path, formatter: Formatter) -> None:
     config = MixtureConfig.model_validate({"labelled": [pairs(tmp_path, "human", 10)]})
     rows = fret(*[fret_row(n) for n in range(14)])

@@ -89,7 +89,15 @@ def test_base_that_leads_back_to_the_recipe_is_a_mistake(tmp_path: Path) -> None
         ("seeds.num_sedes=7", "unknown key seeds.num_sedes; did you mean 'num_seeds'?"),
         ("seeds.num_seeds=many", "seeds.num_seeds: 'many' given"),
         ("queries.tasks=[poetry]", "accepted are question answering"),
-        ("fret.fusion=best", "'best' given"),
+        (
+            "fret.fusion=best",
+            "fret.fusion: 'best' given; accepted are ql, rc, sim, each once, joined by + (ql+sim)",
+        ),
+        (
+            "fret.negative=all",
+            "fret.negative: all given, and with training.loss.hard_negatives each scored candidate"
+            " would be a negative: set that to false and training.loss.distillation_weight above 0",
+        ),
         ("seeds.num_seeds", "write path.to.key=value"),
         (
             "mixture.labelled=[{name: a, path: b, kind: nil}]",
@@ -130,6 +138,44 @@ def test_base_that_leads_back_to_the_recipe_is_a_mistake(tmp_path: Path) -> None
 def test_mistake_in_a_recipe_names_the_key_and_the_mend(setting: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         load_recipe("laptop", [setting])
+
+
+LISTS = [
+    "fret.negative=all",
+    "training.loss={hard_negatives: false, distillation_weight: 1, contrastive_weight: 0}",
+]
+
+
+def test_lists_are_learnt_from_where_no_candidate_is_a_negative() -> None:
+    assert load_recipe("laptop", LISTS).training.loss.contrastive_weight == 0
+    # FRet that is not mixed in, and the stage before the fine-tuning, have no lists.
+    labelled = "[{name: faq, path: faq.jsonl}]"
+    unmixed = ["mixture.fret_weight=0", f"mixture.labelled={labelled}"]
+    assert load_recipe("laptop", ["fret.negative=all", *unmixed]).training.loss.hard_negatives
+    before = f"prefinetuning.mixture.labelled={labelled}"
+    assert load_recipe("laptop", [*LISTS, before]).prefinetuning is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["fret.negative=none"], "contrastive_weight 0 leaves nothing but lists to learn from"),
+        (
+            ["mixture.labelled=[{name: faq, path: faq.jsonl}]"],
+            "training.loss.contrastive_weight: 0 given, and the sets of mixture.labelled have no",
+        ),
+        (
+            [
+                "prefinetuning.mixture.labelled=[{name: faq, path: faq.jsonl}]",
+                "prefinetuning.training.loss={distillation_weight: 1, contrastive_weight: 0}",
+            ],
+            "prefinetuning.training.loss.contrastive_weight: 0 given",
+        ),
+    ],
+)
+def test_training_that_would_learn_nothing_is_refused(settings: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_recipe("laptop", [*LISTS, *settings])
 
 
 def test_missing_recipe_names_those_that_exist() -> None:

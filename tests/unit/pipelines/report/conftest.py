@@ -18,6 +18,7 @@ from cluster.storage import open_storage
 from pipelines.datasets.decontamination import Decontamination
 from pipelines.datasets.test_sets import TestSet
 from pipelines.evaluation.evaluation import run_evaluation
+from pipelines.fingerprints import fingerprinted
 from pipelines.fret.fret import FretConfig, make_fret
 from pipelines.records import CANDIDATES, EXAMPLE, PASSAGE, QUERY, SCORES
 from pipelines.report.write import write_report
@@ -71,7 +72,13 @@ class RankedPassages(TextEncoder):
         return np.eye(len(PASSAGES), dtype=np.float32)[places]
 
 
-def build(folder: Path, by_passage: Any, until: str | None = None, decoration: str = "") -> str:
+def build(
+    folder: Path,
+    by_passage: Any,
+    until: str | None = None,
+    decoration: str = "",
+    labels: FretConfig | None = None,
+) -> str:
     """Makes the run; `decoration` is put behind every text in it."""
     beir, uri = folder / "beir", str(folder / "run")
     _write_beir(beir, decoration)
@@ -83,12 +90,14 @@ def build(folder: Path, by_passage: Any, until: str | None = None, decoration: s
         "estimate": {"actor_hour_usd": 36.0},
         "evaluation": [{"name": f"questions{decoration}", "path": str(beir)}],
     }
-    Run(uri, _steps(beir, decoration, by_passage)).execute(Silent(), until=until)
+    Run(uri, _steps(beir, decoration, by_passage, labels or FretConfig())).execute(
+        Silent(), until=until
+    )
     open_storage(uri).write_bytes("recipe.yaml", yaml.safe_dump(recipe).encode())
     return uri
 
 
-def _steps(beir: Path, decoration: str, by_passage: Any) -> list[Step]:
+def _steps(beir: Path, decoration: str, by_passage: Any, labels: FretConfig) -> list[Step]:
     def query(number: int) -> dict[str, Any]:
         return {
             "id": f"q{number}",
@@ -134,9 +143,7 @@ def _steps(beir: Path, decoration: str, by_passage: Any) -> list[Step]:
     ]
 
     def fret(context: StepContext) -> dict[str, Json]:
-        return make_fret(
-            FretConfig(), Decontamination([f"How do I sort a list?{decoration}"]), context
-        )
+        return make_fret(labels, Decontamination([f"How do I sort a list?{decoration}"]), context)
 
     def model(context: StepContext) -> dict[str, Json]:
         context.storage.write_bytes("model/model.safetensors", b"weights")
@@ -166,7 +173,8 @@ def _steps(beir: Path, decoration: str, by_passage: Any) -> list[Step]:
         return run_evaluation((test_set,), encoders, context)
 
     def step(name: str, inputs: str, work: Callable[[StepContext], dict[str, Json]]) -> Step:
-        return Step(name=name, config={}, inputs=tuple(inputs.split()), work=work)
+        config = fingerprinted(labels) if name == "fret" else {}
+        return Step(name=name, config=config, inputs=tuple(inputs.split()), work=work)
 
     return [
         step("passages", "", make_passages),
@@ -221,9 +229,9 @@ def report(finished_run: str) -> dict[str, Json]:
 
 @pytest.fixture
 def build_run(tmp_path: Path, by_passage: Any) -> Callable[..., str]:
-    """Makes a run of one's own: `build_run(until=..., decoration=...)`."""
+    """Makes a run of one's own: `build_run(until=..., decoration=..., labels=...)`."""
 
-    def made(until: str | None = None, decoration: str = "") -> str:
-        return build(tmp_path, by_passage, until, decoration)
+    def made(**settings: Any) -> str:
+        return build(tmp_path, by_passage, **settings)
 
     return made

@@ -13,6 +13,7 @@ import pytest
 from cluster.artifacts import Json
 from cluster.errors import UserError
 from cluster.storage import open_storage
+from pipelines.fret.fret import FretConfig
 from pipelines.report.collect import collect_funnel
 from pipelines.report.examples import DROPPED
 from pipelines.report.run_folder import RunFolder
@@ -169,6 +170,22 @@ def test_report_finds_texts_by_document_where_the_test_set_is_the_corpus(
     assert (first_hit()["id"], first_hit()["title"]) == ("document 0", "title 0")
 
 
+def test_lists_are_shown_as_lists_and_not_as_hard_negatives(
+    build_run: Callable[..., str],
+) -> None:
+    labels = FretConfig(negative="all", fusion="ql+sim", scale="z-scores")
+    document = write_report(build_run(until="fret", labels=labels))
+    assert "with a hard negative" not in [row["name"] for row in document["funnel"]]
+    kept = next(example for example in document["examples"] if example["id"] == "q0")
+    assert kept["negatives"] is None
+    roles = [candidate["roles"] for candidate in kept["candidates"]]
+    assert roles == [["seed", "positive"], [], []]
+    z = 1.5**0.5
+    fused = [candidate["fused"] for candidate in kept["candidates"]]
+    assert fused == pytest.approx([2 * z, 0, -2 * z], abs=1e-6)
+    assert "Hard negative" not in Path(document["html"]).read_text()
+
+
 def test_report_of_a_partial_run_says_what_is_missing(build_run: Callable[..., str]) -> None:
     run = build_run(until="fret")
     document = write_report(run)
@@ -252,7 +269,7 @@ def test_funnel_counts_each_reason_of_decontamination() -> None:
     }
     counts = {"num_scored": 40, "num_kept": 9, "num_without_negative": 0, "dropped_by": dropped}
     storage: Any = None
-    artifacts: Any = {"fret": SimpleNamespace(manifest=SimpleNamespace(metrics=counts))}
+    artifacts: Any = {"fret": SimpleNamespace(manifest=SimpleNamespace(metrics=counts, config={}))}
     run = RunFolder(storage=storage, recipe_text="", recipe={}, artifacts=artifacts)
     assert {row["name"]: row["count"] for row in collect_funnel(run)} == {
         "queries scored": 40,

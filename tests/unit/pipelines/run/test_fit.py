@@ -76,6 +76,17 @@ def test_whole_batch_is_as_many_tokens_as_its_texts_may_have() -> None:
     assert f"activations of {64 * (96 + 4 * 384):,} tokens" in each.parts
 
 
+def test_list_is_as_long_as_what_is_scored() -> None:
+    lists = ["fret.negative=all", "training.loss={hard_negatives: false, distillation_weight: 1}"]
+    settings = ["training.gradient_cache_tokens=null", "scores.num_scored=8", *lists]
+    found = need(load_recipe("gpu", settings), "training")
+    assert f"activations of {512 * (96 + 8 * 384):,} tokens" in found.parts
+    all_of_few = need(load_recipe("gpu", [*settings, "candidates.num_candidates=5"]), "training")
+    assert f"activations of {512 * (96 + 5 * 384):,} tokens" in all_of_few.parts
+    none = need(load_recipe("gpu", [settings[0], "fret.negative=none"]), "training")
+    assert f"activations of {512 * (96 + 384):,} tokens" in none.parts
+
+
 def test_auto_needs_one_text_and_says_how_many_tokens_it_leaves() -> None:
     found = need(load_recipe("gpu"), "training")
     assert "activations of 384 tokens" in found.parts and found.fits == "yes"

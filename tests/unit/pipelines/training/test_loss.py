@@ -40,6 +40,9 @@ SWITCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "hardness": ({"hardness": 5}, {}),
     "spread-out": ({"spread_out_weight": 0.3}, {}),
     "distillation": ({"distillation_weight": 0.7, "teacher_temperature": 0.4}, {}),
+    "a student's temperature": ({"distillation_weight": 0.7, "student_temperature": 0.3}, {}),
+    "a tenth of equation 3": ({"contrastive_weight": 0.1}, {}),
+    "lists alone": ({"contrastive_weight": 0, "distillation_weight": 0.7}, {}),
 }
 EVERYTHING = (
     {
@@ -52,9 +55,22 @@ EVERYTHING = (
     },
     {"related": RELATED},
 )
+# What scored lists are trained with: a little contrast, and no negative above the positive.
+LISTS = (
+    {
+        "contrastive_weight": 0.1,
+        "hard_negatives": False,
+        "mask_margin": 0,
+        "distillation_weight": 1,
+        "student_temperature": 0.05,
+        "teacher_temperature": 1,
+    },
+    {},
+)
 CASES = {
     "equation 3": [({}, {})],
     "everything": [EVERYTHING],
+    "lists": [LISTS],
     **{name: [switch] for name, switch in SWITCHES.items()},
     **{
         f"{first}, {second}": [SWITCHES[first], SWITCHES[second]]
@@ -118,12 +134,16 @@ def plain_loss(
                     terms.append(np.exp(q[i] @ p[j] / tau))
                 if same_tower and q[i] @ q[j] <= highest:
                     terms.append(np.exp(q[i] @ q[j] / tau))
-            loss = -np.log(np.exp(own / tau) / sum(terms)) + config.spread_out_weight * spread
+            loss = -config.contrastive_weight * np.log(np.exp(own / tau) / sum(terms))
+            loss += config.spread_out_weight * spread
             known = np.flatnonzero(~np.isnan(TEACHER[i]))
             if config.distillation_weight and len(known) > 1:
                 candidates = [p[i], *n[i]]
                 wanted = softmax([TEACHER[i, c] / config.teacher_temperature for c in known])
-                found = softmax([q[i] @ candidates[c] / tau for c in known])
+                student_tau = (
+                    tau if config.student_temperature is None else config.student_temperature
+                )
+                found = softmax([q[i] @ candidates[c] / student_tau for c in known])
                 divergence = float((wanted * np.log(wanted / found)).sum())
                 loss += config.distillation_weight * divergence
             losses.append(loss)
@@ -197,12 +217,75 @@ def test_every_switch_changes_the_loss():
     [
         ({"matryoshka_dimensions": (4,), "matryoshka_weights": (1, 2)}, "one for each"),
         ({"in_batch_negatives": False, "hard_negatives": False}, "nothing to learn from"),
+        ({"contrastive_weight": 0}, "nothing to learn from: give a distillation_weight"),
+        ({"contrastive_weight": -1}, "greater than or equal to 0"),
+        ({"student_temperature": 0}, "greater than 0"),
         ({"matryoshka_dimensions": (0,)}, "above 0"),
     ],
 )
 def test_config_that_cannot_be_is_refused(settings: dict[str, Any], said: str):
     with pytest.raises(ValidationError, match=said):
         LossConfig(**settings)
+
+
+def test_margin_of_nothing_masks_what_scores_above_the_positive():
+    config, told = case("lists")
+    unmasked = config.model_copy(update={"mask_margin": None})
+    losses = [loss_of(vectors_of(sample()), each, told).item() for each in (config, unmasked)]
+    assert losses[0] < losses[1]
+
+
+def test_lists_alone_need_no_other_example(monkeypatch: pytest.MonkeyPatch):
+    def not_called(*_: Any) -> None:
+        raise AssertionError("equation 3 is computed")
+
+    monkeypatch.setattr("pipelines.training.loss._contrastive", not_called)
+    monkeypatch.setattr("pipelines.training.loss._gather", not_called)
+    config = case("lists alone")[0]
+    whole = contrastive_loss(vectors_of(sample()), config, sizes=[BATCH])
+    parts = [
+        contrastive_loss(_rows(vectors_of(sample()), rows), config, sizes=[3, 2], rank=rank)
+        for rank, rows in enumerate((slice(3), slice(3, BATCH)))
+    ]
+    assert sum(part.item() for part in parts) == pytest.approx(whole.item(), rel=1e-12)
+    # Where nobody is taught there is still a loss, whose gradient is 0.
+    vectors = replace(vectors_of(sample()), teacher_scores=None)
+    loss = contrastive_loss(vectors, config, sizes=[BATCH])
+    loss.backward()
+    assert loss.item() == 0 and vectors.queries.grad is not None
+    assert not vectors.queries.grad.any()
+
+
+def test_order_of_a_list_moves_towards_the_teachers():
+    rng = np.random.default_rng(0)
+    num_lists, size = 6, 8
+    teacher = -np.sort(-rng.standard_normal((num_lists, size)))  # the positive is the best
+    queries = torch.tensor(unit(rng.standard_normal((num_lists, 16))), requires_grad=True)
+    passages = torch.tensor(unit(rng.standard_normal((num_lists, size, 16))))
+    vectors = Vectors(
+        queries=queries,
+        positives=passages[:, 0],
+        negatives=passages[:, 1:],
+        has_negative=torch.ones(num_lists, size - 1, dtype=torch.bool),
+        teacher_scores=torch.tensor(teacher),
+    )
+    config = LossConfig(
+        contrastive_weight=0,
+        distillation_weight=1,
+        teacher_temperature=1,
+        student_temperature=0.1,
+    )
+    contrastive_loss(vectors, config, sizes=[num_lists]).backward()
+    assert queries.grad is not None
+
+    def agreement(queries: torch.Tensor) -> float:
+        """The share of a list's pairs that stand in the teacher's order, the mean of lists."""
+        near = (passages @ queries.detach()[:, :, None])[..., 0].numpy()
+        return float(np.mean([near[:, a] > near[:, b] for a, b in combinations(range(size), 2)]))
+
+    rates = [0, 0.1, 0.2, 0.4]
+    agreed = [agreement(queries - rate * queries.grad) for rate in rates]
+    assert agreed == sorted(agreed) and agreed[-1] > agreed[0] + 0.1, agreed
 
 
 def test_missing_negative_is_ignored():
@@ -315,17 +398,17 @@ def _rows(vectors: Vectors, rows: slice) -> Vectors:
     )
 
 
-def _worker(rank: int, folder: str, world: int, counts: list[int]) -> None:
+def _worker(rank: int, folder: str, world: int, counts: dict[int, str]) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
     )
-    for count in counts:
+    for count, name in counts.items():
         order = [i for r in range(world) for i in range(r, count, world)]
         weight = torch.eye(DIMENSIONS, dtype=torch.float64, requires_grad=True)
         own = _rows(vectors_of(sample()), slice(rank, count, world))
         loss = contrastive_loss(
             _encoded(own, weight),
-            case("everything")[0],
+            case(name)[0],
             sizes=[len(range(r, count, world)) for r in range(world)],
             rank=rank,
             related=torch.from_numpy(RELATED[np.ix_(order, order)]),
@@ -342,14 +425,15 @@ def _worker(rank: int, folder: str, world: int, counts: list[int]) -> None:
 
 
 def test_two_processes_give_the_loss_and_gradient_of_one(tmp_path: Path):
-    counts = [5, 4, 1]  # uneven, even, and nothing for the second
+    # Uneven, even, and nothing for the second; and without a word between them.
+    counts = {5: "everything", 4: "everything", 1: "everything", 3: "lists alone"}
     mp.spawn(_worker, args=(str(tmp_path), 2, counts), nprocs=2)
-    for count in counts:
+    for count, name in counts.items():
         result = torch.load(tmp_path / f"{count}.pt", weights_only=True)
         weight = torch.eye(DIMENSIONS, dtype=torch.float64, requires_grad=True)
         alone = contrastive_loss(
             _encoded(_rows(vectors_of(sample()), slice(count)), weight),
-            case("everything")[0],
+            case(name)[0],
             sizes=[count],
             related=torch.from_numpy(RELATED[:count, :count]),
         )
