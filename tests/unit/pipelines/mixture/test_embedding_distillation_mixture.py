@@ -102,6 +102,7 @@ def mix(tmp_path: Path, tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> Mix
             [
                 f"retriever.model={model}",
                 "retriever.max_tokens=64",
+                "retriever.dtype=float32",
                 "student.max_tokens=64",
                 "embedding_distillation.training={batch_size: 4, epochs: 1}",
                 *settings,
