@@ -73,6 +73,17 @@ FRET = pa.schema(
     ]
 )
 
+# A row of embedding distillation: what the student reads, and the teacher's vector of it.
+TEXT = pa.schema(
+    [
+        ("batch", pa.int32()),
+        ("dataset", pa.string()),
+        ("text", pa.string()),
+        ("tokens", pa.list_(pa.int32())),
+        ("embedding", pa.list_(pa.float32())),
+    ]
+)
+
 # A row of training. Texts are formatted with the student's templates, tokens are what it reads.
 EXAMPLE = pa.schema(
     [

@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 TITLE = "evaluate"
 
+# What the student is called after each stage before its training.
+STAGES = {
+    "embedding_distillation": "student_embedding_distilled",
+    "prefinetuning": "student_prefinetuned",
+}
 RESULTS = "results.json"
 # mteb's own results, in the layout of its ResultCache.
 MTEB_RESULTS = "mteb"
@@ -36,6 +41,7 @@ CARD = "README.md"
 def step(recipe: Recipe) -> Step:
     """Returns the step of a recipe that has test sets."""
     student = recipe.student
+    between = tuple(stage for stage in STAGES if getattr(recipe, stage))
 
     def evaluate(context: StepContext) -> dict[str, Json]:
         import torch
@@ -44,9 +50,8 @@ def step(recipe: Recipe) -> Step:
             "retriever": recipe.retriever,
             "student_before": saved_encoder(context.input("student"), student),
         }
-        if recipe.prefinetuning:
-            trained = context.input("prefinetuning")
-            configs["student_prefinetuned"] = saved_encoder(trained, student, TRAINED)
+        for stage in between:
+            configs[STAGES[stage]] = saved_encoder(context.input(stage), student, TRAINED)
         configs[STUDENT_AFTER] = saved_encoder(context.input("export"), student)
         encoders = {name: load_encoder(config) for name, config in configs.items()}
         try:
@@ -55,7 +60,6 @@ def step(recipe: Recipe) -> Step:
             encoders.clear()
             torch.cuda.empty_cache()  # this process lives on
 
-    first = ("prefinetuning",) if recipe.prefinetuning else ()
     return Step(
         name="evaluation",
         config={
@@ -63,7 +67,7 @@ def step(recipe: Recipe) -> Step:
             "retriever": fingerprinted(recipe.retriever),
             "student_dtype": student.dtype,
         },
-        inputs=("student", "export", *first),
+        inputs=("student", "export", *between),
         work=evaluate,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from pipelines.fingerprints import fingerprinted
 from pipelines.records import EMBEDDED_PASSAGE, PASSAGE
 
 if TYPE_CHECKING:
-    from actors.encoder import Prepared
+    from actors.encoder import Encoder, Prepared
     from pipelines.recipe.recipe import Recipe
 
 TITLE = "embed the passages"
@@ -36,11 +37,18 @@ def step(recipe: Recipe) -> Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedPassages(Stage):
-    """Passages in, passages with their embeddings out."""
+class EmbedTexts(Stage):
+    """Rows in, rows with their texts' embeddings out."""
 
     encoder: EncoderConfig
-    columns: tuple[str, ...] = tuple(PASSAGE.names)
+
+    @abstractmethod
+    def texts(self, encoder: Encoder, rows: pa.Table) -> list[str]:
+        """Returns the rows' texts in the encoder's templates."""
+
+    @abstractmethod
+    def output(self, rows: pa.Table, vectors: np.ndarray) -> pa.Table:
+        """Returns the rows with their vectors, float32 ``[texts, dimensions]``."""
 
     def load(self) -> StageFunction:
         """Loads the encoder; a shard is tokenised while the one before is embedded."""
@@ -48,18 +56,31 @@ class EmbedPassages(Stage):
         # One thread each, so that shards take turns, and torch's own threads are started once.
         tokenising, embedding = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
-        def tokenise(passages: pa.Table) -> Prepared:
-            texts, titles = (passages[name].to_pylist() for name in ("text", "title"))
-            return encoder.prepare(encoder.format_passages(texts, titles))
+        def tokenise(rows: pa.Table) -> Prepared:
+            return encoder.prepare(self.texts(encoder, rows))
 
-        async def embed(passages: pa.Table) -> StageOutput:
+        async def embed(rows: pa.Table) -> StageOutput:
             run = asyncio.get_running_loop().run_in_executor
-            prepared = await run(tokenising, tokenise, passages)
+            prepared = await run(tokenising, tokenise, rows)
             vectors = await run(embedding, encoder.encode_prepared, prepared)
-            rows = passages.append_column("embedding", vector_column(vectors))
-            return StageOutput(rows=rows.cast(EMBEDDED_PASSAGE))
+            return StageOutput(rows=self.output(rows, vectors))
 
         return embed
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedPassages(EmbedTexts):
+    """Passages in, passages with their embeddings out."""
+
+    columns: tuple[str, ...] = tuple(PASSAGE.names)
+
+    def texts(self, encoder: Encoder, rows: pa.Table) -> list[str]:
+        """Returns the passages with their titles, in the encoder's template."""
+        return encoder.format_passages(rows["text"].to_pylist(), rows["title"].to_pylist())
+
+    def output(self, rows: pa.Table, vectors: np.ndarray) -> pa.Table:
+        """Returns the passages with their vectors."""
+        return rows.append_column("embedding", vector_column(vectors)).cast(EMBEDDED_PASSAGE)
 
 
 def embed_passages(

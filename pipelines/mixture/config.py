@@ -56,3 +56,19 @@ class PrefinetuningMixtureConfig(SetsConfig):
     """What the pre-finetuning mixes: labelled sets alone, question-answer and title-body pairs."""
 
     labelled: tuple[LabelledSet, ...] = Field(min_length=1)
+
+
+class TextsConfig(Config):
+    """Which texts the student learns the teacher's vectors of; no label is read."""
+
+    max_passages: int = Field(
+        default=100_000, ge=1, description="of the corpus, drawn by a hash if there are more"
+    )
+    queries: bool = Field(
+        default=True,
+        description="the LLM's queries too, also those that FRet drops, but for evaluation queries",
+    )
+    validation_examples: int = Field(
+        default=0, ge=0, description="texts held out of training; from both sets by their rows"
+    )
+    seed: int = 0

@@ -7,18 +7,28 @@ from pipelines.datasets.test_sets import evaluation_queries
 from pipelines.evaluation import evaluation, index
 from pipelines.fret import fret, pairs, queries, scores
 from pipelines.mining import candidates, embeddings
-from pipelines.mixture import mixture, prefinetuning_mixture
+from pipelines.mixture import embedding_distillation_mixture, mixture, prefinetuning_mixture
 from pipelines.recipe.recipe import Recipe
-from pipelines.training import export, prefinetuning, student, training
+from pipelines.training import (
+    embedding_distillation,
+    export,
+    prefinetuning,
+    student,
+    training,
+)
 
 # What a step is for, by its name, as the console and the report say it.
 TITLES = {
     step.__name__.rpartition(".")[2]: step.TITLE
     for step in (
         *(passages, seeds, queries, embeddings, candidates, pairs, scores, fret, student),
+        *(embedding_distillation_mixture, embedding_distillation),
         *(prefinetuning_mixture, prefinetuning, mixture, training, export, index, evaluation),
     )
 }
+
+# Stages that a recipe may have before its training: its key, a step, and that step's mixture.
+OPTIONAL_STAGES = ("embedding_distillation", "prefinetuning")
 
 
 def build_run(recipe: Recipe, uri: str) -> Run:
@@ -36,6 +46,9 @@ def build_run(recipe: Recipe, uri: str) -> Run:
         )
     ]
     steps += [fret.step(recipe, decontamination), student.step(recipe)]
+    if recipe.embedding_distillation:
+        steps.append(embedding_distillation_mixture.step(recipe, decontamination))
+        steps.append(embedding_distillation.step(recipe))
     if recipe.prefinetuning:
         steps += [prefinetuning_mixture.step(recipe, decontamination), prefinetuning.step(recipe)]
     steps += [mixture.step(recipe, decontamination), training.step(recipe)]

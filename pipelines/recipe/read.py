@@ -57,14 +57,16 @@ def refuse_foreign_code(
     recipe: Recipe | RunModels,
     place: str,
     allowed: bool,
-    parts: Sequence[str] = ("llm", "retriever", "student"),
+    parts: Sequence[str] = (),
 ) -> None:
     """Raises UserError where the recipe lets its models bring code, and `allowed` is false.
 
-    The command line must allow it too. Looked at are the `parts` whose models are to be loaded;
-    `place` is what the error calls the recipe.
+    The command line must allow it too. Looked at are the `parts` whose models are to be loaded, by
+    default all of a recipe's; `place` is what the error calls the recipe.
     """
-    trusted = [part for part in parts if getattr(recipe, part).trust_remote_code]
+    models = recipe.models if isinstance(recipe, Recipe) else {}
+    models |= {part: getattr(recipe, part) for part in parts}
+    trusted = [part for part, model in models.items() if model.trust_remote_code]
     if trusted and not allowed:
         keys = [f"{part}.trust_remote_code" for part in trusted]
         raise UserError(

@@ -23,6 +23,7 @@ from pipelines.names import RunName
 from pipelines.recipe.sizes import ModelSize
 from pipelines.recipe.variables import OWN
 from pipelines.training.config import TrainingConfig
+from pipelines.training.embedding_distillation import TEACHER, EmbeddingDistillation
 from pipelines.training.prefinetuning import Prefinetuning
 from pipelines.training.student import StudentConfig
 
@@ -86,6 +87,11 @@ class Recipe(Config):
     decontamination: DecontaminationConfig = DecontaminationConfig()
     mixture: MixtureConfig = MixtureConfig()
     student: StudentConfig
+    embedding_distillation: EmbeddingDistillation | None = Field(
+        default=None,
+        description="a stage before all others, which teaches a student with fewer layers than its"
+        " start the vectors of the retriever, or of a stronger encoder",
+    )
     prefinetuning: Prefinetuning | None = Field(
         default=None, description="a stage before the fine-tuning, which then starts from it"
     )
@@ -103,10 +109,22 @@ class Recipe(Config):
     )
 
     @property
-    def stages(self) -> "dict[str, Prefinetuning | Recipe]":
+    def stages(self) -> "dict[str, EmbeddingDistillation | Prefinetuning | Recipe]":
         """The stages in their order, each with its mixture and training, by their keys' prefix."""
-        first = {"prefinetuning.": self.prefinetuning} if self.prefinetuning else {}
-        return {**first, "": self}
+        stages = {
+            "embedding_distillation.": self.embedding_distillation,
+            "prefinetuning.": self.prefinetuning,
+            "": self,
+        }
+        return {prefix: stage for prefix, stage in stages.items() if stage is not None}
+
+    @property
+    def models(self) -> "dict[str, LlmConfig | EncoderConfig]":
+        """The models that a run loads, by the keys that name them."""
+        stage = self.embedding_distillation
+        teacher = {TEACHER: stage.teacher} if stage and stage.teacher else {}
+        own = {"retriever": self.retriever, "student": self.student}
+        return {"llm": self.llm, **own, **teacher}
 
     @model_validator(mode="before")
     @classmethod
@@ -175,4 +193,5 @@ class RunModels(BaseModel):
 
     retriever: EncoderConfig
     student: StudentConfig
+    embedding_distillation: Any = None
     prefinetuning: Any = None

@@ -38,7 +38,11 @@ def render_page(document: dict[str, Json], recipe_text: str) -> str:
         figures=_figures(document),
         recipe_text=recipe_text,
         models=MODELS,
-        stages={"prefinetuning": "Pre-finetuning", "training": "Fine-tuning"},
+        stages={
+            "embedding_distillation": "Embedding distillation",
+            "prefinetuning": "Pre-finetuning",
+            "training": "Fine-tuning",
+        },
         titles=TITLES,
     )
 

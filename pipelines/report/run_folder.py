@@ -16,7 +16,7 @@ from cluster.artifacts import Artifact, Json
 from cluster.errors import ArtifactError, UserError, excerpt
 from cluster.steps import BEGUN, MARKER, State
 from cluster.storage import Storage, join, open_storage
-from pipelines.recipe.graph import TITLES
+from pipelines.recipe.graph import OPTIONAL_STAGES, TITLES
 from pipelines.recipe.read import read_saved_keys, refuse_other_version
 
 RECIPE = "recipe.yaml"
@@ -48,8 +48,9 @@ class RunFolder:
     def steps(self) -> list[str]:
         """The run's steps in their order, without those that the recipe does not use."""
         optional = set() if self.recipe.get("evaluation", True) else {"evaluation"}
-        if not self.recipe.get("prefinetuning"):
-            optional |= {"prefinetuning_mixture", "prefinetuning"}
+        for stage in OPTIONAL_STAGES:
+            if not self.recipe.get(stage):
+                optional |= {f"{stage}_mixture", stage}
         return [name for name in TITLES if name in self.artifacts or name not in optional]
 
     @property

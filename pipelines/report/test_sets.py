@@ -9,6 +9,7 @@ from pipelines.report.run_folder import RunFolder, find_documents, find_passages
 MODELS = {
     "retriever": "Retriever",
     "student_before": "Student before",
+    "student_embedding_distilled": "Student embedding-distilled",
     "student_prefinetuned": "Student pre-finetuned",
     "student_after": "Student after",
 }

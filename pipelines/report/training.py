@@ -5,11 +5,12 @@ from statistics import fmean, median
 from typing import Any
 
 from cluster.artifacts import Json
+from pipelines.recipe.graph import OPTIONAL_STAGES
 from pipelines.report.run_folder import RunFolder
 from pipelines.training.metrics import MetricsRow, read_metrics
 
 # The training steps, and the step that each gets its batches from.
-STAGES = {"prefinetuning": "prefinetuning_mixture", "training": "mixture"}
+STAGES = {stage: f"{stage}_mixture" for stage in OPTIONAL_STAGES} | {"training": "mixture"}
 CURVES = ("loss", "learning_rate", "examples_per_s", "validation_loss", "validation_ndcg_at_10")
 
 

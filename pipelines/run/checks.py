@@ -20,9 +20,12 @@ from actors.embedded import find_model, is_hub_id, refuse_missing
 from actors.encoder_folder import read_folder
 from cluster.errors import UserError
 from cluster.storage import open_storage
+from pipelines.encoders import EncoderConfig
 from pipelines.fret.prompts import WRITTEN
 from pipelines.recipe.recipe import Recipe
 from pipelines.recipe.variables import unset_variables
+from pipelines.training.config import TrainingConfig
+from pipelines.training.embedding_distillation import TEACHER
 
 PATIENCE_S = 15.0  # for an answer from S3 or the hub, whose clients try for minutes
 _ENCODERS = (
@@ -36,8 +39,6 @@ _ENCODERS = (
     "roberta",
     "xlm-roberta",
 )
-
-_MODELS = ("llm", "retriever", "student")  # parts of a recipe
 
 T = TypeVar("T")
 Settings = dict[str, Any]  # of a model: its config.json
@@ -54,23 +55,26 @@ def check_recipe(recipe: Recipe, *, here: bool = True) -> None:
     _check_keys(recipe)
     if here and not os.environ.get("RAY_ADDRESS"):
         _check_tracking(recipe)
-    names = {key: str(getattr(recipe, key).model) for key in _MODELS}
+    models = recipe.models
+    names = {key: each.model for key, each in models.items()}
     names = {key: name for key, name in names.items() if not unset_variables([name])}
     for key, name in names.items():
         try:
             refuse_missing(name, here=here)
         except UserError as error:
             raise UserError(f"{key}.model: {error}") from error
-    with ThreadPoolExecutor(len(_MODELS)) as pool:  # the hub may be slow
+    with ThreadPoolExecutor(len(models)) as pool:  # the hub may be slow
         settings = pool.map(
-            lambda key: _settings(key, names[key], here, getattr(recipe, key).trust_remote_code),
+            lambda key: _settings(key, names[key], here, models[key].trust_remote_code),
             names,
         )
-        configs = dict.fromkeys(_MODELS, Settings()) | dict(zip(names, settings, strict=True))
+        configs = dict.fromkeys(models, Settings()) | dict(zip(names, settings, strict=True))
     _check_llm(recipe, configs["llm"])
-    for key, encoder in (("retriever", recipe.retriever), ("student", recipe.student)):
-        _check_length(f"{key}.max_tokens", encoder.max_tokens, encoder.model, configs[key])
+    for key, model in models.items():
+        if isinstance(model, EncoderConfig):
+            _check_length(f"{key}.max_tokens", model.max_tokens, model.model, configs[key])
     _check_student(recipe, configs["student"])
+    _check_teacher(recipe, configs)
 
 
 def within(seconds: float, late: str, work: Callable[[], T]) -> T:
@@ -161,6 +165,7 @@ def _check_student(recipe: Recipe, settings: Settings) -> None:
     asked = {
         f"{key}training.loss.matryoshka_dimensions": stage.training.loss.matryoshka_dimensions
         for key, stage in recipe.stages.items()
+        if isinstance(stage.training, TrainingConfig)
     }
     for number, test_set in enumerate(recipe.evaluation):
         asked[f"evaluation.{number}.dimensions"] = test_set.dimensions
@@ -169,6 +174,21 @@ def _check_student(recipe: Recipe, settings: Settings) -> None:
             raise UserError(
                 f"{key}: {max(sizes)} given, and the student's vectors have {dimensions} dimensions"
             )
+
+
+def _check_teacher(recipe: Recipe, configs: dict[str, Settings]) -> None:
+    """Refuses embedding distillation from vectors that are longer or shorter than the student's."""
+    if recipe.embedding_distillation is None:
+        return
+    key = TEACHER if TEACHER in configs else "retriever"
+    given = _number(configs[key], "dimensions")
+    own = recipe.student.projection or _number(configs["student"], "dimensions")
+    if given and own and given != own:
+        raise UserError(
+            f"embedding_distillation: the vectors of {key}.model {recipe.models[key].model} have"
+            f" {given} dimensions, and the student's {own}: name a {TEACHER} of as many, or change"
+            " student.projection"
+        )
 
 
 def _settings(key: str, name: str, here: bool, trusted: bool) -> Settings:

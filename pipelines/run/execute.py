@@ -10,6 +10,7 @@ from cluster.errors import UserError
 from cluster.session import connect
 from cluster.storage import LocalStorage, Storage, join, open_storage
 from pipelines.encoders import MODEL, TRAINED
+from pipelines.evaluation.evaluation import STAGES
 from pipelines.evaluation.location import Location, SavedEncoder
 from pipelines.recipe.graph import TITLES, build_run
 from pipelines.recipe.read import read_models, refuse_foreign_code
@@ -107,8 +108,8 @@ def find_models(model: str, *, trust_remote_code: bool = False) -> dict[str, Loc
     """Returns names and places of the models that `tokay eval MODEL` means.
 
     Args:
-        model: A run folder (retriever, student_before, student_prefinetuned if there is that stage,
-            student_after), or anything an encoder can be loaded from.
+        model: A run folder (retriever, student_before, what `STAGES` names where there is such a
+            stage, student_after), or anything an encoder can be loaded from.
         trust_remote_code: Whether the command line says that models may bring code; those of a run
             may if its recipe says so too.
 
@@ -127,8 +128,7 @@ def find_models(model: str, *, trust_remote_code: bool = False) -> dict[str, Loc
     refuse_foreign_code(recipe, place, trust_remote_code, ("retriever", "student"))
     locations: dict[str, Location] = {"retriever": recipe.retriever}
     steps = {"student_before": ("student", MODEL), "student_after": ("export", MODEL)}
-    if recipe.prefinetuning:
-        steps["student_prefinetuned"] = ("prefinetuning", TRAINED)
+    steps |= {name: (step, TRAINED) for step, name in STAGES.items() if getattr(recipe, step)}
     for name, (step, folder) in steps.items():
         artifact = Artifact.open(open_storage(join(storage.uri, step)))
         if artifact is None:

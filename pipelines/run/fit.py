@@ -16,14 +16,16 @@ from typing import Literal
 
 from actors.embedded import find_model
 from cluster.errors import UserError
-from pipelines.mixture.config import MixtureConfig, SetsConfig
+from pipelines.mixture.config import MixtureConfig, SetsConfig, TextsConfig
 from pipelines.recipe.recipe import GpuUser, Recipe
 from pipelines.recipe.sizes import GIB, ModelSize, read_size
-from pipelines.training.config import TrainingConfig
+from pipelines.training.config import TrainerConfig, TrainingConfig
+from pipelines.training.embedding_distillation import TEACHER
 
 ERROR = 0.2  # of the activations, which are estimated
 CUDA_BYTES = 1.0 * GIB  # for CUDA itself and the kernels' work
 FAISS_BYTES = 2.0 * GIB  # beside the vectors
+OF_TEACHER = ("embedding_distillation_mixture",)
 SHORT = 4  # texts may be this many times shorter than the longest that are allowed
 
 Fits = Literal["yes", "no", "perhaps", "unknown", ""]
@@ -88,10 +90,12 @@ def gpu_needs(recipe: Recipe, num_passages: int | None = None, *, here: bool = T
     GPUs, unless a resource names other nodes.
     """
     memory = _memory(recipe, here)
+    teachers = [TEACHER] if TEACHER in recipe.models else []
     return [
         _llm(recipe, memory["llm"]),
         _encoder(recipe, memory["encoder"], ("embeddings", "candidates"), "retriever"),
         _candidates(recipe, memory["index"], num_passages),
+        *(_encoder(recipe, memory["encoder"], OF_TEACHER, each) for each in teachers),
         *(_training(recipe, memory["training"], prefix) for prefix in recipe.stages),
         _encoder(recipe, memory["encoder"], ("index",), "student"),
     ]
@@ -148,7 +152,7 @@ def _llm(recipe: Recipe, have: float | None) -> Need:
 
 def _encoder(recipe: Recipe, whole: float | None, steps: tuple[str, ...], which: str) -> Need:
     resources = recipe.resources.encoder
-    config = recipe.retriever if which == "retriever" else recipe.student
+    config = recipe.models[which]
     size = _student(recipe) if which == "student" else _size(recipe, config.model)
     gpu = resources.num_gpus > 0
     parts = {"weights": size.weights_bytes(config.dtype)} if size else {}
@@ -245,7 +249,7 @@ def _training(recipe: Recipe, have: float | None, prefix: str) -> Need:
 
 
 def _states(
-    size: ModelSize, training: TrainingConfig, bfloat16: bool, projection: int
+    size: ModelSize, training: TrainerConfig, bfloat16: bool, projection: int
 ) -> dict[str, float]:
     """Returns bytes of the weights, their gradients and AdamW's two moments, all float32."""
     matrices = size.layer_matrices() or {}
@@ -273,15 +277,19 @@ def _states(
     return states | ({"copies of weights": copies} if copies else {})
 
 
-def _loss_bytes(size: ModelSize, training: TrainingConfig, num_negatives: int) -> float:
+def _loss_bytes(size: ModelSize, training: TrainerConfig, num_negatives: int) -> float:
     """Estimates three times what autograd saves of vectors and their similarities, float32."""
     batch, own = training.batch_size, -(-training.batch_size // training.num_workers)
+    if not isinstance(training, TrainingConfig):  # texts, and the vectors to be learned
+        return 4.0 * 2 * 2 * own * (size.hidden_size or 0)
     vectors = (2 * batch + own * (2 + num_negatives)) * (size.hidden_size or 0)
     return 4.0 * (1 + len(training.loss.matryoshka_dimensions)) * (2 * vectors + 6 * own * batch)
 
 
-def _num_negatives(recipe: Recipe, mixture: SetsConfig) -> int:
+def _num_negatives(recipe: Recipe, mixture: SetsConfig | TextsConfig) -> int:
     """Returns the largest number of hard negatives of an example."""
+    if isinstance(mixture, TextsConfig):
+        return 0
     counts = [labelled.max_negatives for labelled in mixture.labelled]
     if isinstance(mixture, MixtureConfig) and mixture.fret_weight != 0:
         num_others = min(recipe.scores.num_scored, recipe.candidates.num_candidates) - 1
@@ -290,13 +298,18 @@ def _num_negatives(recipe: Recipe, mixture: SetsConfig) -> int:
     return max(counts, default=0)
 
 
-def _num_tokens(recipe: Recipe, mixture: SetsConfig, training: TrainingConfig) -> tuple[int, int]:
+def _num_tokens(
+    recipe: Recipe, mixture: SetsConfig | TextsConfig, training: TrainerConfig
+) -> tuple[int, int]:
     """Returns the tokens of the longest text, and of a worker's part of the longest batch."""
     limit = recipe.student.max_tokens
     query, passage = min(limit, training.max_query_tokens), min(limit, training.max_passage_tokens)
     own = -(-training.batch_size // training.num_workers)
+    longest = max(query, passage)
+    if isinstance(mixture, TextsConfig):
+        return longest, own * longest
     example = query + (1 + _num_negatives(recipe, mixture)) * passage
-    return max(query, passage), own * example
+    return longest, own * example
 
 
 def _student(recipe: Recipe) -> ModelSize | None:

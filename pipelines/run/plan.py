@@ -28,7 +28,7 @@ from pipelines.datasets.corpus import Corpus, Document
 from pipelines.fret.prompts import PairPrompts, load_prompts
 from pipelines.fret.queries import query_prompts
 from pipelines.ids import query_id
-from pipelines.recipe.graph import TITLES, build_run
+from pipelines.recipe.graph import OPTIONAL_STAGES, TITLES, build_run
 from pipelines.recipe.recipe import Recipe
 from pipelines.recipe.sizes import GIB
 from pipelines.recipe.variables import unset_variables
@@ -165,7 +165,8 @@ def _states(
         artifacts = {step.name: run.artifact(step) for step in run.steps}
     except (TokayError, OSError) as error:
         unknown["states of the steps are"] = " ".join(str(error).split())
-        names = [name for name in TITLES if recipe.prefinetuning or "prefinetuning" not in name]
+        without = tuple(stage for stage in OPTIONAL_STAGES if getattr(recipe, stage) is None)
+        names = [name for name in TITLES if not name.startswith(without)]
         return {name: "unknown" for name in names if recipe.evaluation or name != "evaluation"}, {}
     done = {name: artifact for name, artifact in artifacts.items() if artifact is not None}
     return states, {name: done[name] for name in done if states[name] == "done"}

@@ -126,12 +126,11 @@ class LoraConfig(Config):
     )
 
 
-class TrainingConfig(Config):
-    """Contrastive training of the student."""
+class TrainerConfig(Config):
+    """A training of the student, whatever it learns."""
 
     epochs: float = Field(default=3, gt=0)
     batch_size: int = Field(default=32, ge=2, description="examples in a batch, over all workers")
-    loss: LossConfig = LossConfig()
     learning_rate: float = Field(default=1e-4, gt=0, description="highest, after the warm-up")
     warmup_ratio: float = Field(
         default=0.1, ge=0, lt=1, description="share of batches with a rising learning rate"
@@ -197,3 +196,9 @@ class TrainingConfig(Config):
         if isinstance(tokens, int) and tokens < 64:
             raise ValueError("give at least 64, auto or null")
         return tokens
+
+
+class TrainingConfig(TrainerConfig):
+    """Contrastive training of the student."""
+
+    loss: LossConfig = LossConfig()

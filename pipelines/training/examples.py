@@ -26,6 +26,7 @@ _COLUMNS = [
     "positive_id",
     "symmetric",
 ]
+_TEXT_COLUMNS = ["batch", "dataset", "tokens", "embedding"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +36,16 @@ class Batch:
     Attributes:
         number: Its place in the training, from 0.
         dataset: The set's name.
-        queries: Token ids of the formatted texts, an integer array each.
+        queries: Token ids of the formatted texts, an integer array each; for embedding
+            distillation, of texts of any role, which have no positives.
         positives: As `queries`.
         negatives: As `queries`, of each example's hard negatives.
         teacher_scores: The LLM's scores of the positive and the negatives; empty: there are none.
         query_ids: Equal for equal queries.
         positive_ids: Equal for equal positives.
         symmetric: Whether the set's targets are formatted like queries.
+        embeddings: float32 ``[queries, dimensions]``, unit length: the vectors to be learned in
+            embedding distillation; None in contrastive training.
     """
 
     number: int
@@ -53,6 +57,25 @@ class Batch:
     query_ids: list[str]
     positive_ids: list[str]
     symmetric: bool
+    embeddings: np.ndarray | None = None
+
+    @classmethod
+    def of_texts(
+        cls, number: int, dataset: str, texts: list[np.ndarray], embeddings: np.ndarray
+    ) -> Batch:
+        """Returns a batch of embedding distillation: token ids, and the vector of each text."""
+        return cls(
+            number=number,
+            dataset=dataset,
+            queries=texts,
+            positives=[],
+            negatives=[],
+            teacher_scores=[],
+            query_ids=[],
+            positive_ids=[],
+            symmetric=False,
+            embeddings=embeddings,
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -78,8 +101,10 @@ def count_batches(uri: str) -> int:
     raise UserError(f"training examples {uri} hold no row: the mixture step must come first")
 
 
-def iterate_batches(uri: str, start: int = 0) -> Iterator[Batch]:
+def iterate_batches(uri: str, start: int = 0, *, contrastive: bool = True) -> Iterator[Batch]:
     """Yields the batches from number `start` on, reading shard by shard.
+
+    They are those of contrastive training, or else of embedding distillation.
 
     Raises:
         UserError: The rows are not in the order of batches.
@@ -88,10 +113,11 @@ def iterate_batches(uri: str, start: int = 0) -> Iterator[Batch]:
     import pyarrow.compute as pc
 
     storage = open_storage(uri)
+    columns, make = (_COLUMNS, _batch) if contrastive else (_TEXT_COLUMNS, _batch_of_texts)
     rest: pa.Table | None = None
     number = start
     for path in _shards(storage):
-        table = read_table(storage, path, _COLUMNS)
+        table = read_table(storage, path, columns)
         if rest is not None:
             table = pa.concat_tables([rest, table])
         table = table.filter(pc.greater_equal(table["batch"], number))
@@ -101,17 +127,17 @@ def iterate_batches(uri: str, start: int = 0) -> Iterator[Batch]:
                 raise UserError(f"training examples {uri}: rows of batch {number} are not together")
             if size == table.num_rows:  # the next shard may go on with it
                 break
-            yield _batch(number, table.slice(0, size))
+            yield make(number, table.slice(0, size))
             table = table.slice(size)
             number += 1
         rest = table
     if rest is not None and rest.num_rows:
-        yield _batch(number, rest)
+        yield make(number, rest)
 
 
-def iterate_validation(uri: str) -> Iterator[Batch]:
+def iterate_validation(uri: str, *, contrastive: bool = True) -> Iterator[Batch]:
     """Yields the batches that were held out; none where the mixture holds nothing out."""
-    yield from iterate_batches(join(uri, VALIDATION))
+    yield from iterate_batches(join(uri, VALIDATION), contrastive=contrastive)
 
 
 def _batch(number: int, table: pa.Table) -> Batch:
@@ -127,6 +153,12 @@ def _batch(number: int, table: pa.Table) -> Batch:
         positive_ids=table["positive_id"].to_pylist(),
         symmetric=table["symmetric"][0].as_py(),
     )
+
+
+def _batch_of_texts(number: int, table: pa.Table) -> Batch:
+    texts = _rows(table["tokens"].combine_chunks())
+    vectors = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(texts), -1)
+    return Batch.of_texts(number, table["dataset"][0].as_py(), texts, vectors)
 
 
 def _rows(lists: pa.ListArray) -> list[np.ndarray]:

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.artifacts import Json
+from cluster.artifacts import Json, Manifest
 from cluster.errors import TokayError
 from cluster.steps import Step, StepContext
 from cluster.storage import join
@@ -31,7 +31,8 @@ def step(recipe: Recipe) -> Step:
         texts = passages.shard(passages.shards[0], ["text"])["text"].to_pylist()
         return export_student(recipe.name, recipe.student, texts[:NUM_PARITY_TEXTS], context)
 
-    first = ("prefinetuning_mixture",) if recipe.prefinetuning else ()
+    between = ("embedding_distillation", "prefinetuning")
+    first = tuple(f"{stage}_mixture" for stage in between if getattr(recipe, stage))
     return Step(
         name="export",
         config={"recipe": recipe.name},
@@ -60,7 +61,10 @@ def export_student(
     for name in ("prefinetuning_mixture", "mixture"):
         if name in context.inputs:
             sets |= context.inputs[name].manifest.metrics["sets"]
-    card = _model_card(recipe_name, student.model, encoder, sizes, fret, sets)
+    taught = context.inputs.get("embedding_distillation_mixture")
+    card = _model_card(
+        recipe_name, student.model, encoder, sizes, fret, sets, taught.manifest if taught else None
+    )
     texts = [*DIFFICULT, *(ParityText(kind="passage", text=text) for text in parity_texts)]
     with tempfile.TemporaryDirectory() as temporary:
         encoder.save(temporary, model_card=card)
@@ -85,6 +89,7 @@ def _model_card(
     sizes: list[int],
     fret: dict[str, Json],
     sets: dict[str, int],
+    taught: Manifest | None,
 ) -> str:
     smaller = sorted((size for size in sizes if size < encoder.dimensions), reverse=True)
     cut = ""
@@ -93,6 +98,13 @@ def _model_card(
 The first {" or ".join(map(str, smaller))} dimensions were trained to be used alone (Matryoshka):
 cut the vectors and normalise them again, or give `truncate_dim={smaller[0]}`.
 """
+    vectors = ""
+    if taught:
+        texts = " and ".join(f"{rows} {name}" for name, rows in taught.metrics["sets"].items())
+        teacher = taught.config["teacher"]["model"]
+        vectors = (
+            f"First it learned the vectors that `{teacher}` gives to {texts}, without labels.\n"
+        )
     trained_on = ", ".join(f"{name} ({rows} examples)" for name, rows in sets.items())
     return f"""---
 library_name: sentence-transformers
@@ -107,7 +119,7 @@ tags: [sentence-transformers, feature-extraction, tokay]
 Recipe `{recipe_name}`; {encoder.dimensions} dimensions, at most {encoder.max_tokens} tokens,
 {encoder.pooling} pooling, unit vectors. Started from `{base_model}`.
 {cut}
-Trained on: {trained_on}. FRet examples were written and labelled by a large language model
+{vectors}Trained on: {trained_on}. FRet examples were written and labelled by a large language model
 (Gecko, arXiv 2403.20327): {fret["num_queries"]} queries, {fret["num_kept"]} kept. Queries that
 overlap with the run's {fret["num_evaluation_queries"]} evaluation queries were taken out; the
 highest word overlap left is {fret["highest_overlap_kept"]}.

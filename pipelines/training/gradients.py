@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 from pipelines.training.agreement import OutOfMemory, agree, highest
-from pipelines.training.config import TrainingConfig
+from pipelines.training.config import TrainerConfig, TrainingConfig
+from pipelines.training.embedding_loss import embedding_loss
 from pipelines.training.examples import Batch
 from pipelines.training.loss import Vectors, contrastive_loss, related_examples
 from pipelines.training.place import ALONE, Place
@@ -46,6 +47,7 @@ class Slice:
         rank: This worker's place among them.
         related: What :func:`pipelines.training.loss.related_examples` returned, or None.
         symmetric: Whether the batch is of a symmetric set.
+        embeddings: The vectors that the queries are to get, or None.
     """
 
     queries: Sequence[np.ndarray]
@@ -57,6 +59,7 @@ class Slice:
     rank: int
     related: torch.Tensor | None
     symmetric: bool
+    embeddings: torch.Tensor | None = None
 
     @property
     def rows(self) -> list[np.ndarray]:
@@ -64,13 +67,13 @@ class Slice:
         return [*self.queries, *self.positives, *self.negatives]
 
 
-def slice_batch(batch: Batch, config: TrainingConfig, place: Place = ALONE) -> Slice:
+def slice_batch(batch: Batch, config: TrainerConfig, place: Place = ALONE) -> Slice:
     """Returns a worker's part of a batch: each ``world``-th example, from number ``rank`` on."""
     order = [slice(worker, None, place.world) for worker in range(place.world)]
     own = order[place.rank]
     negatives = batch.negatives[own]
     related = None
-    if config.loss.mask_duplicates:
+    if isinstance(config, TrainingConfig) and config.loss.mask_duplicates:
         related = related_examples(
             list(chain.from_iterable(batch.query_ids[part] for part in order)),
             list(chain.from_iterable(batch.positive_ids[part] for part in order)),
@@ -85,10 +88,11 @@ def slice_batch(batch: Batch, config: TrainingConfig, place: Place = ALONE) -> S
         rank=place.rank,
         related=related,
         symmetric=batch.symmetric,
+        embeddings=None if batch.embeddings is None else torch.tensor(batch.embeddings[own]),
     )
 
 
-def backward(encoder: Encoder, part: Slice, config: TrainingConfig) -> float:
+def backward(encoder: Encoder, part: Slice, config: TrainerConfig) -> float:
     """Adds the whole batch's gradients to the weights and returns its loss.
 
     Raises:
@@ -113,11 +117,15 @@ def backward(encoder: Encoder, part: Slice, config: TrainingConfig) -> float:
     raise OutOfMemory
 
 
-def batch_loss(embedded: torch.Tensor, part: Slice, config: TrainingConfig) -> torch.Tensor:
+def batch_loss(embedded: torch.Tensor, part: Slice, config: TrainerConfig) -> torch.Tensor:
     """Returns this worker's share of the loss of the texts of `part`.
 
     `embedded` is ``[queries + positives + negatives, dimensions]``, unit length.
     """
+    if not isinstance(config, TrainingConfig):
+        assert part.embeddings is not None
+        embeddings = part.embeddings.to(embedded.device)
+        return embedding_loss(embedded, embeddings, num_texts=sum(part.sizes))
     queries, positives, flat = torch.split(
         embedded, [len(part.queries), len(part.positives), len(part.negatives)]
     )
@@ -144,7 +152,7 @@ def batch_loss(embedded: torch.Tensor, part: Slice, config: TrainingConfig) -> t
     )
 
 
-def evaluation_loss(encoder: Encoder, part: Slice, config: TrainingConfig) -> float:
+def evaluation_loss(encoder: Encoder, part: Slice, config: TrainerConfig) -> float:
     """Returns the whole batch's loss, without gradients."""
     with torch.inference_mode():
         loss = batch_loss(_embed_all(encoder, part.rows, config), part, config)
@@ -153,7 +161,7 @@ def evaluation_loss(encoder: Encoder, part: Slice, config: TrainingConfig) -> fl
     return float(loss)
 
 
-def uses_bfloat16(config: TrainingConfig, device: torch.device) -> bool:
+def uses_bfloat16(config: TrainerConfig, device: torch.device) -> bool:
     """Says whether matrix products are bfloat16 on this device; ``auto`` asks the hardware."""
     if config.precision != "auto":
         return config.precision == "bfloat16"
@@ -172,7 +180,7 @@ def _teacher_scores(scores: list[list[float]], negatives: list[Any]) -> torch.Te
     return table
 
 
-def embed(encoder: Encoder, rows: Sequence[np.ndarray], config: TrainingConfig) -> torch.Tensor:
+def embed(encoder: Encoder, rows: Sequence[np.ndarray], config: TrainerConfig) -> torch.Tensor:
     """Embeds texts in the training's precision, a sharded model's in one pass."""
     device = encoder.device
     batch_tokens = sys.maxsize if is_sharded(encoder.model) else None
@@ -180,9 +188,7 @@ def embed(encoder: Encoder, rows: Sequence[np.ndarray], config: TrainingConfig) 
         return encoder.embed_tokens(rows, batch_tokens=batch_tokens)
 
 
-def _embed_all(
-    encoder: Encoder, rows: Sequence[np.ndarray], config: TrainingConfig
-) -> torch.Tensor:
+def _embed_all(encoder: Encoder, rows: Sequence[np.ndarray], config: TrainerConfig) -> torch.Tensor:
     if not is_sharded(encoder.model):
         return embed(encoder, rows, config)
     filled, chunks = _plan(encoder, rows, _PASS_TOKENS)
@@ -209,7 +215,7 @@ def _plan(
     return [*rows, *[np.zeros(1, np.int64)] * missing], fillers + chunks
 
 
-def _own_backward(encoder: Encoder, part: Slice, config: TrainingConfig) -> torch.Tensor:
+def _own_backward(encoder: Encoder, part: Slice, config: TrainerConfig) -> torch.Tensor:
     """Adds the gradients of this worker's texts and returns its share of the loss."""
     max_tokens = config.gradient_cache_tokens
     if isinstance(max_tokens, int):
@@ -221,7 +227,7 @@ def _own_backward(encoder: Encoder, part: Slice, config: TrainingConfig) -> torc
 
 
 def _cached_backward(
-    encoder: Encoder, part: Slice, config: TrainingConfig, max_tokens: int
+    encoder: Encoder, part: Slice, config: TrainerConfig, max_tokens: int
 ) -> torch.Tensor:
     num_rows = len(part.rows)
     rows, chunks = _plan(encoder, part.rows, max_tokens)
@@ -266,7 +272,7 @@ def _chunks(lengths: Sequence[int], max_tokens: int, pass_tokens: int) -> list[l
 
 
 def _replayable(
-    encoder: Encoder, rows: Sequence[np.ndarray], config: TrainingConfig
+    encoder: Encoder, rows: Sequence[np.ndarray], config: TrainerConfig
 ) -> Callable[[], torch.Tensor]:
     """Returns a function that embeds the rows, with the same dropout each time it is called."""
     seed = int(torch.randint(2**62, ()).item())

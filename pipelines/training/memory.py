@@ -20,7 +20,7 @@ from cluster.errors import UserError
 from cluster.storage import Storage
 from pipelines.training.agreement import highest, lowest
 from pipelines.training.checkpoint import WORK
-from pipelines.training.config import TrainingConfig
+from pipelines.training.config import TrainerConfig, TrainingConfig
 from pipelines.training.examples import Batch
 from pipelines.training.gradients import Slice, batch_loss, embed, slice_batch
 from pipelines.training.place import ALONE, Place
@@ -69,12 +69,12 @@ class GpuMemory:
 def fit(
     encoder: Encoder,
     optimizer: torch.optim.Optimizer,
-    config: TrainingConfig,
+    config: TrainerConfig,
     place: Place = ALONE,
     *,
     num_negatives: int = 1,
     memory: GpuMemory | None = None,
-) -> TrainingConfig:
+) -> TrainerConfig:
     """Replaces a gradient cache of ``auto`` by the number of tokens that fits all workers.
 
     All workers call this before their first batch, in training mode. On a CPU, and where the whole
@@ -90,7 +90,7 @@ def fit(
         memory = GpuMemory(encoder.device)
     tokens = _EVERYTHING
     if memory is not None:
-        part = slice_batch(_longest_batch(config, num_negatives), config, place)
+        part = slice_batch(_longest_batch(encoder, config, num_negatives), config, place)
         with _untouched(encoder):
             tokens = _try_out(encoder, optimizer, config, part, memory)
     if place.world > 1:
@@ -132,7 +132,7 @@ def search_tokens(
     return fitting
 
 
-def halve(encoder: Encoder, part: Slice, config: TrainingConfig) -> TrainingConfig:
+def halve(encoder: Encoder, part: Slice, config: TrainerConfig) -> TrainerConfig:
     """Returns the configuration with half of the activations that have just not fitted.
 
     All workers call this together; of a sharded model's, only the one that ran out does.
@@ -152,7 +152,7 @@ def halve(encoder: Encoder, part: Slice, config: TrainingConfig) -> TrainingConf
     return config.model_copy(update={"gradient_cache_tokens": tokens})
 
 
-def too_small(encoder: Encoder, config: TrainingConfig) -> UserError:
+def too_small(encoder: Encoder, config: TrainerConfig) -> UserError:
     """Says that a student cannot be trained on this device, and what to do."""
     device = encoder.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type}"
@@ -165,7 +165,7 @@ def too_small(encoder: Encoder, config: TrainingConfig) -> UserError:
 
 
 @contextmanager
-def explain_out_of_memory(encoder: Encoder, config: TrainingConfig) -> Iterator[None]:
+def explain_out_of_memory(encoder: Encoder, config: TrainerConfig) -> Iterator[None]:
     """Raises the error of :func:`too_small` where PyTorch runs out of memory in the block."""
     try:
         yield
@@ -173,7 +173,7 @@ def explain_out_of_memory(encoder: Encoder, config: TrainingConfig) -> Iterator[
         raise too_small(encoder, config) from error
 
 
-def remembered(storage: Storage, config: TrainingConfig) -> TrainingConfig:
+def remembered(storage: Storage, config: TrainerConfig) -> TrainerConfig:
     """Returns the configuration with what :func:`remember` has left, if anything."""
     try:
         tokens = int(storage.read_bytes(FITTED))
@@ -182,12 +182,12 @@ def remembered(storage: Storage, config: TrainingConfig) -> TrainingConfig:
     return config.model_copy(update={"gradient_cache_tokens": tokens})
 
 
-def remember(storage: Storage, config: TrainingConfig) -> None:
+def remember(storage: Storage, config: TrainerConfig) -> None:
     """Leaves the number of tokens for the workers that go on from the last checkpoint."""
     storage.write_bytes(FITTED, str(config.gradient_cache_tokens).encode())
 
 
-def _longest_batch(config: TrainingConfig, num_negatives: int) -> Batch:
+def _longest_batch(encoder: Encoder, config: TrainerConfig, num_negatives: int) -> Batch:
     """Returns as large a batch as any; few texts are equally long, so that passes have padding."""
     size = config.batch_size
 
@@ -196,6 +196,10 @@ def _longest_batch(config: TrainingConfig, num_negatives: int) -> Batch:
             np.zeros(longest - place * longest // (10 * size), np.int64) for place in range(size)
         ]
 
+    if not isinstance(config, TrainingConfig):
+        longest = max(config.max_query_tokens, config.max_passage_tokens)
+        vectors = np.zeros((size, encoder.dimensions), np.float32)
+        return Batch.of_texts(0, "", texts(longest), vectors)
     negatives = [texts(config.max_passage_tokens) for _ in range(num_negatives)]
     return Batch(
         number=0,
@@ -213,7 +217,7 @@ def _longest_batch(config: TrainingConfig, num_negatives: int) -> Batch:
 def _try_out(
     encoder: Encoder,
     optimizer: torch.optim.Optimizer,
-    config: TrainingConfig,
+    config: TrainerConfig,
     part: Slice,
     memory: GpuMemory,
 ) -> int:

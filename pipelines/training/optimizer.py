@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from pipelines.training.agreement import OutOfMemory
-from pipelines.training.config import TrainingConfig
+from pipelines.training.config import TrainerConfig
 from pipelines.training.gradients import Slice, backward
 from pipelines.training.memory import halve
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from actors.encoder import Encoder
 
 
-def make_optimizer(encoder: Encoder, config: TrainingConfig) -> torch.optim.AdamW:
+def make_optimizer(encoder: Encoder, config: TrainerConfig) -> torch.optim.AdamW:
     """Returns AdamW over what is trained; vectors, such as biases, do not decay."""
     weights = [weight for weight in encoder.model.parameters() if weight.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -27,7 +27,7 @@ def make_optimizer(encoder: Encoder, config: TrainingConfig) -> torch.optim.Adam
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
 
-def learning_rate(config: TrainingConfig, batch: int, num_batches: int) -> float:
+def learning_rate(config: TrainerConfig, batch: int, num_batches: int) -> float:
     """Returns the rate of batch `batch`: a linear rise to the highest, then a linear fall to 0."""
     warmup = round(config.warmup_ratio * num_batches)
     if batch < warmup:
@@ -39,7 +39,7 @@ def train_batch(
     encoder: Encoder,
     optimizer: torch.optim.Optimizer,
     part: Slice,
-    config: TrainingConfig,
+    config: TrainerConfig,
     *,
     rate: float,
 ) -> tuple[float, float]:
@@ -67,11 +67,11 @@ def train_fitting(
     encoder: Encoder,
     optimizer: torch.optim.Optimizer,
     part: Slice,
-    config: TrainingConfig,
+    config: TrainerConfig,
     *,
     rate: float,
     seed: int,
-) -> tuple[float, float, TrainingConfig]:
+) -> tuple[float, float, TrainerConfig]:
     """Takes one optimizer step, and again with half of the activations if memory runs out.
 
     Returns:

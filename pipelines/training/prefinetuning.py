@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from cluster.config import Config
 from cluster.steps import Step
-from pipelines.encoders import MODEL
 from pipelines.mixture.config import PrefinetuningMixtureConfig
 from pipelines.training.config import TrainingConfig
 from pipelines.training.training import training_step
@@ -28,5 +27,4 @@ def step(recipe: Recipe) -> Step:
     """Returns the step of a recipe that has such a stage."""
     assert recipe.prefinetuning is not None
     config = recipe.prefinetuning.training
-    start = ("student", MODEL)
-    return training_step("prefinetuning", config, "prefinetuning_mixture", start, recipe)
+    return training_step("prefinetuning", config, "prefinetuning_mixture", recipe)

@@ -13,7 +13,7 @@ from cluster.ray_errors import reported_error
 from cluster.steps import Progress
 from cluster.storage import Storage, open_storage
 from pipelines.training.checkpoint import WORK
-from pipelines.training.config import TrainingConfig
+from pipelines.training.config import TrainerConfig
 from pipelines.training.metrics import MetricsRow, read_metrics, recent_loss
 from pipelines.training.trainer import Job
 from pipelines.training.worker import train_worker
@@ -75,7 +75,7 @@ def train(job: Job, *, scratch: str, progress: Progress | None = None) -> list[M
     return read_metrics(storage)
 
 
-def _worker_resources(config: TrainingConfig) -> dict[str, float]:
+def _worker_resources(config: TrainerConfig) -> dict[str, float]:
     resources = {"GPU": 1.0} if config.use_gpu else {"CPU": 1.0}
     if config.node_resource:
         resources[config.node_resource] = 1.0

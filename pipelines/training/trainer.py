@@ -24,7 +24,7 @@ from pipelines.training.checkpoint import (
     save_weights,
     trained_weights,
 )
-from pipelines.training.config import TrainingConfig
+from pipelines.training.config import TrainerConfig, TrainingConfig
 from pipelines.training.examples import Batch, iterate_batches, iterate_validation
 from pipelines.training.gradients import Slice, slice_batch, uses_bfloat16
 from pipelines.training.lora import add_adapters, merge_adapters
@@ -56,7 +56,7 @@ class Job:
         trust_remote_code: Run Python code that comes with the student.
     """
 
-    config: TrainingConfig
+    config: TrainerConfig
     examples: str
     student: str
     output: str
@@ -102,10 +102,11 @@ class Trainer:
         self.done = load_checkpoint(self._storage, encoder.model, self.optimizer)
         self.ended = False
         self._soup = _soup_batches(self.config, job.num_batches)
+        self._contrastive = isinstance(self.config, TrainingConfig)
         self._validation = None
         if self.config.validation:
             rows = [row for row in read_metrics(self._storage) if row["batch"] < self.done]
-            held_out = list(iterate_validation(job.examples))
+            held_out = list(iterate_validation(job.examples, contrastive=self._contrastive))
             self._validation = Validation(self.config.validation, held_out, job.test_set, rows)
 
     def batches(self) -> Iterator[tuple[Batch, Slice]]:
@@ -117,7 +118,9 @@ class Trainer:
         self.encoder.set_training(
             dropout=self.config.dropout, checkpointing=self.config.gradient_checkpointing
         )
-        batches = iterate_batches(self._job.examples, start=self.done)
+        batches = iterate_batches(
+            self._job.examples, start=self.done, contrastive=self._contrastive
+        )
         first = list(islice(batches, 1))
         num_negatives = max((len(rows) for batch in first for rows in batch.negatives), default=1)
         self.config = fit(
@@ -237,7 +240,7 @@ class Trainer:
             remember(self._storage, self.config)
 
 
-def _soup_batches(config: TrainingConfig, num_batches: int) -> set[int]:
+def _soup_batches(config: TrainerConfig, num_batches: int) -> set[int]:
     """Returns after how many batches weights are kept; the final ones are there anyway."""
     apart = config.soup_every_batches or max(1, num_batches // 10)
     points = (num_batches - number * apart for number in range(1, config.soup_checkpoints))

@@ -11,7 +11,7 @@ from pipelines.datasets.retrieval import RetrievalDataset
 from pipelines.datasets.test_sets import load_test_set, test_set_fingerprint
 from pipelines.encoders import MODEL, TRAINED
 from pipelines.fingerprints import fingerprinted
-from pipelines.training.config import TrainingConfig
+from pipelines.training.config import TrainerConfig
 
 if TYPE_CHECKING:
     from pipelines.recipe.recipe import Recipe
@@ -20,21 +20,21 @@ TITLE = "train the student"
 
 
 def step(recipe: Recipe) -> Step:
-    """Returns the step, which starts from the pre-finetuned student where there is one."""
-    start = ("prefinetuning", TRAINED) if recipe.prefinetuning else ("student", MODEL)
-    return training_step("training", recipe.training, "mixture", start, recipe)
+    """Returns the step."""
+    return training_step("training", recipe.training, "mixture", recipe)
 
 
-def training_step(
-    name: str, config: TrainingConfig, mixture: str, start: tuple[str, str], recipe: Recipe
-) -> Step:
+def training_step(name: str, config: TrainerConfig, mixture: str, recipe: Recipe) -> Step:
     """Returns a step that trains the student on the batches of the step `mixture`.
 
-    `start` is the name of the step whose encoder is trained, and the folder where that keeps it.
+    It goes on with the encoder of the stage before, or else begins with the step `student`'s.
     """
     named = config.validation.test_set if config.validation else None
     test_set = next((each for each in recipe.evaluation if each.name == named), None)
-    before, folder = start
+    stages = [prefix.removesuffix(".") or "training" for prefix in recipe.stages]
+    first = stages.index(name) == 0
+    before = "student" if first else stages[stages.index(name) - 1]
+    folder = MODEL if first else TRAINED
 
     def train_student(context: StepContext) -> dict[str, Json]:
         """Trains the student; the step's folder gets `encoder/` and `metrics.jsonl`."""

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from cluster.errors import TokayError, UserError
 from cluster.storage import Storage
 from pipelines.training.checkpoint import BEST, restore_weights, save_weights
-from pipelines.training.config import TrainingConfig, ValidationConfig
+from pipelines.training.config import TrainerConfig, ValidationConfig
 from pipelines.training.examples import Batch
 from pipelines.training.gradients import evaluation_loss, slice_batch
 from pipelines.training.metrics import MetricsRow
@@ -77,7 +77,7 @@ class Validation:
     def validate(
         self,
         encoder: Encoder,
-        config: TrainingConfig,
+        config: TrainerConfig,
         place: Place,
         *,
         done: int,
@@ -110,7 +110,7 @@ class Validation:
             raise TokayError("the training diverged: every validation gave NaN; try a lower rate")
         restore_weights(storage, BEST, self.best, model)
 
-    def _measure(self, encoder: Encoder, config: TrainingConfig, place: Place) -> MetricsRow:
+    def _measure(self, encoder: Encoder, config: TrainerConfig, place: Place) -> MetricsRow:
         row: MetricsRow = {}
         if self._batches:
             shares = [

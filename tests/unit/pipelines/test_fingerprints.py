@@ -24,17 +24,19 @@ OF_A_TRAINING = {
     *("gradient_cache_tokens", "gradient_checkpointing", "num_workers", "min_workers", "use_gpu"),
     *("sharding", "node_resource", "checkpoint_every_batches", "max_failures", "tracking"),
 }
+STAGES = ("", "prefinetuning.", "embedding_distillation.")
 # Keys with which the files of this recipe cannot be read any more.
 UNREADABLE = {
     *("corpus.format", "evaluation[].kind", "evaluation[].split"),
     *("prompts", "prefinetuning.training.validation"),
+    *("embedding_distillation.training.validation",),
 }
 
 
 def expected(key: str) -> bool:
     stage, _, rest = key.partition("training.")
     marked = key in NOT_FINGERPRINTED or key.partition(".")[0] in NOT_FINGERPRINTED
-    return not (marked or (stage in ("", "prefinetuning.") and rest in OF_A_TRAINING))
+    return not (marked or (stage in STAGES and rest in OF_A_TRAINING))
 
 
 def test_every_key_is_fingerprinted_but_those_that_change_nothing() -> None:
@@ -62,6 +64,7 @@ def recipe(tmp_path: Path) -> Recipe:
             f"prefinetuning.mixture.labelled=[{labelled}]",
             f"training.validation={validation}",
             "training.lora={rank: 4}",
+            "embedding_distillation.teacher={model: embedded:all-MiniLM-L6-v2}",
         ],
     )
 

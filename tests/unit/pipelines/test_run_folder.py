@@ -13,7 +13,7 @@ from cluster.steps import BEGUN, Run, Step, StepContext
 from cluster.storage import LocalStorage
 from pipelines.evaluation.command import EvalOptions, _load
 from pipelines.evaluation.location import SavedEncoder
-from pipelines.recipe.graph import TITLES
+from pipelines.recipe.graph import OPTIONAL_STAGES, TITLES
 from pipelines.recipe.read import load_recipe
 from pipelines.report.write import write_report
 from pipelines.run.console import JsonLines
@@ -70,7 +70,7 @@ def test_status_reads_the_run_folder_alone(foreign: Path) -> None:
     begun.write_text("{}", encoding="utf-8")
     rows = run_status(str(foreign))
     assert rows is not None
-    assert list(rows) == [name for name in TITLES if "prefinetuning" not in name]
+    assert list(rows) == [name for name in TITLES if not name.startswith(OPTIONAL_STAGES)]
     states = {name: row["state"] for name, row in rows.items()}
     assert {name: state for name, state in states.items() if state != "waiting"} == {
         "passages": "done",
@@ -96,7 +96,7 @@ def test_report_reads_the_run_folder_alone(foreign: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("key", ["corpus", "evaluation", "resources", "estimate", "prefinetuning"])
+@pytest.mark.parametrize("key", ["corpus", "evaluation", "resources", "estimate", *OPTIONAL_STAGES])
 @pytest.mark.parametrize("value", [3, "text", ["text"], [{"name": 3}], None, {"path": []}])
 def test_report_reads_a_recipe_of_any_shape(foreign: Path, key: str, value: object) -> None:
     (foreign / "recipe.yaml").write_text(write_yaml({"name": [1], key: value}), encoding="utf-8")

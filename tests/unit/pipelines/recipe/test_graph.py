@@ -41,6 +41,26 @@ def test_training_starts_from_the_prefinetuned_student(folder: Path) -> None:
     assert step(made, "prefinetuning_mixture").inputs == ("student",)
 
 
+def test_embedding_distillation_comes_before_the_other_stages(folder: Path) -> None:
+    labelled = f"prefinetuning.mixture.labelled=[{{name: faq, path: {folder}/pairs.jsonl}}]"
+    made = run(folder, labelled, "embedding_distillation={}")
+    mixture = "embedding_distillation_mixture"
+    assert set(step(made, mixture).inputs) == {"student", "embeddings", "queries"}
+    assert set(step(made, "embedding_distillation").inputs) == {mixture, "student"}
+    following = {"prefinetuning_mixture", "embedding_distillation"}
+    assert set(step(made, "prefinetuning").inputs) == following
+    assert set(step(made, "training").inputs) == {"mixture", "prefinetuning"}
+    alone = run(folder, "embedding_distillation.mixture.queries=false")
+    # Nothing that the LLM writes is in the way of it.
+    assert set(step(alone, mixture).inputs) == {"student", "embeddings"}
+    assert set(step(alone, "training").inputs) == {"mixture", "embedding_distillation"}
+    teacher = "embedding_distillation.teacher={model: embedded:all-MiniLM-L6-v2}"
+    named = run(folder, teacher, "embedding_distillation.mixture.queries=false")
+    assert set(step(named, mixture).inputs) == {"student", "passages"}
+    judged = run(folder, f"evaluation=[{{name: demo, path: {folder}/beir}}]", teacher)
+    assert "embedding_distillation" in step(judged, "evaluation").inputs
+
+
 def test_mixture_is_another_when_a_set_or_a_limit_of_tokens_is(folder: Path) -> None:
     file = folder / "pairs.jsonl"
     labelled = f"mixture.labelled=[{{name: faq, path: {file}}}]"

@@ -114,6 +114,11 @@ def test_base_that_leads_back_to_the_recipe_is_a_mistake(tmp_path: Path) -> None
         ("mixture.labelled=[{name: fret, path: b}]", "fret is the name of the generated set"),
         ("prefinetuning.training.epochs=1", "key prefinetuning.mixture is missing"),
         ("prefinetuning.mixture.fret_weight=1", "unknown key prefinetuning.mixture.fret_weight"),
+        ("embedding_distillation.training.loss=1", "unknown key embedding_distillation.training.l"),
+        (
+            "embedding_distillation.training.validation.test_set=scifact",
+            "embedding_distillation.training.validation.test_set: 'scifact' is no retrieval set",
+        ),
         (
             "training.validation.test_set=scifact",
             "training.validation.test_set: 'scifact' is no retrieval set of the recipe's",
@@ -293,6 +298,15 @@ def test_recipe_alone_cannot_let_models_bring_code(part: str) -> None:
     found = load_recipe("laptop", asked, trust_remote_code=True)
     assert getattr(found, part).trust_remote_code
     assert not load_recipe("laptop", trust_remote_code=True).student.trust_remote_code
+
+
+def test_teacher_of_vectors_cannot_bring_code_either() -> None:
+    asked = ["embedding_distillation.teacher={model: a/b, trust_remote_code: true}"]
+    key = r"embedding_distillation\.teacher\.trust_remote_code"
+    with pytest.raises(UserError, match=rf"sets {key}.*--trust-remote-code"):
+        load_recipe("laptop", asked)
+    models = load_recipe("laptop", asked, trust_remote_code=True).models
+    assert list(models) == ["llm", "retriever", "student", "embedding_distillation.teacher"]
 
 
 def test_models_of_a_run_are_read_whatever_else_has_changed(tmp_path: Path) -> None:

@@ -88,6 +88,23 @@ def test_recipe_that_comes_with_tokay_has_nothing_to_be_told(
             ],
             "prefinetuning.training.loss.matryoshka_dimensions: 385",
         ),
+        (
+            ["embedding_distillation.teacher.model=embedded:nosuch"],
+            "embedding_distillation.teacher.model: unknown embedded model",
+        ),
+        (
+            ["embedding_distillation.teacher={model: embedded:all-MiniLM-L6-v2, max_tokens: 600}"],
+            "embedding_distillation.teacher.max_tokens: 600 given, and",
+        ),
+        (
+            ["embedding_distillation={}", "student.projection=64"],
+            "embedding_distillation: the vectors of retriever.model embedded:all-MiniLM-L6-v2 have"
+            " 384 dimensions, and the student's 64: name a",
+        ),
+        (
+            ["embedding_distillation.training.validation={}"],
+            "embedding_distillation.training.validation has nothing to look at: set embedding_dist",
+        ),
         (["student.max_tokens=513"], "student.max_tokens: 513 given, and"),
         (["retriever.model=embedded:nosuch"], "retriever.model: unknown embedded model"),
         (["llm.model=/no/such/folder"], "llm.model: model '/no/such/folder': no such folder"),

@@ -53,6 +53,25 @@ def test_training_is_counted_by_hand() -> None:
     assert found.fits == "yes"
 
 
+def test_embedding_distillation_is_counted_by_hand() -> None:
+    stage = (
+        "embedding_distillation.training={use_gpu: true, batch_size: 64, max_passage_tokens: 128}"
+    )
+    found = need(load_recipe("gpu", [stage]), "embedding_distillation")
+    assert found.parts["AdamW"] == 8 * 0.149e9
+    assert found.parts["loss"] == 4 * 2 * 2 * 64 * 768  # no similarities
+    assert "activations of 128 tokens" in found.parts
+    whole = stage.replace("{", "{gradient_cache_tokens: null, ")
+    assert (
+        f"activations of {64 * 128:,} tokens"
+        in need(load_recipe("gpu", [whole]), "embedding_distillation").parts
+    )
+    teacher = "embedding_distillation.teacher={model: embedded:all-MiniLM-L6-v2}"
+    named = need(load_recipe("gpu", [teacher]), "embedding_distillation_mixture")
+    assert named.what == "embedding_distillation.teacher"
+    assert named.parts["weights"] == pytest.approx(4 * 22.7e6, rel=0.01)
+
+
 def test_sharding_and_adapters_leave_less() -> None:
     def states(*settings: str) -> tuple[float, float]:
         parts = need(load_recipe("gpu", [FIXED, *settings]), "training").parts

@@ -54,6 +54,9 @@ def inputs_of(trained: Encoder, tmp_path: Path) -> dict[str, Artifact]:
 def test_export_proves_its_parity_and_names_its_dimensions(
     context: MakeContext, inputs: dict[str, Artifact], tmp_path: Path
 ):
+    sets: dict[str, Json] = {"sets": {"passages": 7, "queries": 6}}
+    taught = artifact(tmp_path / "taught", {"teacher": {"model": "a/teacher"}}, sets)
+    inputs["embedding_distillation_mixture"] = taught
     metrics = export_student(
         "r", StudentConfig(model="base"), TEXTS, context(tmp_path / "export", **inputs)
     )
@@ -61,6 +64,8 @@ def test_export_proves_its_parity_and_names_its_dimensions(
     assert metrics["parity_cosine"] > 0.9999
     card = (tmp_path / "export/model/README.md").read_text()
     assert "24 dimensions" in card
+    assert "the vectors that `a/teacher` gives to 7 passages and 6 queries, without labels" in card
+    assert "Trained on: fret (8 examples)" in card
     assert "first 16 or 8 dimensions" in card and "truncate_dim=16" in card
 
 
