@@ -9,14 +9,15 @@ from pipelines.fret import fret, pairs, queries, scores
 from pipelines.mining import candidates, embeddings
 from pipelines.mixture import mixture, prefinetuning_mixture
 from pipelines.recipe.recipe import Recipe
-from pipelines.training import export, prefinetuning, student, training
+from pipelines.training import export, gate, prefinetuning, student, training
 
 # What a step is for, by its name, as the console and the report say it.
 TITLES = {
     step.__name__.rpartition(".")[2]: step.TITLE
     for step in (
         *(passages, seeds, queries, embeddings, candidates, pairs, scores, fret, student),
-        *(prefinetuning_mixture, prefinetuning, mixture, training, export, index, evaluation),
+        *(prefinetuning_mixture, prefinetuning, mixture, training),
+        *(gate, export, index, evaluation),
     )
 }
 
@@ -39,6 +40,8 @@ def build_run(recipe: Recipe, uri: str) -> Run:
     if recipe.prefinetuning:
         steps += [prefinetuning_mixture.step(recipe, decontamination), prefinetuning.step(recipe)]
     steps += [mixture.step(recipe, decontamination), training.step(recipe)]
+    if recipe.gate:
+        steps.append(gate.step(recipe))
     steps += [export.step(recipe), index.step(recipe)]
     if recipe.evaluation:
         steps.append(evaluation.step(recipe))

@@ -23,6 +23,7 @@ from pipelines.names import RunName
 from pipelines.recipe.sizes import ModelSize
 from pipelines.recipe.variables import OWN
 from pipelines.training.config import TrainingConfig
+from pipelines.training.gate import GateConfig
 from pipelines.training.prefinetuning import Prefinetuning
 from pipelines.training.student import StudentConfig
 
@@ -90,6 +91,11 @@ class Recipe(Config):
         default=None, description="a stage before the fine-tuning, which then starts from it"
     )
     training: TrainingConfig = TrainingConfig()
+    gate: GateConfig | None = Field(
+        default=None,
+        description="export the trained student only if held-out queries show it to be better than"
+        " its start; null: export it in any case",
+    )
     evaluation: tuple[TestSet, ...] = Field(
         default=(), description="the first is the headline; names must differ"
     )
@@ -134,6 +140,25 @@ class Recipe(Config):
                     f"{key}training.validation.test_set: {name!r} is no retrieval set of the"
                     f" recipe's evaluation; accepted are {', '.join(retrieval) or 'none'}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _gate_is_not_the_headline(self) -> "Recipe":
+        name = self.gate.test_set if self.gate else None
+        if name is None:
+            return self
+        retrieval = [each.name for each in self.evaluation if each.kind == "retrieval"]
+        if name not in retrieval:
+            raise ValueError(
+                f"gate.test_set: {name!r} is no retrieval set of the recipe's evaluation; accepted"
+                f" are {', '.join(retrieval) or 'none'}"
+            )
+        if name == self.evaluation[0].name:
+            raise ValueError(
+                f"gate.test_set: {name!r} is the first set of the evaluation, its headline, and"
+                " what chooses a model cannot measure it too: put another set first, or leave"
+                " gate.test_set out"
+            )
         return self
 
     @field_validator("evaluation")

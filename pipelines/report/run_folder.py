@@ -50,6 +50,8 @@ class RunFolder:
         optional = set() if self.recipe.get("evaluation", True) else {"evaluation"}
         if not self.recipe.get("prefinetuning"):
             optional |= {"prefinetuning_mixture", "prefinetuning"}
+        if not self.recipe.get("gate"):
+            optional.add("gate")
         return [name for name in TITLES if name in self.artifacts or name not in optional]
 
     @property

@@ -24,6 +24,13 @@ NUM_RESULTS = 3
 SAME = 1e-9
 
 
+def model_titles(gate: dict[str, Json] | None) -> dict[str, str]:
+    """Returns the models' titles; a gate says what the student after training is."""
+    if gate is None or gate["weight"] == 1:
+        return MODELS
+    return {**MODELS, "student_after": f"Exported: {gate['exported']}"}
+
+
 def collect_test_sets(run: RunFolder) -> dict[str, dict[str, Json]]:
     """Returns scores, differences and chosen queries of each test set, in the recipe's order.
 

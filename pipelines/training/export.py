@@ -11,7 +11,9 @@ from cluster.artifacts import Json
 from cluster.errors import TokayError
 from cluster.steps import Step, StepContext
 from cluster.storage import join
+from pipelines.corpus.held_out import HELD_OUT
 from pipelines.encoders import MODEL, TRAINED, upload_folder
+from pipelines.training.gate import START
 from pipelines.training.student import StudentConfig
 
 if TYPE_CHECKING:
@@ -31,11 +33,11 @@ def step(recipe: Recipe) -> Step:
         texts = passages.shard(passages.shards[0], ["text"])["text"].to_pylist()
         return export_student(recipe.name, recipe.student, texts[:NUM_PARITY_TEXTS], context)
 
-    first = ("prefinetuning_mixture",) if recipe.prefinetuning else ()
+    more = {"prefinetuning_mixture": recipe.prefinetuning, "gate": recipe.gate}
     return Step(
         name="export",
         config={"recipe": recipe.name},
-        inputs=("training", "mixture", "fret", "passages", *first),
+        inputs=("training", "mixture", "fret", "passages", *(name for name in more if more[name])),
         work=export,
     )
 
@@ -45,22 +47,33 @@ def export_student(
 ) -> dict[str, Json]:
     """Writes the trained student as a sentence-transformers folder and proves its parity.
 
+    Where there is a gate, it is what the gate chose.
+
     Raises:
         TokayError: Somebody who runs the folder gets other vectors than the trained encoder's.
     """
     from actors.encoder import Encoder
     from actors.parity import DIFFICULT, ParityText, check_parity
 
-    training = context.input("training")
+    gate = context.inputs.get("gate")
+    chosen = gate or context.input("training")
     trust = student.trust_remote_code
-    encoder = Encoder.load(join(training.uri, TRAINED), device="cpu", trust_remote_code=trust)
-    sizes = training.manifest.config["loss"]["matryoshka_dimensions"]
-    fret = context.input("fret").manifest.metrics
-    sets: dict[str, int] = {}
-    for name in ("prefinetuning_mixture", "mixture"):
-        if name in context.inputs:
-            sets |= context.inputs[name].manifest.metrics["sets"]
-    card = _model_card(recipe_name, student.model, encoder, sizes, fret, sets)
+    encoder = Encoder.load(join(chosen.uri, TRAINED), device="cpu", trust_remote_code=trust)
+    decided = gate.manifest.metrics if gate else {}
+    seen: dict[str, Json] = {
+        name: context.input(name).manifest.metrics
+        for name in ("prefinetuning_mixture", "mixture")
+        if name in context.inputs
+    }
+    sizes = context.input("training").manifest.config["loss"]["matryoshka_dimensions"]
+    if decided.get("weight") == START:  # which has not seen the batches of the fine-tuning
+        del seen["mixture"]
+        sizes = []
+    sets = {name: rows for each in seen.values() for name, rows in each["sets"].items()}
+    fret = context.input("fret").manifest.metrics if "fret" in sets else None
+    card = _model_card(
+        recipe_name, student.model, encoder, sizes, sets, fret, decided.get("decision", "")
+    )
     texts = [*DIFFICULT, *(ParityText(kind="passage", text=text) for text in parity_texts)]
     with tempfile.TemporaryDirectory() as temporary:
         encoder.save(temporary, model_card=card)
@@ -83,8 +96,9 @@ def _model_card(
     base_model: str,
     encoder: Encoder,
     sizes: list[int],
-    fret: dict[str, Json],
     sets: dict[str, int],
+    fret: dict[str, Json] | None,
+    decision: str,
 ) -> str:
     smaller = sorted((size for size in sizes if size < encoder.dimensions), reverse=True)
     cut = ""
@@ -93,7 +107,15 @@ def _model_card(
 The first {" or ".join(map(str, smaller))} dimensions were trained to be used alone (Matryoshka):
 cut the vectors and normalise them again, or give `truncate_dim={smaller[0]}`.
 """
+    decided = f"{decision}\n\n" if decision else ""
     trained_on = ", ".join(f"{name} ({rows} examples)" for name, rows in sets.items())
+    about = f"Trained on: {trained_on}." if sets else "Not trained in this run."
+    if fret:
+        held_out = fret["dropped_by"].get(HELD_OUT, 0)
+        about += f""" FRet examples were written and labelled by a large language model
+(Gecko, arXiv 2403.20327): {fret["num_queries"] - held_out} queries, {fret["num_kept"]} kept.
+Queries that overlap with the run's {fret["num_evaluation_queries"]} evaluation queries were taken
+out; the highest word overlap left is {fret["highest_overlap_kept"]}."""
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
@@ -104,13 +126,10 @@ tags: [sentence-transformers, feature-extraction, tokay]
 
 # A text-embedding model distilled with Tokay
 
-Recipe `{recipe_name}`; {encoder.dimensions} dimensions, at most {encoder.max_tokens} tokens,
-{encoder.pooling} pooling, unit vectors. Started from `{base_model}`.
+{decided}Recipe `{recipe_name}`; {encoder.dimensions} dimensions, at most {encoder.max_tokens}
+tokens, {encoder.pooling} pooling, unit vectors. Started from `{base_model}`.
 {cut}
-Trained on: {trained_on}. FRet examples were written and labelled by a large language model
-(Gecko, arXiv 2403.20327): {fret["num_queries"]} queries, {fret["num_kept"]} kept. Queries that
-overlap with the run's {fret["num_evaluation_queries"]} evaluation queries were taken out; the
-highest word overlap left is {fret["highest_overlap_kept"]}.
+{about}
 
 ```python
 from sentence_transformers import SentenceTransformer
