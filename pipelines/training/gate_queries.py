@@ -71,7 +71,8 @@ class KnownItems:
     @property
     def num_texts(self) -> int:
         """Texts that a model has to encode."""
-        return 2 * len(self.queries) + len(self.pool)
+        num_cut = sum(each.kind != WRITTEN for each in self.queries)
+        return len(self.queries) + num_cut + len(self.pool)
 
 
 def read_known_items(
@@ -181,19 +182,24 @@ def known_item_ndcg(
 
     ask = encoder.templates.format_query
     queries = encode([ask(each.query, task=each.task) for each in items.queries])
-    own = passages([each.passage for each in items.queries])
     pool = passages(items.pool)
-    places: dict[str, list[int]] = defaultdict(list)
+    places: dict[str, int] = {}
+    of_document: dict[str, list[int]] = defaultdict(list)
     for place, passage in enumerate(items.pool):
-        places[passage.id].append(place)
-        places[f"title {document_name(passage.source)}"].append(place)
+        places[passage.id] = place
+        of_document[document_name(passage.source)].append(place)
+    own = np.zeros_like(queries)
+    cut = [row for row, each in enumerate(items.queries) if each.kind != WRITTEN]
+    own[cut] = passages([items.queries[row].passage for row in cut])
+    whole = [row for row, each in enumerate(items.queries) if each.kind == WRITTEN]
+    own[whole] = pool[[places[items.queries[row].passage.id] for row in whole]]
     scores = np.zeros(len(queries))
     for start in range(0, len(queries), _QUERIES_AT_ONCE):
         part = slice(start, start + _QUERIES_AT_ONCE)
         similarities = queries[part] @ pool.T
         for row, each in enumerate(items.queries[part]):
-            key = f"title {each.document}" if each.kind == "title" else each.passage.id
-            similarities[row, places[key]] = -np.inf
+            same = of_document[each.document] if each.kind == "title" else places[each.passage.id]
+            similarities[row, same] = -np.inf
         own_similarity = (queries[part] * own[part]).sum(axis=1, keepdims=True)
         ranks = 1 + (similarities >= own_similarity).sum(axis=1)
         scores[part] = np.where(ranks <= _CUT, 1 / np.log2(1 + ranks), 0)
