@@ -129,7 +129,7 @@ class WriteQueries(Stage):
 
         async def write(seeds: pa.Table) -> StageOutput:
             rows: list[dict[str, Any]] = []
-            prompts, texts, held_out = [], [], set()
+            prompts, texts = [], []
             for passage in seeds.to_pylist():
                 text = llm.truncate(passage["text"], config.max_passage_tokens)
                 for number in range(config.queries_per_seed):
@@ -137,9 +137,8 @@ class WriteQueries(Stage):
                     task = ask.task(id_)
                     prompts.append(ask.render(task, passage["title"], text))
                     texts.append(f"{passage['title']} {passage['text']}")
-                    rows.append({"id": id_, "seed_id": passage["id"], "task": task})
-                    if passage["held_out"]:
-                        held_out.add(id_)
+                    row = {"id": id_, "seed_id": passage["id"], "task": task}
+                    rows.append(row | {"dropped_by": HELD_OUT if passage["held_out"] else None})
             # A query's randomness is its own, so a killed run writes the same queries again.
             draws = [int(row["id"][:8], 16) ^ config.seed for row in rows]
             answers = await llm.generate(prompts, sampling=sampling, seeds=draws, chat=config.chat)
@@ -148,13 +147,12 @@ class WriteQueries(Stage):
                 reason = answer.error or reason or unfit(query, text)
                 if reason is None and code and is_other_language(query, code):
                     reason = "wrong language"
-                row |= {"task": task, "query": query, "dropped_by": reason}
+                row |= {"task": task, "query": query, "dropped_by": reason or row["dropped_by"]}
             unusable = [
-                (row["id"], row["dropped_by"], row["query"]) for row in rows if row["dropped_by"]
+                (row["id"], row["dropped_by"], row["query"])
+                for row in rows
+                if row["dropped_by"] not in (None, HELD_OUT)
             ]
-            for row in rows:  # an unusable one is of no use to the gate either
-                if row["id"] in held_out:
-                    row["dropped_by"] = row["dropped_by"] or HELD_OUT
             metrics = {
                 "num_unusable": len(unusable),
                 "num_held_out": sum(row["dropped_by"] == HELD_OUT for row in rows),

@@ -28,7 +28,8 @@ def model_titles(gate: dict[str, Json] | None) -> dict[str, str]:
     """Returns the models' titles; a gate says what the student after training is."""
     if gate is None or gate["weight"] == 1:
         return MODELS
-    return {**MODELS, "student_after": f"Exported: {gate['exported']}"}
+    what = "its start" if gate["weight"] == 0 else f"{gate['weight']:g} of it"
+    return {**MODELS, "student_after": f"Student after ({what})"}
 
 
 def collect_test_sets(run: RunFolder) -> dict[str, dict[str, Json]]:

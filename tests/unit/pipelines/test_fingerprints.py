@@ -62,6 +62,7 @@ def recipe(tmp_path: Path) -> Recipe:
             f"prefinetuning.mixture.labelled=[{labelled}]",
             f"training.validation={validation}",
             "training.lora={rank: 4}",
+            "gate={num_queries: 7}",
         ],
     )
 

@@ -11,7 +11,7 @@ import torch
 from actors.encoder import Encoder
 from cluster.artifacts import Artifact, Manifest
 from cluster.steps import StepContext
-from cluster.storage import open_storage
+from cluster.storage import open_storage, read_table
 from pipelines.evaluation.paired_test import Gain
 from pipelines.training.config import LoraConfig
 from pipelines.training.gate import (
@@ -177,9 +177,7 @@ def test_gate_writes_the_start_where_the_student_is_no_better(
         assert torch.equal(chosen.model.state_dict()[name], weights), name
     assert [row["weight"] for row in metrics["candidates"]] == [0.0, 0.5, 1.0]
     assert "p" not in metrics["candidates"][0]
-    from cluster.parquet import parquet_table
-
-    table = parquet_table((tmp_path / "gate/shards/00000.parquet").read_bytes())
+    table = read_table(open_storage(tmp_path / "gate"), "shards/00000.parquet")
     assert table.num_rows == 100
     assert table["ndcg_at_10"][0].as_py() == pytest.approx([0.5, 0.5, 0.4])
 
