@@ -159,6 +159,14 @@ class Recipe(Config):
                 " what chooses a model cannot measure it too: put another set first, or leave"
                 " gate.test_set out"
             )
+        for key, stage in self.stages.items():
+            watched = stage.training.validation
+            if watched and watched.patience and watched.test_set == name:
+                raise ValueError(
+                    f"gate.test_set: {name!r} chooses the best weights in"
+                    f" {key}training.validation already, and would find them better than they are:"
+                    " name another set in one of the two places"
+                )
         return self
 
     @field_validator("evaluation")

@@ -33,7 +33,6 @@ from pipelines.fingerprints import fingerprinted
 from pipelines.records import GATE
 from pipelines.training import training
 from pipelines.training.gate_queries import known_item_ndcg, read_known_items
-from pipelines.training.interpolation import interpolate
 
 if TYPE_CHECKING:
     from actors.encoder import Encoder
@@ -211,8 +210,11 @@ def run_gate(
     Raises:
         UserError: A model does not load.
     """
+    import torch
+
     from actors.encoder import Encoder
     from actors.vectors import BrokenVectors
+    from pipelines.training.interpolation import interpolate
 
     start, trained = (
         Encoder.load(
@@ -252,6 +254,7 @@ def run_gate(
             except BrokenVectors as error:
                 scores[weight] = np.zeros(len(judge.rows))
                 notes.append(f"{name_weight(weight)} counts as finding nothing: {error}")
+    torch.cuda.empty_cache()  # this process lives on
     decision = decide(scores, [row["group"] for row in judge.rows], config.significance)
     with tempfile.TemporaryDirectory() as temporary:
         write(decision.weight, temporary)

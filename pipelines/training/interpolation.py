@@ -31,7 +31,9 @@ def interpolate(
         if before.shape != after.shape:
             raise ValueError(f"tensor {name!r} is {[*before.shape]} and {[*after.shape]}")
         if before.is_floating_point():
-            mixed[name] = torch.lerp(before.float(), after.float(), weight)
+            # At the ends nothing is mixed in: a training that diverged left no numbers.
+            ends = {0.0: before.float(), 1.0: after.float()}
+            mixed[name] = ends[weight] if weight in ends else torch.lerp(*ends.values(), weight)
         elif torch.equal(before, after):
             mixed[name] = before
         else:

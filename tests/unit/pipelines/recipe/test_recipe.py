@@ -297,5 +297,8 @@ def test_headline_of_the_evaluation_cannot_be_what_chooses_the_model() -> None:
     assert recipe.gate is not None and recipe.gate.hold_out is None
     with pytest.raises(UserError, match=r"'first' is the first set .* put another set first, or"):
         load_recipe("laptop", [sets, "gate.test_set=first"])
+    watched = "training.validation={test_set: other, patience: 3}"
+    with pytest.raises(UserError, match=r"'other' chooses the best weights in training.validation"):
+        load_recipe("laptop", [sets, "gate.test_set=other", watched])
     held_out = load_recipe("laptop", ["gate={num_queries: 7, num_seeds: 3}"]).gate
     assert held_out is not None and held_out.hold_out == HoldOut(num_queries=7, num_seeds=3)

@@ -202,3 +202,30 @@ def test_gate_writes_the_student_that_is_better(
     assert metrics["exported"] == "the trained student"
     for name, weights in models[1].model.state_dict().items():
         assert torch.equal(chosen.model.state_dict()[name], weights), name
+
+
+def test_student_that_diverged_leaves_the_start(
+    models: tuple[Encoder, Encoder], context: MakeContext, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        next(models[1].model.parameters()).fill_(torch.nan)
+    start, trained = (
+        saved(each, tmp_path / name)
+        for each, name in zip(models, ("student", "training"), strict=True)
+    )
+
+    def score(encoder: Encoder, progress: Callable[[int], None]) -> np.ndarray:
+        encoder.encode(["a text"])
+        return START
+
+    rows = [{"kind": "k", "query": f"q{name}", "group": name} for name in ALONE]
+    metrics = run_gate(
+        GateConfig(interpolations=()),
+        Judge(name="queries", rows=rows, num_texts=1, score=score),
+        StudentConfig(model="base", max_tokens=32),
+        {"student": "encoder", "training": "encoder"},
+        context(tmp_path / "gate", student=start, training=trained),
+    )
+    assert metrics["weight"] == 0.0
+    assert metrics["notes"][0].startswith("the trained student counts as finding nothing")
+    Encoder.load(str(tmp_path / "gate/encoder"), device="cpu").encode(["a text"])

@@ -19,6 +19,12 @@ def test_both_ends_are_the_models_themselves_bit_by_bit(weight: float, expected:
     assert torch.equal(interpolate(*ends, weight)["weight"], ends[expected]["weight"])
 
 
+def test_start_stays_whole_beside_a_student_that_diverged() -> None:
+    diverged = START | {"weight": torch.tensor([torch.nan, torch.inf])}
+    assert interpolate(START, diverged, 0.0)["weight"].tolist() == [1.0, 2.0]
+    assert interpolate(diverged, TRAINED, 1.0)["weight"].tolist() == [3.0, -2.0]
+
+
 def test_half_precision_is_averaged_in_float32() -> None:
     one = {"weight": torch.tensor([1.0]).bfloat16()}
     other = {"weight": torch.tensor([1.0078125]).bfloat16()}  # the next one
