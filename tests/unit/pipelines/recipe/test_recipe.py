@@ -112,7 +112,7 @@ def test_base_that_leads_back_to_the_recipe_is_a_mistake(tmp_path: Path) -> None
             "training.validation.test_set: 'scifact' is no retrieval set of the recipe's",
         ),
         ("gate.test_set=scifact", "gate.test_set: 'scifact' is no retrieval set of the recipe's"),
-        ("gate.interpolations=[0.5, 1]", "gate.interpolations: (0.5, 1.0) given; give different"),
+        ("gate.interpolations=[0.5, 1]", "gate.interpolations: [0.5, 1] given; give different"),
         ("corpus.min_words=100", "min_words: 100 given, and max_words is 160: accepted is at most"),
         ("corpus.path=2024", "corpus.path: 2024 given; put it in quotes"),
         ("training=", "training: None given"),
