@@ -33,7 +33,9 @@ def interpolate(
         if before.is_floating_point():
             # At the ends nothing is mixed in: a training that diverged left no numbers.
             ends = {0.0: before.float(), 1.0: after.float()}
-            mixed[name] = ends[weight] if weight in ends else torch.lerp(*ends.values(), weight)
+            mixed[name] = (
+                ends[weight] if weight in ends else torch.lerp(ends[0.0], ends[1.0], weight)
+            )
         elif torch.equal(before, after):
             mixed[name] = before
         else:
