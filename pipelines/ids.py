@@ -11,6 +11,15 @@ def passage_id(title: str, text: str) -> str:
     return blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
+def document_name(source: str) -> str:
+    """Returns the name of the document that a passage is a part of, from the passage's source.
+
+    >>> document_name("notes/C#.md#2")
+    'notes/C#.md'
+    """
+    return source.rpartition("#")[0]
+
+
 def query_id(seed_id: str, number: int = 0) -> str:
     """Returns 16 hex digits that name a seed passage's query of that number."""
     name = f"query of {seed_id}" + (f", {number}" if number else "")

@@ -11,6 +11,10 @@ PASSAGE = pa.schema(
     ]
 )
 
+# The passages that queries are written for; from the documents of those that are held out comes no
+# training query, so that the step `gate` can judge the student by theirs.
+SEED = PASSAGE.append(pa.field("held_out", pa.bool_()))
+
 QUERY = pa.schema(
     [
         ("id", pa.string()),  # hash of the seed passage's id and the sample's number
@@ -81,6 +85,17 @@ TEXT = pa.schema(
         ("text", pa.string()),
         ("tokens", pa.list_(pa.int32())),
         ("embedding", pa.list_(pa.float32())),
+    ]
+)
+
+# The queries that decided what is exported.
+GATE = pa.schema(
+    [
+        ("kind", pa.string()),  # who wrote it, or what it was of its passage
+        ("query", pa.string()),
+        ("group", pa.string()),  # its document; in a test set, the query's own id
+        ("passage_id", pa.string()),  # that it has to find; null in a test set
+        ("ndcg_at_10", pa.list_(pa.float32())),  # of each candidate, the start first
     ]
 )
 

@@ -14,6 +14,7 @@ from cluster.artifacts import Json
 from cluster.config import Config
 from cluster.stages import Limit, Stage, StageFunction, StageOutput, run_stage
 from cluster.steps import Step, StepContext
+from pipelines.corpus.held_out import HELD_OUT
 from pipelines.fingerprints import NotFingerprinted, fingerprinted
 from pipelines.fret.languages import is_other_language, language_code
 from pipelines.fret.prompts import (
@@ -25,7 +26,7 @@ from pipelines.fret.prompts import (
     unfit,
 )
 from pipelines.ids import query_id
-from pipelines.records import PASSAGE, QUERY
+from pipelines.records import QUERY, SEED
 
 if TYPE_CHECKING:
     from pipelines.recipe.recipe import Recipe
@@ -106,7 +107,7 @@ class WriteQueries(Stage):
     prompts: QueryPrompts
     llm: LlmConfig
     engine: EngineConfig
-    columns: tuple[str, ...] = tuple(PASSAGE.names)
+    columns: tuple[str, ...] = tuple(SEED.names)
 
     @property
     def rows_per_row(self) -> int:
@@ -136,7 +137,8 @@ class WriteQueries(Stage):
                     task = ask.task(id_)
                     prompts.append(ask.render(task, passage["title"], text))
                     texts.append(f"{passage['title']} {passage['text']}")
-                    rows.append({"id": id_, "seed_id": passage["id"], "task": task})
+                    row = {"id": id_, "seed_id": passage["id"], "task": task}
+                    rows.append(row | {"dropped_by": HELD_OUT if passage["held_out"] else None})
             # A query's randomness is its own, so a killed run writes the same queries again.
             draws = [int(row["id"][:8], 16) ^ config.seed for row in rows]
             answers = await llm.generate(prompts, sampling=sampling, seeds=draws, chat=config.chat)
@@ -145,12 +147,15 @@ class WriteQueries(Stage):
                 reason = answer.error or reason or unfit(query, text)
                 if reason is None and code and is_other_language(query, code):
                     reason = "wrong language"
-                row |= {"task": task, "query": query, "dropped_by": reason}
+                row |= {"task": task, "query": query, "dropped_by": reason or row["dropped_by"]}
             unusable = [
-                (row["id"], row["dropped_by"], row["query"]) for row in rows if row["dropped_by"]
+                (row["id"], row["dropped_by"], row["query"])
+                for row in rows
+                if row["dropped_by"] not in (None, HELD_OUT)
             ]
             metrics = {
                 "num_unusable": len(unusable),
+                "num_held_out": sum(row["dropped_by"] == HELD_OUT for row in rows),
                 "num_prompt_tokens": sum(answer.num_prompt_tokens for answer in answers),
                 "num_cached_tokens": sum(answer.num_cached_tokens for answer in answers),
                 "num_written_tokens": sum(answer.num_tokens for answer in answers),

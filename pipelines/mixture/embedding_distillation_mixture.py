@@ -20,6 +20,7 @@ from cluster.errors import UserError
 from cluster.stages import StageResources, run_stage
 from cluster.steps import Step, StepContext
 from cluster.storage import join, open_storage, read_table, write_table
+from pipelines.corpus.held_out import HELD_OUT
 from pipelines.datasets.decontamination import Decontamination
 from pipelines.encoders import EncoderConfig, load_encoder, saved_encoder
 from pipelines.fingerprints import fingerprinted
@@ -158,7 +159,7 @@ class EmbedQueries(EmbedTexts):
     """Queries in, queries with the teacher's vectors out."""
 
     teacher: Teacher
-    columns: tuple[str, ...] = ("task", "query")
+    columns: tuple[str, ...] = ("task", "query", "dropped_by")
 
     def texts(self, encoder: Encoder, rows: pa.Table) -> list[str]:
         """Returns the queries in the teacher's template."""
@@ -235,16 +236,17 @@ def read_queries(
 ) -> tuple[Texts, dict[str, Json]]:
     """Returns the different queries with the teacher's vectors, and counts what is left out.
 
-    Left out are those with nothing in them, and those that repeat a query the run is judged by.
+    Left out are those with nothing in them, those that are held out for the gate, and those that
+    repeat a query the run is judged by.
     """
     stage = EmbedQueries(encoder=teacher.encoder, resources=teacher.resources, teacher=teacher)
     texts: dict[str, None] = {}
     vectors, repeated = [np.empty((0, teacher.dimensions), np.float32)], 0
     for table in _embedded(stage, context.input("queries"), "queries", context):
         formatted = _format_queries(encoder, table)
-        queries, kept = table["query"].to_pylist(), []
+        queries, reasons, kept = table["query"].to_pylist(), table["dropped_by"].to_pylist(), []
         for row, (query, text) in enumerate(zip(queries, formatted, strict=True)):
-            if not query or text in texts:
+            if not query or text in texts or reasons[row] == HELD_OUT:
                 continue
             if decontamination.repeated(query):
                 repeated += 1

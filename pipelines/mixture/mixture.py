@@ -20,6 +20,7 @@ from cluster.artifacts import Artifact, Json, shard_path, write_rejects
 from cluster.errors import Reject, TooManyRejects, UserError
 from cluster.steps import Step, StepContext
 from cluster.storage import write_table
+from pipelines.corpus.held_out import TrainingPassages, held_out_documents
 from pipelines.datasets.decontamination import Decontamination
 from pipelines.datasets.labelled_examples import MAX_LISTED, Example, Reading, Target, read_examples
 from pipelines.datasets.labelled_rows import version
@@ -66,6 +67,8 @@ def mixture_step(
         inputs.append("fret")
     if any(labelled.path == RUN_PASSAGES for labelled in config.labelled):
         inputs.append("passages")
+        if recipe.gate and recipe.gate.hold_out:
+            inputs.append("seeds")
 
     def mix(context: StepContext) -> dict[str, Json]:
         student = saved_encoder(context.input("student"), recipe.student)
@@ -192,8 +195,12 @@ class _Reader:
         """Reads one set; raises TooManyRejects."""
         self.context.progress.update(0, None, f"reading {labelled.name}")
         reading = Reading(decontamination=self.decontamination)
+        passages, seeds = (self.context.inputs.get(name) for name in ("passages", "seeds"))
+        if passages and seeds:
+            held_out = held_out_documents(seeds)
+            passages = TrainingPassages(passages.storage, passages.manifest, held_out)
         texts = self.formatter.texts(
-            read_examples(labelled, reading, self.context.inputs.get("passages")),
+            read_examples(labelled, reading, passages),
             dataset=labelled.name,
             symmetric=labelled.is_symmetric,
         )

@@ -12,6 +12,7 @@ from pipelines.recipe.recipe import Recipe
 from pipelines.training import (
     embedding_distillation,
     export,
+    gate,
     prefinetuning,
     student,
     training,
@@ -23,7 +24,8 @@ TITLES = {
     for step in (
         *(passages, seeds, queries, embeddings, candidates, pairs, scores, fret, student),
         *(embedding_distillation_mixture, embedding_distillation),
-        *(prefinetuning_mixture, prefinetuning, mixture, training, export, index, evaluation),
+        *(prefinetuning_mixture, prefinetuning, mixture, training),
+        *(gate, export, index, evaluation),
     )
 }
 
@@ -52,6 +54,8 @@ def build_run(recipe: Recipe, uri: str) -> Run:
     if recipe.prefinetuning:
         steps += [prefinetuning_mixture.step(recipe, decontamination), prefinetuning.step(recipe)]
     steps += [mixture.step(recipe, decontamination), training.step(recipe)]
+    if recipe.gate:
+        steps.append(gate.step(recipe))
     steps += [export.step(recipe), index.step(recipe)]
     if recipe.evaluation:
         steps.append(evaluation.step(recipe))

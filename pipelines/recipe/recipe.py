@@ -24,6 +24,7 @@ from pipelines.recipe.sizes import ModelSize
 from pipelines.recipe.variables import OWN
 from pipelines.training.config import TrainingConfig
 from pipelines.training.embedding_distillation import TEACHER, EmbeddingDistillation
+from pipelines.training.gate import GateConfig
 from pipelines.training.prefinetuning import Prefinetuning
 from pipelines.training.student import StudentConfig
 
@@ -96,6 +97,11 @@ class Recipe(Config):
         default=None, description="a stage before the fine-tuning, which then starts from it"
     )
     training: TrainingConfig = TrainingConfig()
+    gate: GateConfig | None = Field(
+        default=None,
+        description="export the trained student only if held-out queries show it to be better than"
+        " its start; null: export it in any case",
+    )
     evaluation: tuple[TestSet, ...] = Field(
         default=(), description="the first is the headline; names must differ"
     )
@@ -170,10 +176,39 @@ class Recipe(Config):
                 " but lists to learn from: set fret.negative to all"
             )
         for key, stage in self.stages.items():
+            if isinstance(stage, EmbeddingDistillation):
+                continue
             if stage.mixture.labelled and not stage.training.loss.contrastive_weight:
                 raise ValueError(
                     f"{key}training.loss.contrastive_weight: 0 given, and the sets of"
                     f" {key}mixture.labelled have no teacher scores to learn from: set it above 0"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _gate_is_not_the_headline(self) -> "Recipe":
+        name = self.gate.test_set if self.gate else None
+        if name is None:
+            return self
+        retrieval = [each.name for each in self.evaluation if each.kind == "retrieval"]
+        if name not in retrieval:
+            raise ValueError(
+                f"gate.test_set: {name!r} is no retrieval set of the recipe's evaluation; accepted"
+                f" are {', '.join(retrieval) or 'none'}"
+            )
+        if name == self.evaluation[0].name:
+            raise ValueError(
+                f"gate.test_set: {name!r} is the first set of the evaluation, its headline, and"
+                " what chooses a model cannot measure it too: put another set first, or leave"
+                " gate.test_set out"
+            )
+        for key, stage in self.stages.items():
+            watched = stage.training.validation
+            if watched and watched.patience and watched.test_set == name:
+                raise ValueError(
+                    f"gate.test_set: {name!r} chooses the best weights in"
+                    f" {key}training.validation already, and would find them better than they are:"
+                    " name another set in one of the two places"
                 )
         return self
 

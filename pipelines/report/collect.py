@@ -5,6 +5,7 @@ from collections import Counter
 import pyarrow.compute as pc
 
 from cluster.artifacts import Artifact, Json
+from pipelines.corpus.held_out import HELD_OUT
 from pipelines.datasets.decontamination import REASONS
 from pipelines.report.costs import collect_costs
 from pipelines.report.examples import are_lists, choose_examples
@@ -30,6 +31,7 @@ def collect(run: RunFolder) -> dict[str, Json]:
         "recipe": run.name,
         "run": run.storage.uri,
         **{key: first.get(key) for key in (*MODELS, "difference")},
+        "gate": run.metrics("gate") or None,
         "test_sets": test_sets,
         "scores": collect_scores(run),
         "funnel": collect_funnel(run),
@@ -64,7 +66,10 @@ def collect_funnel(run: RunFolder) -> list[dict[str, Json]]:
     ]
     if "queries" in run.artifacts:
         unusable = run.metrics("queries").get("num_unusable", 0)
-        rows.append(("queries written", run.artifacts["queries"].num_rows - unusable))
+        written = run.artifacts["queries"].num_rows - unusable
+        rows.append(("queries written", written))
+        if held_out := run.metrics("queries").get("num_held_out", 0):
+            rows.append((f"not {HELD_OUT}", written - held_out))
     rows.append(("queries scored", fret.get("num_scored")))
     if fret:
         left = fret["num_scored"]

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 import numpy as np
 
 from cluster.artifacts import Artifact, Json
+from pipelines.corpus.held_out import HELD_OUT
 from pipelines.fret.fusion import ranks
 from pipelines.words import compared_words
 
@@ -39,6 +40,8 @@ def collect_labels(fret: Artifact | None) -> dict[str, Json] | None:
     repeats = 0
     for table in fret.tables(_COLUMNS) if fret else []:
         for row in table.to_pylist():
+            if row["dropped_by"] == HELD_OUT:  # it was never meant to be labelled
+                continue
             counts = tasks[row["task"]]
             counts["num_queries"] += 1
             if row["query_likelihoods"]:

@@ -6,7 +6,7 @@ from typing import Any
 from cluster.artifacts import Json
 from pipelines.recipe.graph import TITLES
 from pipelines.report import figures
-from pipelines.report.test_sets import MODELS
+from pipelines.report.test_sets import model_titles
 from pipelines.report.training import STAGES
 
 TEMPLATE = "report.html"
@@ -37,7 +37,7 @@ def render_page(document: dict[str, Json], recipe_text: str) -> str:
         document=document,
         figures=_figures(document),
         recipe_text=recipe_text,
-        models=MODELS,
+        models=model_titles(document["gate"]),
         stages={
             "embedding_distillation": "Embedding distillation",
             "prefinetuning": "Pre-finetuning",
@@ -91,7 +91,8 @@ def _figures(document: dict[str, Json]) -> dict[str, Any]:
         ]
         drawn["steps"] = figures.bars("steps", "Time of each step", times)
     for number, test_set in enumerate(document["test_sets"].values()):
-        of_models = [(title, test_set[key]) for key, title in MODELS.items() if key in test_set]
+        titles = model_titles(document["gate"])
+        of_models = [(title, test_set[key]) for key, title in titles.items() if key in test_set]
         scores = [
             (title, row["ndcg_at_10"], *row["ndcg_at_10_interval"]) for title, row in of_models
         ]

@@ -51,6 +51,8 @@ class RunFolder:
         for stage in OPTIONAL_STAGES:
             if not self.recipe.get(stage):
                 optional |= {f"{stage}_mixture", stage}
+        if not self.recipe.get("gate"):
+            optional.add("gate")
         return [name for name in TITLES if name in self.artifacts or name not in optional]
 
     @property

@@ -8,18 +8,22 @@ from rich.text import Text
 
 from cluster.artifacts import Json
 from cluster.errors import excerpt
-from pipelines.report.test_sets import MODELS
+from pipelines.report.test_sets import model_titles
 
 RESULT_CHARACTERS = 160
 
 
 def print_evaluation(document: dict[str, Json], console: Console) -> None:
     """Prints each test set's table and chosen queries; laid out for 80 to 120 columns."""
+    titles = model_titles(document["gate"])
+    if document["gate"]:
+        console.print()
+        _print_gate(document["gate"], console)
     if not document["test_sets"] and not document["scores"]:
         console.print("The run has no evaluation.", style="dim")
     if document["scores"]:
         console.print()
-        console.print(_all_scores(document["scores"]))
+        console.print(_all_scores(document["scores"], titles))
     for name, test_set in document["test_sets"].items():
         console.print()
         console.print(
@@ -28,7 +32,7 @@ def print_evaluation(document: dict[str, Json], console: Console) -> None:
                 f"  {test_set['num_queries']:,} queries over {test_set['num_passages']:,} passages",
             )
         )
-        console.print(_scores(test_set))
+        console.print(_scores(test_set, titles))
         _print_difference(test_set, console)
         console.print(
             Text("\nqueries: nDCG@10 before → after, first results, ✓ is an answer", "dim")
@@ -38,12 +42,19 @@ def print_evaluation(document: dict[str, Json], console: Console) -> None:
             console.print()
 
 
-def _scores(test_set: dict[str, Any]) -> Table:
+def _print_gate(gate: dict[str, Any], console: Console) -> None:
+    colour = "yellow" if gate["weight"] == 0 else "green"
+    console.print(Text(gate["decision"], f"bold {colour}"))
+    for note in gate["notes"]:
+        console.print(Text(note, "dim"))
+
+
+def _scores(test_set: dict[str, Any], titles: dict[str, str]) -> Table:
     table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("")
     for heading in ("nDCG@10 [95 %]", "recall@10 [95 %]", "texts/s", "parameters"):
         table.add_column(Text(heading), justify="right")
-    for model, title in MODELS.items():
+    for model, title in titles.items():
         if model not in test_set:
             continue
         row = test_set[model]
@@ -58,13 +69,13 @@ def _scores(test_set: dict[str, Any]) -> Table:
     return table
 
 
-def _all_scores(scores: dict[str, Any]) -> Table:
+def _all_scores(scores: dict[str, Any], titles: dict[str, str]) -> Table:
     table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("test set", "type", "dim"):
         table.add_column(heading)
     models = scores["models"]
     for model in models:
-        table.add_column(MODELS[model].removeprefix("Student "), justify="right")
+        table.add_column(titles[model].removeprefix("Student "), justify="right")
     for row in scores["rows"]:
         figures = [_figure(row[model]["score"]) if model in row else "" for model in models]
         name = Text(row["dataset"])

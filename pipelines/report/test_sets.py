@@ -25,6 +25,14 @@ NUM_RESULTS = 3
 SAME = 1e-9
 
 
+def model_titles(gate: dict[str, Json] | None) -> dict[str, str]:
+    """Returns the models' titles; a gate says what the student after training is."""
+    if gate is None or gate["weight"] == 1:
+        return MODELS
+    what = "its start" if gate["weight"] == 0 else f"{gate['weight']:g} of it"
+    return {**MODELS, "student_after": f"Student after ({what})"}
+
+
 def collect_test_sets(run: RunFolder) -> dict[str, dict[str, Json]]:
     """Returns scores, differences and chosen queries of each test set, in the recipe's order.
 

@@ -138,6 +138,8 @@ def _summary(artifact: Artifact) -> str:
         parts.append(_counted(artifact.num_duplicates, "duplicate"))
     if metrics.get("final_loss") is not None:
         parts.append(f"loss {metrics['final_loss']:.3f}")
+    if "exported" in metrics:
+        parts.append(f"exports {metrics['exported']}")
     if "parity_cosine" in metrics:
         parts.append(f"parity {metrics['parity_cosine']:.5f}")
     return ", ".join(parts)

@@ -167,6 +167,7 @@ def _states(
         unknown["states of the steps are"] = " ".join(str(error).split())
         without = tuple(stage for stage in OPTIONAL_STAGES if getattr(recipe, stage) is None)
         names = [name for name in TITLES if not name.startswith(without)]
+        names = [name for name in names if recipe.gate or name != "gate"]
         return {name: "unknown" for name in names if recipe.evaluation or name != "evaluation"}, {}
     done = {name: artifact for name, artifact in artifacts.items() if artifact is not None}
     return states, {name: done[name] for name in done if states[name] == "done"}
@@ -210,9 +211,14 @@ def _llm_tokens(recipe: Recipe, done: dict[str, Artifact]) -> dict[str, dict[str
     ask = query_prompts(recipe.queries, prompts)
     judge = PairPrompts(prompts=prompts, relevance=recipe.scores.relevance)
     tokens = _Tokens(recipe)
-    num_queries = (done["seeds"].num_rows if "seeds" in done else recipe.seeds.num_seeds) * (
-        recipe.queries.queries_per_seed
-    )
+    hold_out = recipe.gate.hold_out if recipe.gate else None
+    num_held_out = hold_out.num_seeds if hold_out else 0
+    num_seeds = recipe.seeds.num_seeds
+    if "seeds" in done:
+        counts = done["seeds"].manifest.metrics
+        num_seeds, num_held_out = counts["num_seeds"], counts.get("num_held_out_seeds", 0)
+    num_queries = num_seeds * recipe.queries.queries_per_seed
+    num_written = num_queries + num_held_out * recipe.queries.queries_per_seed
     written = recipe.estimate.query_tokens
     reads, shared = [], {}
     for passage in sample:
@@ -234,8 +240,8 @@ def _llm_tokens(recipe: Recipe, done: dict[str, Artifact]) -> dict[str, dict[str
     num_pairs, num_passages = _num_pairs(recipe, done, num_queries, len(passages))
     return {
         "queries": {
-            "prefill": round(num_queries * fmean(reads) + num_actors * sum(shared.values())),
-            "decode": round(num_queries * written),
+            "prefill": round(num_written * fmean(reads) + num_actors * sum(shared.values())),
+            "decode": round(num_written * written),
         },
         "scores": {
             "prefill": round(

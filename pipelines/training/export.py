@@ -7,11 +7,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.artifacts import Json, Manifest
+from cluster.artifacts import Artifact, Json
 from cluster.errors import TokayError
 from cluster.steps import Step, StepContext
 from cluster.storage import join
+from pipelines.corpus.held_out import HELD_OUT
 from pipelines.encoders import MODEL, TRAINED, upload_folder
+from pipelines.training.gate import START
 from pipelines.training.student import StudentConfig
 
 if TYPE_CHECKING:
@@ -31,12 +33,15 @@ def step(recipe: Recipe) -> Step:
         texts = passages.shard(passages.shards[0], ["text"])["text"].to_pylist()
         return export_student(recipe.name, recipe.student, texts[:NUM_PARITY_TEXTS], context)
 
-    between = ("embedding_distillation", "prefinetuning")
-    first = tuple(f"{stage}_mixture" for stage in between if getattr(recipe, stage))
+    more = {
+        "embedding_distillation_mixture": recipe.embedding_distillation,
+        "prefinetuning_mixture": recipe.prefinetuning,
+        "gate": recipe.gate,
+    }
     return Step(
         name="export",
         config={"recipe": recipe.name},
-        inputs=("training", "mixture", "fret", "passages", *first),
+        inputs=("training", "mixture", "fret", "passages", *(name for name in more if more[name])),
         work=export,
     )
 
@@ -46,24 +51,35 @@ def export_student(
 ) -> dict[str, Json]:
     """Writes the trained student as a sentence-transformers folder and proves its parity.
 
+    Where there is a gate, it is what the gate chose.
+
     Raises:
         TokayError: Somebody who runs the folder gets other vectors than the trained encoder's.
     """
     from actors.encoder import Encoder
     from actors.parity import DIFFICULT, ParityText, check_parity
 
-    training = context.input("training")
+    gate = context.inputs.get("gate")
+    chosen = gate or context.input("training")
     trust = student.trust_remote_code
-    encoder = Encoder.load(join(training.uri, TRAINED), device="cpu", trust_remote_code=trust)
-    sizes = training.manifest.config["loss"]["matryoshka_dimensions"]
-    fret = context.input("fret").manifest.metrics
-    sets: dict[str, int] = {}
-    for name in ("prefinetuning_mixture", "mixture"):
-        if name in context.inputs:
-            sets |= context.inputs[name].manifest.metrics["sets"]
+    encoder = Encoder.load(join(chosen.uri, TRAINED), device="cpu", trust_remote_code=trust)
+    decided = gate.manifest.metrics if gate else {}
+    seen: dict[str, Json] = {
+        name: context.input(name).manifest.metrics
+        for name in ("prefinetuning_mixture", "mixture")
+        if name in context.inputs
+    }
+    sizes = context.input("training").manifest.config["loss"]["matryoshka_dimensions"]
+    if decided.get("weight") == START:  # which has not seen the batches of the fine-tuning
+        del seen["mixture"]
+        sizes = []
+    sets = {name: rows for each in seen.values() for name, rows in each["sets"].items()}
     taught = context.inputs.get("embedding_distillation_mixture")
+    about = "".join(
+        (_taught_by(taught) if taught else "", _trained_on(sets, context.input("fret")))
+    )
     card = _model_card(
-        recipe_name, student.model, encoder, sizes, fret, sets, taught.manifest if taught else None
+        recipe_name, student.model, encoder, sizes, list(sets), about, decided.get("decision", "")
     )
     texts = [*DIFFICULT, *(ParityText(kind="passage", text=text) for text in parity_texts)]
     with tempfile.TemporaryDirectory() as temporary:
@@ -82,14 +98,38 @@ def export_student(
     return {"parity_cosine": round(worst.cosine, 6), "dimensions": encoder.dimensions}
 
 
+def _taught_by(mixture: Artifact) -> str:
+    """Says whose vectors the student learned first."""
+    texts = " and ".join(
+        f"{rows} {name}" for name, rows in mixture.manifest.metrics["sets"].items()
+    )
+    teacher = mixture.manifest.config["teacher"]["model"]
+    return f"First it learned the vectors that `{teacher}` gives to {texts}, without labels.\n"
+
+
+def _trained_on(sets: dict[str, int], fret: Artifact) -> str:
+    """Says which sets the student was trained on, and what became of the LLM's queries."""
+    if not sets:
+        return "Not fine-tuned in this run."
+    listed = ", ".join(f"{name} ({rows} examples)" for name, rows in sets.items())
+    if "fret" not in sets:
+        return f"Trained on: {listed}."
+    counts = fret.manifest.metrics
+    num_queries = counts["num_queries"] - counts["dropped_by"].get(HELD_OUT, 0)
+    return f"""Trained on: {listed}. FRet examples were written and labelled by a large
+language model (Gecko, arXiv 2403.20327): {num_queries} queries, {counts["num_kept"]} kept.
+Queries that overlap with the run's {counts["num_evaluation_queries"]} evaluation queries were
+taken out; the highest word overlap left is {counts["highest_overlap_kept"]}."""
+
+
 def _model_card(
     recipe_name: str,
     base_model: str,
     encoder: Encoder,
     sizes: list[int],
-    fret: dict[str, Json],
-    sets: dict[str, int],
-    taught: Manifest | None,
+    sets: list[str],
+    about: str,
+    decision: str,
 ) -> str:
     smaller = sorted((size for size in sizes if size < encoder.dimensions), reverse=True)
     cut = ""
@@ -98,31 +138,21 @@ def _model_card(
 The first {" or ".join(map(str, smaller))} dimensions were trained to be used alone (Matryoshka):
 cut the vectors and normalise them again, or give `truncate_dim={smaller[0]}`.
 """
-    vectors = ""
-    if taught:
-        texts = " and ".join(f"{rows} {name}" for name, rows in taught.metrics["sets"].items())
-        teacher = taught.config["teacher"]["model"]
-        vectors = (
-            f"First it learned the vectors that `{teacher}` gives to {texts}, without labels.\n"
-        )
-    trained_on = ", ".join(f"{name} ({rows} examples)" for name, rows in sets.items())
+    decided = f"{decision}\n\n" if decision else ""
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
 base_model: {json.dumps(base_model)}
-datasets: {json.dumps(list(sets))}
+datasets: {json.dumps(sets)}
 tags: [sentence-transformers, feature-extraction, tokay]
 ---
 
 # A text-embedding model distilled with Tokay
 
-Recipe `{recipe_name}`; {encoder.dimensions} dimensions, at most {encoder.max_tokens} tokens,
-{encoder.pooling} pooling, unit vectors. Started from `{base_model}`.
+{decided}Recipe `{recipe_name}`; {encoder.dimensions} dimensions, at most {encoder.max_tokens}
+tokens, {encoder.pooling} pooling, unit vectors. Started from `{base_model}`.
 {cut}
-{vectors}Trained on: {trained_on}. FRet examples were written and labelled by a large language model
-(Gecko, arXiv 2403.20327): {fret["num_queries"]} queries, {fret["num_kept"]} kept. Queries that
-overlap with the run's {fret["num_evaluation_queries"]} evaluation queries were taken out; the
-highest word overlap left is {fret["highest_overlap_kept"]}.
+{about}
 
 ```python
 from sentence_transformers import SentenceTransformer

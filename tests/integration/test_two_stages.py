@@ -15,7 +15,7 @@ from pipelines.recipe.read import load_recipe
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]
 
 TRAINING_SIDE = ("passages", "student", "prefinetuning_mixture", "prefinetuning")
-TRAINING_SIDE += ("mixture", "training")
+TRAINING_SIDE += ("mixture", "training", "gate")
 
 
 class Listener:
@@ -29,7 +29,19 @@ class Listener:
     def update(self, done: float, total: float | None = None, note: str = "") -> None: ...
 
 
-def test_fine_tuning_starts_where_pre_finetuning_ended(tmp_path: Path) -> None:
+def write_test_set(folder: Path, words: list[str]) -> None:
+    """Writes a BEIR folder, with queries that no training text repeats."""
+    (folder / "qrels").mkdir(parents=True)
+    for name, text in (("corpus", "{} lies in the ground"), ("queries", "tell me more of {}")):
+        rows = [{"_id": word, "text": text.format(word)} for word in words]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    qrels = "\n".join(f"{word}\t{word}\t1" for word in words)
+    (folder / "qrels/test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{qrels}\n")
+
+
+def test_fine_tuning_starts_where_pre_finetuning_ended_and_a_tie_exports_that(
+    tmp_path: Path,
+) -> None:
     words = ["amber", "basalt", "copper", "diamond", "emerald", "flint", "granite", "hematite"]
     words += ["indium", "jasper"]
     documents = [
@@ -39,6 +51,8 @@ def test_fine_tuning_starts_where_pre_finetuning_ended(tmp_path: Path) -> None:
     texts = [{"text": f"{word} {n}", "label": word} for word in words[:4] for n in range(3)]
     for name, rows in (("corpus", documents), ("faq", questions), ("stones", texts)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_test_set(tmp_path / "beir", words)
+    sets = [f"{{name: {name}, path: {tmp_path}/beir}}" for name in ("headline", "judge")]
     training = "batch_size: 5, num_workers: 1, precision: float32, tracking: []"
     recipe = load_recipe(
         "laptop",
@@ -54,6 +68,8 @@ def test_fine_tuning_starts_where_pre_finetuning_ended(tmp_path: Path) -> None:
             "mixture.fret_weight=0",
             "mixture.labelled=["
             f"{{name: stones, kind: classification, path: {tmp_path}/stones.jsonl}}]",
+            f"evaluation=[{', '.join(sets)}]",
+            "gate={test_set: judge, interpolations: [0.5]}",
             # So little that the fine-tuning leaves its start as it is.
             f"training={{epochs: 1, learning_rate: 1.0e-12, {training}}}",
         ],
@@ -67,9 +83,16 @@ def test_fine_tuning_starts_where_pre_finetuning_ended(tmp_path: Path) -> None:
     (task,) = {row.partition(" | ")[0] for row in made["mixture"].read()["query"].to_pylist()}
     assert task == "task: classification"
     folders = {"student": "model", "prefinetuning": "encoder", "training": "encoder"}
-    before, between, after = (
+    before, between, after, exported = (
         Encoder.load(f"{made[step].uri}/{folder}").encode(["what is amber", "copper"])
-        for step, folder in folders.items()
+        for step, folder in (*folders.items(), ("gate", "encoder"))
     )
     assert np.allclose(between, after, atol=1e-5)
     assert not np.allclose(before, between, atol=1e-2)
+    gate = made["gate"].manifest
+    assert set(gate.inputs) == {"prefinetuning", "training"}
+    assert (gate.metrics["weight"], gate.metrics["num_queries"]) == (0.0, 10)
+    assert (
+        "not better than its start on 10 queries of the test set judge" in gate.metrics["decision"]
+    )
+    assert np.array_equal(between, exported)

@@ -65,6 +65,7 @@ def recipe(tmp_path: Path) -> Recipe:
             f"training.validation={validation}",
             "training.lora={rank: 4}",
             "embedding_distillation.teacher={model: embedded:all-MiniLM-L6-v2}",
+            "gate={num_queries: 7}",
         ],
     )
 

@@ -164,3 +164,17 @@ def test_query_with_a_pair_that_could_not_be_scored_is_dropped(fret: MakeFret) -
     assert [row["dropped_by"] for row in rows] == ["too long", None]
     assert rows[0]["query_likelihoods"] == [] and rows[0]["positive_id"] is None
     assert artifact.manifest.metrics["num_scored"] == 1
+
+
+def test_held_out_query_is_neither_labelled_nor_compared_with_others(fret: MakeFret) -> None:
+    rows = [
+        scored("1", "how do bees dance", "held out for the gate"),
+        scored("2", "how do bees dance"),
+    ]
+    made = fret(rows)
+    held_out, kept = made.read().to_pylist()
+    assert held_out["dropped_by"] == "held out for the gate"
+    assert held_out["positive_id"] is None and held_out["fused"] == []
+    assert kept["dropped_by"] is None and kept["positive_id"] == "a"
+    assert made.manifest.metrics["dropped_by"] == {"held out for the gate": 1}
+    assert made.manifest.metrics["num_scored"] == made.manifest.metrics["num_kept"] == 1

@@ -14,7 +14,7 @@ from pipelines.datasets.decontamination import Decontamination
 from pipelines.mixture.config import MixtureConfig, PrefinetuningMixtureConfig, SetsConfig
 from pipelines.mixture.formats import Formatter
 from pipelines.mixture.mixture import make_mixture
-from pipelines.records import EXAMPLE, FRET, PASSAGE
+from pipelines.records import EXAMPLE, FRET, PASSAGE, SEED
 
 
 class Silent:
@@ -291,6 +291,22 @@ def test_titles_and_bodies_may_come_from_the_runs_own_passages(
     _, (row,) = mixed(tmp_path, formatter, config, passages=table)
     assert row["query"] == "task: search result | query: Bees"
     assert row["positive"] == "title: none | text: They dance."
+
+
+def test_passages_of_held_out_documents_are_not_trained_on(
+    tmp_path: Path, formatter: Formatter
+) -> None:
+    passages = [
+        {"id": id_, "title": title, "text": "They dance.", "source": f"{id_}#1"}
+        for id_, title in (("a", "Bees"), ("b", "Wasps"))
+    ]
+    config = PrefinetuningMixtureConfig.model_validate(
+        {"labelled": [{"name": "titles", "kind": "title-body", "path": "run:passages"}]}
+    )
+    open_storage(tmp_path / "seeds").write_bytes("held_out.json", b'["b"]')
+    tables = {"passages": pa.Table.from_pylist(passages, PASSAGE), "seeds": SEED.empty_table()}
+    _, (row,) = mixed(tmp_path, formatter, config, **tables)
+    assert row["query"] == "task: search result | query: Bees"
 
 
 def test_classification_triple_carries_its_id_at_the_end_of_every_text(

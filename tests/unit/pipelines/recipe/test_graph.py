@@ -103,3 +103,47 @@ def test_mixture_reads_what_its_sets_are_made_of(folder: Path) -> None:
 def test_missing_labelled_set_is_named_before_anything_runs(folder: Path) -> None:
     with pytest.raises(UserError, match=r"'faq': .*none\.jsonl does not exist"):
         run(folder, f"mixture.labelled=[{{name: faq, path: {folder}/none.jsonl}}]")
+
+
+def test_gate_stands_between_training_and_export_and_reads_what_training_started_from(
+    folder: Path,
+) -> None:
+    labelled = f"prefinetuning.mixture.labelled=[{{name: faq, path: {folder}/pairs.jsonl}}]"
+    sets = f"evaluation=[{{name: a, path: {folder}/beir}}, {{name: b, path: {folder}/beir}}]"
+    held_out = ("passages", "seeds", "queries")
+    for settings, start, judges in (
+        (["gate={}"], "student", held_out),
+        (["gate={}", labelled], "prefinetuning", held_out),
+        ([sets, "gate.test_set=b"], "student", ()),
+    ):
+        made = run(folder, *settings)
+        names = [each.name for each in made.steps]
+        assert names[names.index("gate") - 1] == "training"
+        assert names[names.index("gate") + 1] == "export"
+        assert step(made, "gate").inputs == (start, "training", *judges)
+        assert "gate" in step(made, "export").inputs
+    alone = run(folder)
+    assert "gate" not in {each.name for each in alone.steps}
+    assert "gate" not in step(alone, "export").inputs
+
+
+def test_what_the_gate_decides_by_repeats_no_work_of_the_llm(folder: Path) -> None:
+    def fingerprints(*settings: str) -> dict[str, str]:
+        made = run(folder, *settings)
+        return {each.name: made.fingerprint(each) for each in made.steps}
+
+    def changed(*settings: str) -> set[str]:
+        other = fingerprints(*settings)
+        return {name for name in other if before.get(name) != other[name]}
+
+    before = fingerprints("gate={}")
+    after = {"gate", "export", "index"}
+    assert changed("gate.significance=0.01") == after
+    assert changed("gate.interpolations=[0.5]") == after
+    assert changed("gate.num_seeds=3") >= {"seeds", "queries", "training", *after}
+
+
+def test_titles_of_held_out_documents_are_kept_out_of_a_mixture_of_passages(folder: Path) -> None:
+    titles = "mixture.labelled=[{name: titles, kind: title-body, path: run:passages}]"
+    made = run(folder, titles, "mixture.fret_weight=0", "gate={}")
+    assert set(step(made, "mixture").inputs) == {"student", "passages", "seeds"}

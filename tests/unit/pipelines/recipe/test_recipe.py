@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import UserError
+from pipelines.corpus.seeds import HoldOut
 from pipelines.recipe.read import load_recipe, read_models, recipe_names
 from pipelines.yaml_files import write_yaml
 
@@ -123,6 +124,8 @@ def test_base_that_leads_back_to_the_recipe_is_a_mistake(tmp_path: Path) -> None
             "training.validation.test_set=scifact",
             "training.validation.test_set: 'scifact' is no retrieval set of the recipe's",
         ),
+        ("gate.test_set=scifact", "gate.test_set: 'scifact' is no retrieval set of the recipe's"),
+        ("gate.interpolations=[0.5, 1]", "gate.interpolations: [0.5, 1] given; give different"),
         ("corpus.min_words=100", "min_words: 100 given, and max_words is 160: accepted is at most"),
         ("corpus.path=2024", "corpus.path: 2024 given; put it in quotes"),
         ("training=", "training: None given"),
@@ -346,3 +349,16 @@ def test_a_cut_llm_has_a_gpu_for_each_part() -> None:
         load_recipe("gpu", [cut])
     assert load_recipe("gpu", [cut, "resources.llm.num_gpus=2"]).resources.llm.num_gpus == 2
     assert load_recipe("laptop", [cut])  # on a CPU the parts are groups of cores
+
+
+def test_headline_of_the_evaluation_cannot_be_what_chooses_the_model() -> None:
+    sets = "evaluation=[{name: first, path: a}, {name: other, path: b}]"
+    recipe = load_recipe("laptop", [sets, "gate.test_set=other"])
+    assert recipe.gate is not None and recipe.gate.hold_out is None
+    with pytest.raises(UserError, match=r"'first' is the first set .* put another set first, or"):
+        load_recipe("laptop", [sets, "gate.test_set=first"])
+    watched = "training.validation={test_set: other, patience: 3}"
+    with pytest.raises(UserError, match=r"'other' chooses the best weights in training.validation"):
+        load_recipe("laptop", [sets, "gate.test_set=other", watched])
+    held_out = load_recipe("laptop", ["gate={num_queries: 7, num_seeds: 3}"]).gate
+    assert held_out is not None and held_out.hold_out == HoldOut(num_queries=7, num_seeds=3)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from cluster.artifacts import Json
@@ -16,6 +17,7 @@ from cluster.storage import open_storage
 from pipelines.fret.fret import FretConfig
 from pipelines.report.collect import collect_funnel
 from pipelines.report.examples import DROPPED
+from pipelines.report.labels import collect_labels
 from pipelines.report.run_folder import RunFolder
 from pipelines.report.test_sets import choose_queries
 from pipelines.report.write import write_report
@@ -278,3 +280,30 @@ def test_funnel_counts_each_reason_of_decontamination() -> None:
         "not nearly repeating another query": 9,
         "with a hard negative": 9,
     }
+
+
+def test_funnel_and_labels_leave_out_what_was_held_out_for_the_gate() -> None:
+    queries = SimpleNamespace(
+        num_rows=50, manifest=SimpleNamespace(metrics={"num_unusable": 10, "num_held_out": 15})
+    )
+    storage: Any = None
+    artifacts: Any = {"queries": queries}
+    run = RunFolder(storage=storage, recipe_text="", recipe={}, artifacts=artifacts)
+    assert collect_funnel(run) == [
+        {"name": "queries written", "count": 40},
+        {"name": "not held out for the gate", "count": 25},
+    ]
+    row = {
+        "task": "t",
+        "query": "how do bees dance",
+        "dropped_by": None,
+        "positive_is_seed": True,
+        "query_likelihoods": [-1.0],
+        "relevances": [-1.0],
+        "candidate_ids": ["a"],
+        "positive_id": "a",
+    }
+    held_out = row | {"dropped_by": "held out for the gate", "query_likelihoods": []}
+    fret: Any = SimpleNamespace(tables=lambda columns: [pa.Table.from_pylist([row, held_out])])
+    labels = collect_labels(fret)
+    assert labels is not None and labels["tasks"][0]["num_queries"] == 1

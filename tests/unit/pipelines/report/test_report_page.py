@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from cluster.artifacts import Json
-from pipelines.report.page import show_duration
+from pipelines.report.page import render_page, show_duration
 from pipelines.report.terminal import print_evaluation
 from pipelines.report.write import write_report
 
@@ -117,3 +117,60 @@ def test_print_evaluation_of_a_run_without_one_says_so(tmp_path: Path) -> None:
 )
 def test_show_duration_reads_as_a_person_says_it(seconds: float, shown: str) -> None:
     assert show_duration(seconds) == shown
+
+
+def gated(report: dict[str, Json], weight: float) -> dict[str, Json]:
+    """The report of a run with a gate that chose this weight."""
+    decision = "The trained student was not better than its start on 512 held-out queries."
+    candidates = [
+        {"weight": 0.0, "name": "the start", "ndcg_at_10": 0.5},
+        {
+            "weight": 1.0,
+            "name": "the trained student",
+            "ndcg_at_10": 0.497,
+            "difference": -0.003,
+            "interval": [-0.01, 0.004],
+            "p": 0.81,
+        },
+    ]
+    return report | {
+        "gate": {
+            "weight": weight,
+            "exported": "the start",
+            "decision": decision,
+            "candidates": candidates,
+            "num_queries": 512,
+            "num_passages": 2000,
+            "queries": {"title": 300, "first sentence": 212},
+            "notes": ["There are few."],
+        }
+    }
+
+
+def test_page_says_first_what_the_gate_chose_and_why(report: dict[str, Json]) -> None:
+    document = gated(report, 0.0)
+    page = Page(render_page(document, ""))
+    decision = document["gate"]["decision"]
+    assert page.text.index(decision) < page.text.index("Evaluation", page.text.index(decision))
+    assert page.text.index(decision) < page.text.index("recall@10")
+    assert "-0.003" in page.text and "-0.010 to +0.004" in page.text and "0.81" in page.text
+    assert "title: 300, first sentence: 212" in page.text and "There are few." in page.text
+    assert "Student after (its start)" in page.text
+    assert "gate" in {value for name, value in page.attributes if name == "id"}
+    assert "What was exported" not in page_of(report)[0].text
+
+
+@pytest.mark.parametrize(
+    ("weight", "title"),
+    [(0.0, "Student after (its"), (0.25, "Student after (0.25"), (1.0, "Student after  ")],
+)
+def test_terminal_says_first_what_the_gate_chose_and_why(
+    report: dict[str, Json], weight: float, title: str
+) -> None:
+    document = gated(report, weight)
+    console = Console(file=io.StringIO(), width=120)
+    print_evaluation(document, console)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert printed.strip().startswith(document["gate"]["decision"])
+    assert "There are few." in printed
+    assert any(line.startswith(title) for line in printed.splitlines())

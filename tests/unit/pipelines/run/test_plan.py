@@ -53,6 +53,13 @@ def test_plan_counts_what_the_prefix_cache_will_not_hold(corpus: Path, tmp_path:
     expected = 1000 * (count(prompt) - head) + head
     assert made["llm_tokens"]["queries"] == {"prefill": expected, "decode": 10_000}
 
+    gated = plan(
+        corpus, tmp_path, "seeds.num_seeds=1000", "estimate.query_tokens=10", "gate.num_seeds=50"
+    )
+    expected = 1050 * (count(prompt) - head) + head
+    assert gated["llm_tokens"]["queries"] == {"prefill": expected, "decode": 10_500}
+    assert gated["llm_tokens"]["scores"] == made["llm_tokens"]["scores"]  # they are not scored
+
     pair = PairPrompts(prompts=prompts, relevance="yes-no").render("", "", f"{TEXT} 007.")
     context, question = count(pair.context), count(pair.question)
     head = count(pair.context[: pair.context.rindex(" Bees")]) // BLOCK * BLOCK

@@ -43,6 +43,7 @@ def inputs_of(trained: Encoder, tmp_path: Path) -> dict[str, Artifact]:
         "num_kept": 8,
         "num_evaluation_queries": 7,
         "highest_overlap_kept": 0.5,
+        "dropped_by": {"held out for the gate": 3},
     }
     return {
         "training": artifact(tmp_path / "training", loss, {}),
@@ -67,6 +68,33 @@ def test_export_proves_its_parity_and_names_its_dimensions(
     assert "the vectors that `a/teacher` gives to 7 passages and 6 queries, without labels" in card
     assert "Trained on: fret (8 examples)" in card
     assert "first 16 or 8 dimensions" in card and "truncate_dim=16" in card
+    assert "Trained on: fret (8 examples)" in card
+    assert "6 queries, 8 kept" in card  # those held out are none of training's
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_export_is_what_the_gate_chose_and_its_card_says_so_first(
+    context: MakeContext,
+    inputs: dict[str, Artifact],
+    tiny_model: TinyModel,
+    tmp_path: Path,
+    weight: float,
+):
+    chosen = Encoder.load(str(tmp_path / "plain"), max_tokens=64, device="cpu")
+    add_projection(chosen, 24, seed=1)
+    chosen.save(tmp_path / "gate/encoder", model_card="")
+    decision = "The trained student was not better than its start: the start is exported."
+    inputs["gate"] = artifact(tmp_path / "gate", {}, {"weight": weight, "decision": decision})
+    step = context(tmp_path / "export", **inputs)
+    assert export_student("r", StudentConfig(model="base"), TEXTS, step)["parity_cosine"] > 0.9999
+    exported = Encoder.load(str(tmp_path / "export/model"), device="cpu")
+    assert torch.equal(exported.model.projection[0].weight, chosen.model.projection[0].weight)
+    card = (tmp_path / "export/model/README.md").read_text()
+    first = card.partition("# A text-embedding model distilled with Tokay")[2].strip()
+    assert first.startswith(decision)
+    # The start has seen nothing of the training.
+    assert ("Not trained in this run." in card, "datasets: []" in card) == (weight == 0,) * 2
+    assert ("Matryoshka" in card) == ("Trained on: fret" in card) == (weight != 0)
 
 
 def test_student_with_code_of_its_own_is_exported(

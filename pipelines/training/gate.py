@@ -1,0 +1,356 @@
+"""The step `gate`: held-out queries decide whether the trained student is exported, or its start.
+
+Training on a few hundred examples makes some models better and some worse, and which of the two is
+not known beforehand. So the student is compared with the model that training started from, and
+replaces it only where it is shown to be better.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field, field_validator
+
+from cluster.artifacts import Json, write_shards
+from cluster.config import Config
+from cluster.steps import Step, StepContext
+from cluster.storage import join
+from pipelines.corpus.held_out import MAX_HELD_OUT_SHARE
+from pipelines.corpus.seeds import HoldOut
+from pipelines.datasets.retrieval import RetrievalDataset
+from pipelines.datasets.test_sets import TestSet, load_test_set, test_set_fingerprint
+from pipelines.encoders import MODEL, TRAINED, EncoderConfig, load_encoder, upload_folder
+from pipelines.evaluation.evaluate import evaluate
+from pipelines.evaluation.paired_test import Gain, gains
+from pipelines.fingerprints import fingerprinted
+from pipelines.records import GATE
+from pipelines.training import training
+from pipelines.training.gate_queries import known_item_ndcg, read_known_items
+
+if TYPE_CHECKING:
+    from actors.encoder import Encoder
+    from pipelines.recipe.recipe import Recipe
+
+TITLE = "decide what is exported"
+START, STUDENT = 0.0, 1.0  # weights of the trained student
+_ROWS_PER_SHARD = 4096
+
+
+class GateConfig(Config):
+    """What decides whether the trained student is exported, or the model that it started from."""
+
+    num_queries: int = Field(
+        default=500,
+        ge=1,
+        description="held-out queries, at least: what the LLM's are too few for, titles and first"
+        " sentences of held-out documents are",
+    )
+    num_seeds: int = Field(
+        default=200, ge=0, description="held-out passages that the LLM writes queries for"
+    )
+    interpolations: tuple[float, ...] = Field(
+        default=(0.25, 0.5, 0.75),
+        description="weights of the trained student in candidates between it and its start"
+        " (WiSE-FT, LM-Cocktail), beside the student itself",
+    )
+    significance: float = Field(
+        default=0.05, gt=0, lt=1, description="chance of exporting what is no better than the start"
+    )
+    max_passages: int = Field(
+        default=20_000, ge=100, description="that are searched, the held-out ones among them"
+    )
+    test_set: str | None = Field(
+        default=None,
+        description="name of a retrieval set of the recipe's evaluation, whose queries decide"
+        " alone; not the first, which is the headline",
+    )
+
+    @field_validator("interpolations")
+    @classmethod
+    def _lie_between(cls, weights: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 < weight < 1 for weight in weights) or len({*weights}) < len(weights):
+            raise ValueError("give different weights between 0 (the start) and 1 (the student)")
+        return tuple(sorted(weights))
+
+    @property
+    def hold_out(self) -> HoldOut | None:
+        """What the step `seeds` holds out; nothing where a test set decides."""
+        if self.test_set is not None:
+            return None
+        return HoldOut(num_queries=self.num_queries, num_seeds=self.num_seeds)
+
+
+def step(recipe: Recipe) -> Step:
+    """Returns the step of a recipe that has a gate."""
+    config, student = recipe.gate, recipe.student
+    assert config is not None
+    test_set = next((each for each in recipe.evaluation if each.name == config.test_set), None)
+    _, before = training.step(recipe).inputs  # what training starts from is said there
+    folders = {before: MODEL if before == "student" else TRAINED, "training": TRAINED}
+
+    def run(context: StepContext) -> dict[str, Json]:
+        judge = _held_out(config, context) if test_set is None else _test_set(test_set)
+        return run_gate(config, judge, student, folders, context)
+
+    return Step(
+        name="gate",
+        config={
+            **fingerprinted(config),
+            "student": {"dtype": student.dtype, "max_tokens": student.max_tokens},
+            "judged_on": None if test_set is None else test_set_fingerprint(test_set),
+        },
+        inputs=(*folders, *(("passages", "seeds", "queries") if test_set is None else ())),
+        work=run,
+    )
+
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """What a model is judged on.
+
+    Attributes:
+        name: Of its queries, in the plural, for sentences.
+        rows: A row of `records.GATE` for each query, but for the scores.
+        num_texts: Texts that a model has to encode.
+        score: Returns a model's nDCG@10 for each query, ``[queries]``; told of the texts encoded.
+        metrics: For the step's manifest.
+        notes: What whoever reads the decision has to know.
+    """
+
+    name: str
+    rows: Sequence[dict[str, Json]]
+    num_texts: int
+    score: Callable[[Encoder, Progress], np.ndarray]
+    metrics: Mapping[str, Json] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What is exported.
+
+    Attributes:
+        weight: Of the trained student: 1 is that student, 0 its start.
+        gains: Over the start, by weight, of all others.
+    """
+
+    weight: float
+    gains: Mapping[float, Gain]
+
+
+def decide(
+    scores: Mapping[float, np.ndarray], groups: Sequence[str], significance: float
+) -> Decision:
+    """Chooses the model with the highest mean score of those that are shown to be better.
+
+    A model is shown to be better than the start where the test of `evaluation.paired_test.gains`
+    gives a p of `significance` or less; that test knows that the best of several is looked at.
+    Where there is no such model, a tie for example, it is the start.
+
+    Args:
+        scores: Weight of the trained student -> score of each query, the start's (0) among them.
+        groups: Of each query; queries of one group stand or fall together.
+        significance: The chance of not choosing the start where no model is better.
+    """
+    weights = [weight for weight in scores if weight != START]
+    differences = np.stack([scores[weight] - scores[START] for weight in weights])
+    found = dict(zip(weights, gains(differences, groups), strict=True))
+    better = [weight for weight, gain in found.items() if gain.mean > 0 and gain.p <= significance]
+    chosen = max(better, key=lambda weight: (found[weight].mean, -weight), default=START)
+    return Decision(weight=chosen, gains=found)
+
+
+def explain(decision: Decision, queries: str) -> str:
+    """Returns the decision and its reason in a sentence; `queries` says how many of which."""
+    gain, trained = decision.gains.get(decision.weight), decision.gains[STUDENT]
+    if decision.weight == STUDENT:
+        return (
+            f"The trained student was better than its start on {queries} ({_shown(trained)}): it is"
+            " exported."
+        )
+    if gain is not None:
+        return (
+            f"A mixture of the trained student's weights ({decision.weight:g}) and its start's"
+            f" ({1 - decision.weight:g}) was better than the start on {queries} ({_shown(gain)}):"
+            " it is exported."
+        )
+    mixtures = {w: each for w, each in decision.gains.items() if w != STUDENT}
+    best = max(mixtures, key=lambda weight: mixtures[weight].mean, default=None)
+    nor = ""
+    if best is not None:
+        nor = f", nor was any mixture of the two (at best {_shown(mixtures[best])})"
+    return (
+        f"The trained student was not better than its start on {queries} ({_shown(trained)}){nor}:"
+        " the start is exported."
+    )
+
+
+def run_gate(
+    config: GateConfig,
+    judge: Judge,
+    student: EncoderConfig,
+    folders: Mapping[str, str],
+    context: StepContext,
+) -> dict[str, Json]:
+    """Judges every candidate and writes the encoder that is exported.
+
+    `folders` names the step that training started from, then the one that trained, each with the
+    folder of its encoder. The step's folder gets `encoder/`, and a row for each query.
+
+    Raises:
+        UserError: A model does not load.
+    """
+    import torch
+
+    from actors.encoder import Encoder
+    from actors.vectors import BrokenVectors
+    from pipelines.training.interpolation import interpolate
+
+    start, trained = (
+        Encoder.load(
+            join(context.input(name).uri, folder),
+            device="cpu",
+            trust_remote_code=student.trust_remote_code,
+        )
+        for name, folder in folders.items()
+    )
+    before = start.model.state_dict()
+    after = {name: tensor.clone() for name, tensor in trained.model.state_dict().items()}
+    weights = (START, *config.interpolations, STUDENT)
+    scores, notes = {}, list(judge.notes)
+
+    def write(weight: float, folder: str) -> None:
+        trained.model.load_state_dict(interpolate(before, after, weight))
+        trained.save(folder, model_card="# What the gate chose, before its export\n")
+
+    total, done = len(weights) * judge.num_texts, 0
+    for weight in weights:
+
+        def progress(num_texts: int, weight: float = weight) -> None:
+            nonlocal done
+            done += num_texts
+            context.progress.update(min(done, total), total, f"weight {weight:g}")
+
+        with tempfile.TemporaryDirectory() as temporary:
+            write(weight, temporary)
+            candidate = EncoderConfig(
+                model=temporary,
+                max_tokens=student.max_tokens,
+                dtype=student.dtype,
+                trust_remote_code=student.trust_remote_code,
+            )
+            try:
+                scores[weight] = judge.score(load_encoder(candidate), progress)
+            except BrokenVectors as error:
+                scores[weight] = np.zeros(len(judge.rows))
+                notes.append(f"{name_weight(weight)} counts as finding nothing: {error}")
+    torch.cuda.empty_cache()  # this process lives on
+    decision = decide(scores, [row["group"] for row in judge.rows], config.significance)
+    with tempfile.TemporaryDirectory() as temporary:
+        write(decision.weight, temporary)
+        upload_folder(Path(temporary), context.storage, TRAINED)
+    found = np.stack(list(scores.values()), axis=1)
+    rows = [row | {"ndcg_at_10": each} for row, each in zip(judge.rows, found, strict=True)]
+    write_shards(context.storage, pa.Table.from_pylist(rows, schema=GATE), _ROWS_PER_SHARD)
+    return {
+        "weight": decision.weight,
+        "exported": name_weight(decision.weight),
+        "decision": explain(decision, f"{len(rows):,} {judge.name}"),
+        "candidates": [_row(weight, scores[weight], decision) for weight in weights],
+        "num_queries": len(rows),
+        "notes": notes,
+        **judge.metrics,
+    }
+
+
+def name_weight(weight: float) -> str:
+    """Returns what a weight of the trained student makes, in a word or two."""
+    names = {START: "the start", STUDENT: "the trained student"}
+    return names.get(weight, f"{weight:g} of the trained student")
+
+
+def _row(weight: float, scores: np.ndarray, decision: Decision) -> dict[str, Json]:
+    row: dict[str, Json] = {
+        "weight": weight,
+        "name": name_weight(weight),
+        "ndcg_at_10": float(scores.mean()) if len(scores) else None,
+    }
+    if gain := decision.gains.get(weight):
+        row |= {"difference": gain.mean, "interval": [gain.low, gain.high], "p": gain.p}
+    return row
+
+
+def _shown(gain: Gain) -> str:
+    return f"{gain.mean:+.3f}, p {gain.p:.2g}"
+
+
+def _held_out(config: GateConfig, context: StepContext) -> Judge:
+    """Returns the judge of a run's own held-out queries."""
+    items = read_known_items(
+        context.input("passages"),
+        context.input("seeds"),
+        context.input("queries"),
+        num_queries=config.num_queries,
+        max_passages=config.max_passages,
+    )
+    kinds = dict(Counter(each.kind for each in items.queries))
+    notes = []
+    if (given := len(items.queries)) < config.num_queries:
+        notes.append(
+            f"There are {given:,} held-out queries, and gate.num_queries asks for"
+            f" {config.num_queries:,}: the corpus has too few documents, of which"
+            f" {MAX_HELD_OUT_SHARE:.0%} may be held out, or too few titles and sentences that can"
+            " stand as queries."
+        )
+    return Judge(
+        name="held-out queries",
+        rows=[
+            {
+                "kind": each.kind,
+                "query": each.query,
+                "group": each.document,
+                "passage_id": each.passage.id,
+            }
+            for each in items.queries
+        ],
+        num_texts=items.num_texts,
+        score=lambda encoder, progress: known_item_ndcg(encoder, items, progress),
+        metrics={"queries": kinds, "num_passages": len(items.pool)},
+        notes=tuple(notes),
+    )
+
+
+def _test_set(test_set: TestSet) -> Judge:
+    """Returns the judge of a test set's queries."""
+    # The recipe was checked: it is a retrieval set.
+    data = cast(RetrievalDataset, load_test_set(test_set))
+
+    def score(encoder: Encoder, progress: Progress) -> np.ndarray:
+        result = evaluate(encoder, data, task=test_set.task, on_progress=progress)
+        by_query = result.per_query["ndcg_at_10"]
+        return np.array([by_query[query] for query in data.qrels])
+
+    return Judge(
+        name=f"queries of the test set {test_set.name}",
+        rows=[
+            {"kind": test_set.name, "query": data.queries[query], "group": query}
+            for query in data.qrels
+        ],
+        num_texts=data.num_texts,
+        score=score,
+        metrics={"queries": {test_set.name: len(data.qrels)}, "num_passages": len(data.passages)},
+        notes=(
+            f"The test set {test_set.name} chose the model, so that model's scores on it are no"
+            " unbiased measure.",
+        ),
+    )

@@ -1,0 +1,161 @@
+"""Which documents are held out, and what queries they bring with them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from cluster.artifacts import Artifact, write_shards
+from cluster.steps import Run, Step, StepContext
+from pipelines.corpus.cutting import Passage
+from pipelines.corpus.held_out import (
+    TrainingPassages,
+    held_out_documents,
+    hold_out,
+    own_queries,
+    repeated_titles,
+)
+from pipelines.corpus.seeds import HoldOut, SeedsConfig, choose_seeds
+from pipelines.ids import document_name
+from pipelines.records import PASSAGE, SEED
+from pipelines.run.console import JsonLines
+
+BEES = "A bee that has found flowers tells the others by dancing on the comb of the hive."
+
+
+def passage(document: str, title: str, text: str, part: int = 1) -> Passage:
+    return Passage(id=f"{document}{part}", title=title, text=text, source=f"{document}#{part}")
+
+
+def test_title_and_first_sentence_are_taken_out_of_the_passage_that_they_are_of() -> None:
+    title, sentence = "The Dance of Bees", "How do bees talk?"
+    text = f"the dance of bees. {sentence} {BEES}"
+    by_title, by_sentence = own_queries([passage("d", title, text)], frozenset())
+    assert (by_title.kind, by_title.query) == ("title", title)
+    assert (by_title.passage.title, by_title.passage.text) == ("", f"{sentence} {BEES}")
+    assert (by_sentence.kind, by_sentence.query) == ("first sentence", sentence)
+    assert (by_sentence.passage.title, by_sentence.passage.text) == (title, BEES)
+    assert by_title.passage.id == by_sentence.passage.id == "d1"
+
+
+def test_first_line_ends_a_sentence_that_no_full_stop_ends() -> None:
+    (own,) = own_queries([passage("d", "", f"What bees do\n{BEES}")], frozenset())
+    assert (own.query, own.passage.text) == ("What bees do", BEES)
+
+
+@pytest.mark.parametrize(
+    ("title", "text"),
+    [
+        ("Two words", BEES),  # a title too short, and one sentence alone
+        ("dancing on the comb", BEES),  # it stands in the text too
+        ("123 456 789 - 0", BEES),  # no letters
+        ("", "How do bees talk? By a dance."),  # too little is left
+        ("", f"{'very ' * 41}long. {BEES}"),
+        ("", f"{BEES} {BEES} And so on."),  # said twice
+    ],
+)
+def test_what_is_no_query_or_would_find_itself_is_left_out(title: str, text: str) -> None:
+    assert own_queries([passage("d", title, text)], frozenset()) == []
+
+
+def test_title_of_several_documents_names_none_of_them() -> None:
+    parts = [passage("a", "About these pages", BEES), passage("a", "About these pages", BEES, 2)]
+    assert [own.query for own in own_queries(parts, repeated_titles(parts))] == [parts[0].title]
+    repeated = repeated_titles([*parts, passage("b", "ABOUT these pages", BEES)])
+    assert own_queries(parts, repeated) == []
+
+
+def corpus(num_documents: int) -> list[Passage]:
+    """Documents of two passages: a title and two first sentences each."""
+    return [
+        passage(
+            f"d{n}", f"the title of number {n}", f"Sentence {part} of document {n}. {BEES}", part
+        )
+        for n in range(num_documents)
+        for part in (1, 2)
+    ]
+
+
+def test_documents_are_held_out_until_their_queries_and_passages_are_enough() -> None:
+    passages = corpus(40)
+    few = hold_out(passages, num_queries=5, num_passages=0, seed=0)
+    assert len(few) == 2  # of three queries each
+    more = hold_out(passages, num_queries=5, num_passages=9, seed=0)
+    assert len(more) == 5  # of two passages each
+    assert more[:2] == few
+    assert hold_out(passages[::-1], num_queries=5, num_passages=9, seed=0) == more
+    assert hold_out(passages, num_queries=5, num_passages=9, seed=1) != more
+    # A quarter at most.
+    assert len(hold_out(passages, num_queries=500, num_passages=0, seed=0)) == 10
+    assert hold_out(corpus(3), num_queries=5, num_passages=0, seed=0) == []
+
+
+Seeds = Callable[[HoldOut | None, int], dict[str, Artifact]]
+
+
+@pytest.fixture
+def seeds(tmp_path: Path) -> Seeds:
+    """Runs the steps `passages` and `seeds`."""
+
+    def run(held_out: HoldOut | None, num_seeds: int) -> dict[str, Artifact]:
+        def write(context: StepContext) -> dict[str, int]:
+            table = pa.Table.from_pylist([vars(each) for each in corpus(40)], schema=PASSAGE)
+            write_shards(context.storage, table, 16)
+            return {}
+
+        config = SeedsConfig(num_seeds=num_seeds, rows_per_shard=8)
+        steps = [
+            Step(name="passages", config={}, inputs=(), work=write),
+            Step(
+                name="seeds",
+                config={},
+                inputs=("passages",),
+                work=lambda context: choose_seeds(config, held_out, context),
+            ),
+        ]
+        folder = tmp_path / f"{held_out} {num_seeds}"
+        return Run(str(folder), steps).execute(JsonLines())
+
+    return run
+
+
+def test_no_training_seed_comes_from_a_held_out_document(seeds: Seeds) -> None:
+    made = seeds(HoldOut(num_queries=20, num_seeds=6), 1000)
+    names = held_out_documents(made["seeds"])
+    assert len(names) == 7
+    table = made["seeds"].read()
+    assert table.schema.equals(SEED)
+    theirs = [row for row in table.to_pylist() if row["held_out"]]
+    others = [row for row in table.to_pylist() if not row["held_out"]]
+    assert len(theirs) == 6 and {document_name(row["source"]) for row in theirs} <= names
+    assert len(others) == 80 - 14
+    assert not names & {document_name(row["source"]) for row in others}
+    assert made["seeds"].manifest.metrics == {
+        "num_seeds": 66,
+        "num_held_out_seeds": 6,
+        "num_held_out_documents": 7,
+    }
+    sources = table["source"].to_pylist()  # neighbours stay neighbours
+    assert sources == sorted(sources, key=[row.source for row in corpus(40)].index)
+
+
+def test_without_a_gate_nothing_is_held_out_and_the_same_seeds_are_drawn(seeds: Seeds) -> None:
+    plain, gated = seeds(None, 10)["seeds"], seeds(HoldOut(num_queries=20, num_seeds=6), 66)
+    assert plain.manifest.metrics == {"num_seeds": 10}
+    assert held_out_documents(plain) == frozenset()
+    rows = plain.read().to_pylist()
+    assert not any(row["held_out"] for row in rows)
+    names = held_out_documents(gated["seeds"])
+    kept = {row["id"] for row in rows if document_name(row["source"]) not in names}
+    assert kept <= set(gated["seeds"].read()["id"].to_pylist())
+
+
+def test_passages_for_training_are_those_of_other_documents(seeds: Seeds) -> None:
+    made = seeds(HoldOut(num_queries=20, num_seeds=6), 10)
+    names, passages = held_out_documents(made["seeds"]), made["passages"]
+    left = TrainingPassages(passages.storage, passages.manifest, names)
+    tables = list(left.tables(["id", "title"]))
+    assert {tuple(table.column_names) for table in tables} == {("id", "title")}
+    ids = [id_ for table in tables for id_ in table["id"].to_pylist()]
+    assert ids == [row.id for row in corpus(40) if document_name(row.source) not in names]
