@@ -16,6 +16,7 @@ from actors.language_model import LanguageModel
 from actors.pair_scores import ScoringPrompt
 from cluster.config import Config
 from cluster.errors import UserError, excerpt
+from pipelines.fret.languages import OF_PASSAGE, language_name, language_of
 from pipelines.words import compared_words, num_words
 from pipelines.yaml_files import read_yaml
 
@@ -102,7 +103,7 @@ class QueryPrompts:
     Attributes:
         prompts: The file.
         tasks: The tasks to draw from, or `("written",)`.
-        language: The language to ask for; None: nothing is said of it.
+        language: The language to ask for, `passage`: that of each; None: nothing is said of it.
         instruct: Whether the instruction precedes the examples, as chat models want it.
     """
 
@@ -122,7 +123,7 @@ class QueryPrompts:
         passages = self.prompts.passages
         head = ""
         if self.instruct or self.language or task == WRITTEN:
-            head = f"{prompt.instruction}{self._in_language()}\n\n"
+            head = f"{prompt.instruction}{self._in_language(text)}\n\n"
         shots = "".join(
             f"Passage: {passages[p]}\n{prompt.cue} {a}\n\n" for p, a in self.examples(task)
         )
@@ -144,8 +145,11 @@ class QueryPrompts:
         query, reason = _parse_query(rest, cut=cut)
         return written, query, reason if bar and written else "the LLM wrote no task"
 
-    def _in_language(self) -> str:
-        return f" Write in {self.language}." if self.language else ""
+    def _in_language(self, text: str) -> str:
+        language = self.language
+        if language == OF_PASSAGE:
+            language = language_name(language_of(text))
+        return f" Write in {language}." if language else ""
 
 
 @dataclass(frozen=True, kw_only=True)
