@@ -30,7 +30,8 @@ def language_code(name: str) -> str:
 
     known = {*_identifier().labels} - _PARTS.keys()
     by_name = {language_name(code).casefold(): code for code in known}
-    if code := by_name.get(name.casefold()):
+    code: str | None = by_name.get(name.casefold())
+    if code:
         return code
     try:
         language = pycountry.languages.lookup(name)

@@ -5,7 +5,7 @@ Which prompts a step used is part of its fingerprint.
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -112,6 +112,12 @@ class QueryPrompts:
     language: str | None = None
     instruct: bool = False
 
+    def of(self, text: str) -> "QueryPrompts":
+        """Returns how queries are asked for of a passage, in its language if that is wanted."""
+        if self.language != OF_PASSAGE:
+            return self
+        return replace(self, language=language_name(language_of(text)))
+
     def task(self, query_id: str) -> str:
         """Returns the task of a query, drawn uniformly by its id; `written`: the LLM chooses."""
         number = int.from_bytes(hashlib.sha256(query_id.encode()).digest()[:4], "big")
@@ -123,7 +129,9 @@ class QueryPrompts:
         passages = self.prompts.passages
         head = ""
         if self.instruct or self.language or task == WRITTEN:
-            head = f"{prompt.instruction}{self._in_language(text)}\n\n"
+            language = self.of(text).language
+            asked = f" Write in {language}." if language else ""
+            head = f"{prompt.instruction}{asked}\n\n"
         shots = "".join(
             f"Passage: {passages[p]}\n{prompt.cue} {a}\n\n" for p, a in self.examples(task)
         )
@@ -144,12 +152,6 @@ class QueryPrompts:
         written = " ".join(written.split()).lower()
         query, reason = _parse_query(rest, cut=cut)
         return written, query, reason if bar and written else "the LLM wrote no task"
-
-    def _in_language(self, text: str) -> str:
-        language = self.language
-        if language == OF_PASSAGE:
-            language = language_name(language_of(text))
-        return f" Write in {language}." if language else ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -245,8 +245,9 @@ def _llm_tokens(
     for passage in sample:
         task, title = ask.task(query_id(passage.id)), passage.title
         text = tokens.cut(passage.text, recipe.queries.max_passage_tokens)
-        beyond, shared[task] = tokens.beyond(
-            ask.render(task, title, text), ask.render(task, "", "")
+        own = ask.of(text)
+        beyond, shared[task, own.language] = tokens.beyond(
+            own.render(task, title, text), own.render(task, "", "")
         )
         reads.append(beyond)
     contexts, pairs, examples = [], [], 0

@@ -169,6 +169,12 @@ def test_tokens_are_guessed_from_the_recipes_estimate(nowhere: Path) -> None:
     shorter = make_plan(load_recipe("gpu", [*settings, "queries.max_passage_tokens=50"]), "run")
     less = made["llm_tokens"]["queries"]["prefill"] - shorter["llm_tokens"]["queries"]["prefill"]
     assert less == 1000 * 50
+    prefill = [
+        make_plan(load_recipe("gpu", [*settings, f"queries.language={name}"]), "run")
+        for name in ("German", "passage")
+    ]
+    one, each = (plan["llm_tokens"]["queries"]["prefill"] for plan in prefill)
+    assert abs(one - each) < 1000 * BLOCK  # all of a language share the prompt's head too
 
 
 def test_model_that_no_hub_gives_leaves_its_tokens_unknown(corpus: Path, nowhere: Path) -> None:
