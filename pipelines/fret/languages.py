@@ -29,10 +29,9 @@ def language_code(name: str) -> str:
     import pycountry
 
     known = {*_identifier().labels} - _PARTS.keys()
-    by_name = {language_name(code).casefold(): code for code in known}
-    code: str | None = by_name.get(name.casefold())
-    if code:
-        return code
+    by_name: dict[str, str] = {language_name(code).casefold(): code for code in known}
+    if name.casefold() in by_name:
+        return by_name[name.casefold()]
     try:
         language = pycountry.languages.lookup(name)
     except LookupError as error:
