@@ -179,7 +179,9 @@ def eval_command(
     classification: TestFolders = None,
     clustering: TestFolders = None,
     rerank: TestFolders = None,
-    mteb: Annotated[list[str] | None, typer.Option(help="An mteb task's name.")] = None,
+    mteb: Annotated[
+        list[str] | None, typer.Option(help="Name of an mteb task or benchmark.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Split of the folders.")] = "test",
     task: Annotated[str | None, typer.Option(help="The {task} of the query template.")] = None,
     dimensions: Annotated[

@@ -16,11 +16,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cluster.errors import Reject, UserError
-from cluster.row_files import file_lines, jsonl_rows
-from cluster.storage import open_storage
+from cluster.row_files import Row
 from pipelines.datasets.decontamination import Decontamination
-from pipelines.datasets.labelled_rows import beir_files, read_rows
-from pipelines.datasets.labelled_sets import LabelledSet
+from pipelines.datasets.labelled_rows import read_rows, retrieval_rows
+from pipelines.datasets.labelled_sets import FIELDS, LabelledSet
 from pipelines.datasets.qrels import number, read_qrels
 from pipelines.ids import passage_id
 
@@ -265,11 +264,26 @@ def _rerank(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Ex
             yield _example(labelled, query, positive, _turned(negatives, place))
 
 
+def _choices(labelled: LabelledSet, rows: _Rows, reading: Reading) -> Iterator[Example]:
+    """The label names the choice that answers the question; the others are negatives."""
+    choices = FIELDS[labelled.kind][2:]
+    for row, where, (query, label) in rows("query", "label"):
+        texts = {choice: row[choice] for choice in choices if row[choice] is not None}
+        if not all(isinstance(text, str) and text.strip() for text in texts.values()):
+            reading.reject(where, "a choice is no text", row)
+        elif label not in texts:
+            reading.reject(where, f"label is none of {', '.join(choices)}", row)
+        else:
+            answer = texts.pop(label).strip()
+            wrong = [text.strip() for text in texts.values()]
+            # So that each stands as the hard negative of some question.
+            yield _example(labelled, query, answer, _turned(wrong, reading.num_rows))
+
+
 def _retrieval(labelled: LabelledSet, reading: Reading) -> Iterator[Example]:
-    """Each relevant passage of a BEIR folder's qrels is an example."""
-    storage = open_storage(labelled.path)
-    corpus_path, queries_path, qrels_path = beir_files(labelled)
-    judged = read_qrels(file_lines(storage, qrels_path), qrels_path)
+    """Each relevant passage of the qrels is an example."""
+    rows = retrieval_rows(labelled)
+    judged = read_qrels(rows.qrels, rows.place)
     reading.num_rows += len(judged.judgements) + len(judged.rejects) + judged.num_repeated
     reading.rejects += judged.rejects
     qrels = {pair: where for pair, (score, where) in judged.judgements.items() if score > 0}
@@ -279,8 +293,8 @@ def _retrieval(labelled: LabelledSet, reading: Reading) -> Iterator[Example]:
     ):
         if num_rows:
             reading.left_out[reason] += num_rows
-    queries = _texts_by_id(queries_path, labelled, {query for query, _ in qrels}, reading)
-    passages = _texts_by_id(corpus_path, labelled, {passage for _, passage in qrels}, reading)
+    queries = _texts_by_id(rows.queries, {query for query, _ in qrels}, reading)
+    passages = _texts_by_id(rows.corpus, {passage for _, passage in qrels}, reading)
     for (query, passage), where in qrels.items():
         if query in queries and passage in passages:
             yield _example(labelled, queries[query].text, passages[passage], [])
@@ -290,11 +304,11 @@ def _retrieval(labelled: LabelledSet, reading: Reading) -> Iterator[Example]:
 
 
 def _texts_by_id(
-    path: str, labelled: LabelledSet, ids: set[str], reading: Reading
+    rows: Iterable[Row | Reject], ids: set[str], reading: Reading
 ) -> dict[str, Target]:
     """Reads the texts of some ids; a line that cannot be read is a reject if nothing else is."""
     texts = {}
-    for row in jsonl_rows(open_storage(labelled.path), path):
+    for row in rows:
         if len(row) == 3:
             reading.num_rows += 1
             reading.rejects.append(row)
@@ -314,6 +328,7 @@ _KINDS: dict[str, Callable[[LabelledSet, _Rows, Reading], Iterator[Example]]] = 
     "clustering": _classes,
     "sts": _sts,
     "rerank": _rerank,
+    "multiple-choice": _choices,
     "bitext": _bitext,
 }
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cluster.artifacts import Json
 from cluster.errors import Reject, UserError
@@ -14,6 +14,7 @@ from cluster.row_files import (
     FORMATS,
     Row,
     file_format,
+    file_lines,
     find_file,
     is_plain,
     jsonl_rows,
@@ -46,7 +47,7 @@ def version(labelled: LabelledSet) -> Json:
         return labelled.path
     if labelled.kind == "retrieval":
         storage = open_storage(labelled.path)
-        return [[file, storage.version(file)] for file in beir_files(labelled)]
+        return [[file, storage.version(file)] for file in _beir_files(labelled)]
     if labelled.kind == "bitext":
         storage, *files = _bitext_files(labelled)
         return [[file, storage.version(file)] for file in files]
@@ -71,13 +72,49 @@ def read_rows(labelled: LabelledSet, passages: Artifact | None = None) -> Iterat
             yield where, {ours: fields.get(theirs) for ours, theirs in names.items()}
 
 
-def beir_files(labelled: LabelledSet) -> tuple[str, str, str]:
-    """Returns the paths of a BEIR folder's corpus, queries and qrels.
+class RetrievalRows(NamedTuple):
+    """A retrieval set: the lines of its qrels with their place, and rows with `_id` and `text`."""
 
-    The queries of a split may lie in a file of their own, `queries_SPLIT.jsonl`.
+    place: str
+    qrels: Iterable[bytes]
+    queries: Iterable[Row | Reject]
+    corpus: Iterable[Row | Reject]
+
+
+def retrieval_rows(labelled: LabelledSet) -> RetrievalRows:
+    """Returns a retrieval set's parts: of a BEIR folder, or of the hub, laid out as mteb's are.
+
+    There the qrels are the configuration `default`, and `queries` and `corpus` are others; of a
+    configuration C the three are `C-qrels`, `C-queries` and `C-corpus`.
 
     Raises:
         UserError: One of them is missing.
+    """
+    if not labelled.path.startswith(HUB):
+        storage = open_storage(labelled.path)
+        corpus, queries, qrels = _beir_files(labelled)
+        texts = (jsonl_rows(storage, file) for file in (queries, corpus))
+        return RetrievalRows(qrels, file_lines(storage, qrels), *texts)
+    name, config, _ = labelled.hub_name
+    prefix = f"{config}-" if config else ""
+    judged = _hub_rows(labelled, f"{prefix}qrels" if config else "default", labelled.split, _JUDGED)
+    lines = ("\t".join(str(row.get(column)) for column in _JUDGED) for _, row in judged)
+    texts = (_hub_texts(labelled, f"{prefix}{part}") for part in ("queries", "corpus"))
+    return RetrievalRows(name, map(str.encode, lines), *texts)
+
+
+_JUDGED = ["query-id", "corpus-id", "score"]
+
+
+def _hub_texts(labelled: LabelledSet, config: str) -> Iterator[Row]:
+    for where, row in _hub_rows(labelled, config, None, ["_id", "id", "title", "text"]):
+        yield where, {"_id": row.get("id"), **row}
+
+
+def _beir_files(labelled: LabelledSet) -> tuple[str, str, str]:
+    """Returns the paths of a BEIR folder's corpus, queries and qrels.
+
+    The queries of a split may lie in a file of their own, `queries_SPLIT.jsonl`.
     """
     storage = open_storage(labelled.path)
     names = ("corpus.jsonl", "queries.jsonl", f"qrels/{labelled.split}.tsv")
@@ -99,7 +136,8 @@ def _read(labelled: LabelledSet, passages: Artifact | None) -> Iterator[Row | Re
         for table in passages.tables(["id", "title", "text"]):
             yield from ((row["id"], row) for row in table.to_pylist())
     elif labelled.path.startswith(HUB):
-        yield from _hub_rows(labelled)
+        _, config, split = labelled.hub_name
+        yield from _hub_rows(labelled, config, split or "train", _columns(labelled))
     elif labelled.kind == "bitext":
         yield from _bitext_rows(labelled)
     else:
@@ -173,22 +211,28 @@ def _parquet_rows(labelled: LabelledSet, storage: Storage, path: str) -> Iterato
     yield from parquet_rows(content, columns, path, utf8_name(path))
 
 
-def _hub_rows(labelled: LabelledSet) -> Iterator[Row]:
+def _hub_rows(
+    labelled: LabelledSet, config: str, split: str | None, columns: list[str]
+) -> Iterator[Row]:
     """Reads a data set of the hub, or a folder, with `datasets`; labels get their names.
 
-    Only files of the data set itself, in formats that hold nothing but values, and only the columns
-    of the kind: whoever made it need not be trusted.
+    Only files of the data set itself, in formats that hold nothing but values, and only those of
+    the columns that are there: whoever made it need not be trusted. A split of None is the only one
+    of the configuration, or else the set's own.
     """
     from datasets import ClassLabel, disable_progress_bars, load_dataset_builder
 
     disable_progress_bars()  # the run has its own
-    name, config, split, *_ = [*labelled.path.removeprefix(HUB).split(":"), "", ""]
+    name = labelled.hub_name[0]
     try:
         builder = load_dataset_builder(name, config or None, revision=labelled.revision)
         _check_builder(name, builder)
         builder.download_and_prepare()
-        dataset = builder.as_dataset(split=split or "train")
-        columns = [each for each in _columns(labelled) if each in dataset.column_names]
+        if split is None:
+            only, *more = builder.info.splits
+            split = labelled.split if more else only
+        dataset = builder.as_dataset(split=split)
+        columns = [each for each in columns if each in dataset.column_names]
         dataset = dataset.select_columns(columns)
         for column in columns:
             if not _is_plain_feature(dataset.features[column]):

@@ -20,6 +20,7 @@ Kind = Literal[
     "sts",
     "retrieval",
     "rerank",
+    "multiple-choice",
     "bitext",
 ]
 
@@ -34,6 +35,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "sts": ("score", "sentence1", "sentence2"),
     "retrieval": (),
     "rerank": ("query", "positive", "negative"),
+    "multiple-choice": ("query", "label", "a", "b", "c", "d"),
     "bitext": ("sentence1", "sentence2"),
 }
 
@@ -45,6 +47,7 @@ _TASKS = {
     "classification": "classification",
     "rerank": "question answering",
     "retrieval": "question answering",
+    "multiple-choice": "question answering",
 }
 _SYMMETRIC = ("nli", "sts", "bitext", "classification", "clustering")
 
@@ -58,7 +61,8 @@ class LabelledSet(Config):
         description=f"a .jsonl, .tsv or .parquet file, path or s3:// URI; for retrieval a BEIR"
         f" folder; for bitext a folder with en.txt and de.txt, whose lines are translations, and"
         f" fields {{sentence1: en, sentence2: de}}; '{HUB}NAME[:CONFIG[:SPLIT]]', of the hub or a"
-        f" folder, through `datasets`; for title-body also '{RUN_PASSAGES}'"
+        f" folder, through `datasets`, where SPLIT may be as 'train[:1000]' and a retrieval set is"
+        f" laid out as mteb's are; for title-body also '{RUN_PASSAGES}'"
     )
     revision: str | None = Field(default=None, description="of a hub data set: a commit or tag")
     fields: dict[str, str] = Field(
@@ -100,12 +104,23 @@ class LabelledSet(Config):
                 f"labelled set {self.name!r}: {RUN_PASSAGES} is for the kind title-body, not"
                 f" {self.kind}"
             )
-        if self.path.startswith(HUB) and self.kind in ("retrieval", "bitext"):
+        if self.path.startswith(HUB) and self.kind == "bitext":
             raise ValueError(
                 f"labelled set {self.name!r}: a {self.kind} set is a folder; download {self.path}"
                 " first, or read it as pairs"
             )
+        if self.kind == "retrieval" and self.hub_name[2]:
+            raise ValueError(
+                f"labelled set {self.name!r}: of a retrieval set, name the split in `split`, not in"
+                f" {self.path}"
+            )
         return self
+
+    @property
+    def hub_name(self) -> tuple[str, str, str]:
+        """The name, configuration and split of a set of the hub; the latter two may be empty."""
+        name, config, split = [*self.path.removeprefix(HUB).split(":", 2), "", ""][:3]
+        return (name, config, split) if self.path.startswith(HUB) else ("", "", "")
 
     @property
     def query_task(self) -> str:

@@ -194,13 +194,34 @@ def find_mteb_task(name: str) -> Any:
             f"mteb {mteb.__version__} has no task {name!r}"
             + (f"; did you mean {meant}?" if meant else "; see mteb's list of tasks")
         )
-    task = mteb.get_task(name)
+    return _of_texts(mteb.get_task(name))
+
+
+def _of_texts(task: Any) -> Any:
     if set(task.metadata.modalities) != {"text"}:
         raise UserError(
-            f"mteb task {name!r} is about {', '.join(task.metadata.modalities)}; "
+            f"mteb task {task.metadata.name!r} is about {', '.join(task.metadata.modalities)}; "
             "an encoder of texts can be measured on text tasks only"
         )
     return task
+
+
+def find_mteb_tasks(name: str) -> list[Any]:
+    """Returns the tasks of mteb's benchmark of this name, or the one task.
+
+    A benchmark's tasks have its own splits and languages. Call inside ``quiet_mteb``.
+
+    Raises:
+        UserError: As `find_mteb_task`.
+    """
+    import mteb
+
+    try:
+        tasks = mteb.get_benchmark(name).tasks
+    except KeyError:
+        return [find_mteb_task(name)]
+    # mteb keeps its benchmarks, which would keep all data that is loaded.
+    return [_of_texts(copy.deepcopy(task)) for task in tasks]
 
 
 def judged_texts(task: Any) -> Iterator[str]:
@@ -235,21 +256,28 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(each)
 
 
-def load_mteb_task(name: str) -> Any:
-    """Returns mteb's task of this name, its data fetched from the hub or its local cache.
+def load_mteb_tasks(name: str) -> Iterator[Any]:
+    """Yields the tasks of a name, each with its data fetched from the hub or its local cache.
 
     Raises:
-        UserError: As `find_mteb_task`, or its data cannot be had.
+        UserError: As `find_mteb_tasks`, or its data cannot be had.
     """
     with quiet_mteb():
-        task = find_mteb_task(name)
-        for part in getattr(task, "tasks", [task]):  # several where mteb aggregates
-            try:
-                part.load_data()
-            except (OSError, ValueError, RuntimeError) as error:
-                reason = " ".join(str(error).split())
-                raise UserError(
-                    f"data of mteb task {part.metadata.name!r} cannot be fetched ({reason}): check"
-                    " the network and HF_ENDPOINT, or measure on a local folder with --beir"
-                ) from error
-    return task
+        tasks = find_mteb_tasks(name)
+    while tasks:
+        task = tasks.pop(0)
+        with quiet_mteb():
+            for part in getattr(task, "tasks", [task]):  # several where mteb aggregates
+                _load(part)
+        yield task
+
+
+def _load(task: Any) -> None:
+    try:
+        task.load_data()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"data of mteb task {task.metadata.name!r} cannot be fetched ({reason}): check"
+            " the network and HF_ENDPOINT, or measure on a local folder with --beir"
+        ) from error

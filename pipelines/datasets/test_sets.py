@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,7 @@ from cluster.artifacts import Json
 from cluster.config import Config
 from cluster.storage import open_storage
 from pipelines.datasets.folders import TestData, read_folder
-from pipelines.datasets.mteb_tasks import judged_texts, load_mteb_task
+from pipelines.datasets.mteb_tasks import judged_texts, load_mteb_tasks
 from pipelines.fingerprints import NotFingerprinted, fingerprinted
 from pipelines.names import SetName
 
@@ -25,8 +26,8 @@ class TestSet(Config):
 
     name: SetName
     path: Annotated[str, NotFingerprinted] = Field(
-        description="a folder or URI; mteb's name (mteb), whose data is fetched before a run"
-        " begins: its texts are kept out of training"
+        description="a folder or URI; mteb's name of a task, or of a benchmark and all its tasks"
+        " (mteb), whose data is fetched before a run begins: its texts are kept out of training"
     )
     kind: Literal["retrieval", "sts", "pairs", "classification", "clustering", "rerank", "mteb"] = (
         "retrieval"
@@ -38,18 +39,27 @@ class TestSet(Config):
     )
 
 
-def load_test_set(test_set: TestSet) -> TestData | Any:
-    """Reads a test set.
+def load_test_sets(test_sets: Iterable[TestSet]) -> Iterator[tuple[TestSet, TestData | Any]]:
+    """Yields each test set's data, or each of its mteb tasks, with the data fetched.
 
-    Returns:
-        What :func:`pipelines.evaluation.evaluate.evaluate` takes; of an mteb task its data is
-        fetched.
+    They are what :func:`pipelines.evaluation.evaluate.evaluate` takes.
+
+    Raises:
+        UserError: One does not exist or is malformed.
+    """
+    for test_set in test_sets:
+        if test_set.kind == MTEB:
+            yield from ((test_set, task) for task in load_mteb_tasks(test_set.path))
+        else:
+            yield test_set, load_folder(test_set)
+
+
+def load_folder(test_set: TestSet) -> TestData:
+    """Reads a test set that is a folder.
 
     Raises:
         UserError: It does not exist or is malformed.
     """
-    if test_set.kind == MTEB:
-        return load_mteb_task(test_set.path)
     return replace(read_folder(test_set.kind, test_set.path, test_set.split), name=test_set.name)
 
 
@@ -63,8 +73,7 @@ def evaluation_queries(test_sets: tuple[TestSet, ...]) -> list[str]:
         UserError: A test set does not exist or is malformed, or mteb's data cannot be had.
     """
     texts: set[str] = set()
-    for test_set in test_sets:
-        data = load_test_set(test_set)
+    for test_set, data in load_test_sets(test_sets):
         texts.update(judged_texts(data) if test_set.kind == MTEB else data.judged_texts())
     return sorted(texts)
 

@@ -18,8 +18,8 @@ from actors.text_encoder import TextEncoder
 from cluster.errors import UserError
 from cluster.plain_json import dump_json
 from pipelines.credentials import key_with_credentials
-from pipelines.datasets.mteb_tasks import find_mteb_task, quiet_mteb
-from pipelines.datasets.test_sets import MTEB, TestSet, load_test_set
+from pipelines.datasets.mteb_tasks import find_mteb_tasks, quiet_mteb
+from pipelines.datasets.test_sets import MTEB, TestSet, load_test_sets
 from pipelines.encoders import EncoderConfig, load_encoder
 from pipelines.evaluation.bootstrap import Estimate
 from pipelines.evaluation.compare import averages, compare
@@ -144,15 +144,16 @@ def run_eval(
     if named := [test_set.path for test_set in test_sets if test_set.kind == MTEB]:
         with quiet_mteb():
             for name in named:
-                find_mteb_task(name)
+                find_mteb_tasks(name)
     results: list[Result] = []
-    data = [load_test_set(test_set) for test_set in test_sets]
+    loaded = list(load_test_sets(test_sets))
+    data = [each for _, each in loaded]
     with _progress(shown=not options.as_json) as show:
         for given, location in models.items():
             name = _short_name(given)
             with _loaded(location, options) as encoder:
                 model = _identify(name, location, encoder)
-                for test_set, each in zip(test_sets, data, strict=True):
+                for test_set, each in loaded:
                     results += evaluate_at(
                         encoder,
                         each,

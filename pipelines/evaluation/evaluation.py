@@ -13,7 +13,7 @@ from cluster.plain_json import dump_json
 from cluster.steps import Step, StepContext
 from cluster.storage import LocalStorage, Storage
 from pipelines.datasets.retrieval import RetrievalDataset
-from pipelines.datasets.test_sets import TestSet, load_test_set, test_set_fingerprint
+from pipelines.datasets.test_sets import TestSet, load_test_sets, test_set_fingerprint
 from pipelines.encoders import TRAINED, load_encoder, saved_encoder, upload_folder
 from pipelines.evaluation.compare import STUDENT_AFTER, averages, compare
 from pipelines.evaluation.evaluate import evaluate_at
@@ -80,7 +80,8 @@ def run_evaluation(
     mteb's results stand in the folder ``mteb`` beside it, from where a step that was broken off
     takes what it had measured; ``README.md`` is the export's model card with the results in it.
     """
-    data = [load_test_set(test_set) for test_set in test_sets]
+    loaded = list(load_test_sets(test_sets))
+    data = [each for _, each in loaded]
     card = _card(context.input("export"))
     models = {
         name: ModelIdentity(
@@ -96,7 +97,7 @@ def run_evaluation(
     results = []
     notes = {each.name: list(each.notes) for each in data if getattr(each, "notes", ())}
     with _results_folder(context.storage) as folder:
-        for test_set, each, size in zip(test_sets, data, sizes, strict=True):
+        for (test_set, each), size in zip(loaded, sizes, strict=True):
             for name, encoder in encoders.items():
                 encoded = 0
 

@@ -5,7 +5,7 @@ Which prompts a step used is part of its fingerprint.
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +16,7 @@ from actors.language_model import LanguageModel
 from actors.pair_scores import ScoringPrompt
 from cluster.config import Config
 from cluster.errors import UserError, excerpt
+from pipelines.fret.languages import OF_PASSAGE, language_name, language_of
 from pipelines.words import compared_words, num_words
 from pipelines.yaml_files import read_yaml
 
@@ -102,7 +103,7 @@ class QueryPrompts:
     Attributes:
         prompts: The file.
         tasks: The tasks to draw from, or `("written",)`.
-        language: The language to ask for; None: nothing is said of it.
+        language: The language to ask for, `passage`: that of each; None: nothing is said of it.
         instruct: Whether the instruction precedes the examples, as chat models want it.
     """
 
@@ -110,6 +111,12 @@ class QueryPrompts:
     tasks: tuple[str, ...]
     language: str | None = None
     instruct: bool = False
+
+    def of(self, text: str) -> "QueryPrompts":
+        """Returns how queries are asked for of a passage, in its language if that is wanted."""
+        if self.language != OF_PASSAGE:
+            return self
+        return replace(self, language=language_name(language_of(text)))
 
     def task(self, query_id: str) -> str:
         """Returns the task of a query, drawn uniformly by its id; `written`: the LLM chooses."""
@@ -122,7 +129,9 @@ class QueryPrompts:
         passages = self.prompts.passages
         head = ""
         if self.instruct or self.language or task == WRITTEN:
-            head = f"{prompt.instruction}{self._in_language()}\n\n"
+            language = self.of(text).language
+            asked = f" Write in {language}." if language else ""
+            head = f"{prompt.instruction}{asked}\n\n"
         shots = "".join(
             f"Passage: {passages[p]}\n{prompt.cue} {a}\n\n" for p, a in self.examples(task)
         )
@@ -143,9 +152,6 @@ class QueryPrompts:
         written = " ".join(written.split()).lower()
         query, reason = _parse_query(rest, cut=cut)
         return written, query, reason if bar and written else "the LLM wrote no task"
-
-    def _in_language(self) -> str:
-        return f" Write in {self.language}." if self.language else ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from cluster.stages import Limit, Stage, StageFunction, StageOutput, run_stage
 from cluster.steps import Step, StepContext
 from pipelines.corpus.held_out import HELD_OUT
 from pipelines.fingerprints import NotFingerprinted, fingerprinted
-from pipelines.fret.languages import is_other_language, language_code
+from pipelines.fret.languages import OF_PASSAGE, is_other_language, language_code, language_of
 from pipelines.fret.prompts import (
     STOP,
     Prompts,
@@ -46,8 +46,8 @@ class QueriesConfig(Config):
     queries_per_seed: int = Field(default=1, ge=1)
     language: str | None = Field(
         default=None,
-        description="asked for in the prompt, as 'German'; queries that are clearly of another"
-        " language are dropped; null: not spoken of",
+        description="asked for in the prompt, as 'German', or 'passage' for that of each passage;"
+        " queries that are clearly of another language are dropped; null: not spoken of",
     )
     chat: bool = Field(
         default=False,
@@ -117,7 +117,7 @@ class WriteQueries(Stage):
     def load(self) -> StageFunction:
         """Starts the engine."""
         config, ask = self.config, self.prompts
-        code = language_code(config.language) if config.language else None
+        asked = None if config.language in (None, OF_PASSAGE) else language_code(config.language)
         llm = LanguageModel.load(self.llm, self.engine)
         require_plain(ask.prompts, llm)
         sampling = Sampling(
@@ -145,6 +145,7 @@ class WriteQueries(Stage):
             for row, text, answer in zip(rows, texts, answers, strict=True):
                 task, query, reason = ask.parse(row["task"], answer.text, cut=answer.cut)
                 reason = answer.error or reason or unfit(query, text)
+                code = language_of(text) if config.language == OF_PASSAGE else asked
                 if reason is None and code and is_other_language(query, code):
                     reason = "wrong language"
                 row |= {"task": task, "query": query, "dropped_by": reason or row["dropped_by"]}

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from cluster.errors import UserError, excerpt
 from pipelines.datasets.decontamination import DecontaminationConfig
-from pipelines.fret.languages import language_code
+from pipelines.fret.languages import OF_PASSAGE, language_code
 from pipelines.fret.prompts import WRITTEN, load_prompts
 from pipelines.recipe.keys import model_in
 from pipelines.recipe.recipe import Recipe, RunModels
@@ -77,7 +77,7 @@ def refuse_foreign_code(
 
 def _check_prompts(recipe: Recipe) -> None:
     """Raises UserError for prompts that do not exist, and for tasks or labels that have none."""
-    if recipe.queries.language:
+    if recipe.queries.language not in (None, OF_PASSAGE):
         language_code(recipe.queries.language)
     if recipe.prompts and unset_variables([recipe.prompts]):
         return

@@ -62,6 +62,12 @@ class Estimate(Config):
     prefill_tokens_per_s: float = Field(default=1000.0, gt=0, description="of one LLM actor")
     decode_tokens_per_s: float = Field(default=250.0, gt=0, description="of one LLM actor")
     engine_start_s: float = Field(default=60.0, ge=0, description="of one LLM actor, each step")
+    passage_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="that the LLM reads of a passage, for a plan where the corpus or the LLM's"
+        " tokenizer cannot be read; null: its tokens are then unknown",
+    )
     query_tokens: float = Field(default=16.0, gt=0, description="that the LLM writes a query")
     scored_share: float = Field(
         default=1.0, gt=0, le=1, description="of the queries, after filters and the round trip"

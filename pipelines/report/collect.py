@@ -10,6 +10,7 @@ from pipelines.datasets.decontamination import REASONS
 from pipelines.report.costs import collect_costs
 from pipelines.report.examples import are_lists, choose_examples
 from pipelines.report.labels import REPEATS, collect_labels, share
+from pipelines.report.languages import collect_languages
 from pipelines.report.run_folder import RunFolder
 from pipelines.report.test_sets import MODELS, collect_scores, collect_test_sets
 from pipelines.report.training import STAGES, collect_stage
@@ -45,6 +46,7 @@ def collect(run: RunFolder) -> dict[str, Json]:
         ),
         "highest_overlap_kept": fret.get("highest_overlap_kept"),
         "labels": collect_labels(run.artifacts.get("fret")),
+        "languages": collect_languages(run.artifacts.get("fret")),
         "costs": collect_costs(run),
         "seed_ranks": _seed_ranks(run.artifacts.get("fret")),
         "examples": choose_examples(run.artifacts.get("fret"), run.artifacts.get("passages")),

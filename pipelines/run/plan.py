@@ -2,7 +2,7 @@
 
 The estimate is made from a sample of passages: they are put into the recipe's prompts and counted
 by the LLM's own tokenizer, without starting an engine. A plan needs neither corpus nor hub nor
-credentials: what depends on them is then unknown.
+credentials: what depends on them is then unknown, or taken from the recipe's `estimate`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from cluster.errors import TokayError, UserError
 from cluster.storage import open_storage
 from pipelines.corpus.cutting import Passage, passages_of, reject_reason
 from pipelines.datasets.corpus import Corpus, Document
+from pipelines.datasets.labelled_sets import HUB
 from pipelines.fret.prompts import PairPrompts, load_prompts
 from pipelines.fret.queries import query_prompts
 from pipelines.ids import query_id
+from pipelines.mixture.config import SetsConfig
 from pipelines.recipe.graph import OPTIONAL_STAGES, TITLES, build_run
 from pipelines.recipe.recipe import Recipe
 from pipelines.recipe.sizes import GIB
@@ -38,6 +40,7 @@ from pipelines.yaml_files import leaves
 
 NUM_SAMPLED = 50
 NUM_READ = 2000  # passages of the corpus that the sample is drawn from
+CHARACTERS_A_TOKEN = 4  # of English prompts
 BLOCK_SIZE = 16  # vLLM's own, on a GPU: prefixes are cached in whole blocks
 
 
@@ -50,7 +53,7 @@ def make_plan(recipe: Recipe, uri: str) -> dict[str, Any]:
     unknown: dict[str, str] = {}
     states, done = _states(recipe, uri, unknown)
     todo = [name for name in ("queries", "scores") if name not in done]
-    tokens = _known_tokens(recipe, done, unknown) if todo else {}
+    tokens, guessed = _known_tokens(recipe, done, unknown) if todo else ({}, None)
     estimate, resources = recipe.estimate, recipe.resources.llm
     actor_s = {
         name: tokens[name]["prefill"] / estimate.prefill_tokens_per_s
@@ -64,6 +67,17 @@ def make_plan(recipe: Recipe, uri: str) -> dict[str, Any]:
         return None if hours is None else round(hours * factor, digits)
 
     num_passages = done["passages"].num_rows if "passages" in done else None
+    sets = [
+        each.name
+        for stage in recipe.stages.values()
+        if isinstance(stage.mixture, SetsConfig)
+        for each in stage.mixture.labelled
+        if each.path.startswith(HUB)
+    ]
+    if sets:
+        unknown["rows and columns of the labelled sets from the hub are"] = (
+            f"they are fetched when their step runs: {', '.join(sets)}"
+        )
     return {
         "recipe": recipe.name,
         "storage": open_storage(uri).uri,
@@ -79,6 +93,7 @@ def make_plan(recipe: Recipe, uri: str) -> dict[str, Any]:
         "llm_gpu_hours": times(resources.num_gpus, 3),
         "llm_cost_usd": times(estimate.actor_hour_usd, 2),
         "assumptions": estimate.model_dump(),
+        "guessed": guessed,
         "unknown": unknown,
     }
 
@@ -102,13 +117,22 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         console.print(
             f"LLM: about {plan['llm_actor_hours']} actor hours, {plan['llm_gpu_hours']} GPU hours,"
             f" ${plan['llm_cost_usd']:.2f}; {plan['llm_wall_hours']} hours on the recipe's actors."
-            f" Tokens are counted in a sample of {NUM_SAMPLED} passages; speeds, prices and the"
-            " share of queries that are scored are the recipe's `estimate`. Tokens that the"
-            " engine finds in its cache are not counted.",
+            f" {_how_counted(plan)}; speeds, prices and the share of queries that are scored are"
+            " the recipe's `estimate`. Tokens that the engine finds in its cache are not counted.",
             soft_wrap=True,
+            markup=False,
         )
     for what, why in plan["unknown"].items():
         console.print(f"{what} unknown: {why}", soft_wrap=True, markup=False)
+
+
+def _how_counted(plan: dict[str, Any]) -> str:
+    if plan["guessed"] is None:
+        return f"Tokens are counted in a sample of {NUM_SAMPLED} passages"
+    return (
+        f"Tokens are guessed, with {plan['assumptions']['passage_tokens']} for each passage and"
+        f" {CHARACTERS_A_TOKEN} characters a token of the prompts ({plan['guessed']})"
+    )
 
 
 def _print_needs(needs: list[dict[str, Any]], console: Console) -> None:
@@ -175,12 +199,18 @@ def _states(
 
 def _known_tokens(
     recipe: Recipe, done: dict[str, Artifact], unknown: dict[str, str]
-) -> dict[str, dict[str, int]]:
+) -> tuple[dict[str, dict[str, int]], str | None]:
+    """Returns the tokens of the LLM's steps, and why they are guessed if they are."""
     try:
-        return _llm_tokens(recipe, done)
+        return _llm_tokens(recipe, done, _read_passages(recipe), _Tokens(recipe)), None
     except (TokayError, OSError) as error:
-        unknown["LLM tokens and cost are"] = " ".join(str(error).split())
-        return {}
+        why, length = " ".join(str(error).split()), recipe.estimate.passage_tokens
+        if length is None or (recipe.prompts and unset_variables([recipe.prompts])):
+            unknown["LLM tokens and cost are"] = why
+            return {}, None
+    text = "x" * length * CHARACTERS_A_TOKEN
+    passages = [Passage(id=str(n), title="", text=text, source="") for n in range(NUM_READ)]
+    return _llm_tokens(recipe, done, passages, _GuessedTokens(recipe)), why
 
 
 def _check_reach(*places: str) -> None:
@@ -203,14 +233,14 @@ def _ask(place: str) -> TokayError | None:
     return None
 
 
-def _llm_tokens(recipe: Recipe, done: dict[str, Artifact]) -> dict[str, dict[str, int]]:
+def _llm_tokens(
+    recipe: Recipe, done: dict[str, Artifact], passages: list[Passage], tokens: _Tokens
+) -> dict[str, dict[str, int]]:
     """Estimates the prompt tokens that no prefix cache holds, and the tokens to write."""
-    passages = _read_passages(recipe)
     sample = random.Random(0).sample(passages, min(NUM_SAMPLED, len(passages)))
     prompts = load_prompts(recipe.prompts)
     ask = query_prompts(recipe.queries, prompts)
     judge = PairPrompts(prompts=prompts, relevance=recipe.scores.relevance)
-    tokens = _Tokens(recipe)
     hold_out = recipe.gate.hold_out if recipe.gate else None
     num_held_out = hold_out.num_seeds if hold_out else 0
     num_seeds = recipe.seeds.num_seeds
@@ -224,8 +254,9 @@ def _llm_tokens(recipe: Recipe, done: dict[str, Artifact]) -> dict[str, dict[str
     for passage in sample:
         task, title = ask.task(query_id(passage.id)), passage.title
         text = tokens.cut(passage.text, recipe.queries.max_passage_tokens)
-        beyond, shared[task] = tokens.beyond(
-            ask.render(task, title, text), ask.render(task, "", "")
+        own = ask.of(text)
+        beyond, shared[task, own.language] = tokens.beyond(
+            own.render(task, title, text), own.render(task, "", "")
         )
         reads.append(beyond)
     contexts, pairs, examples = [], [], 0
@@ -311,7 +342,7 @@ class _Tokens:
             resolve_model(recipe.llm.model), trust_remote_code=False
         )
 
-    def ids(self, text: str) -> list[int]:
+    def ids(self, text: str) -> list[Any]:
         return list(self._tokenizer(text, verbose=False)["input_ids"])
 
     def cut(self, text: str, max_tokens: int) -> str:
@@ -324,3 +355,17 @@ class _Tokens:
         same = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
         shared = same // self.block * self.block
         return len(tokens) - shared, shared
+
+
+class _GuessedTokens(_Tokens):
+    """Counts a token for every few characters, where there is no tokenizer."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.block = recipe.resources.engine.block_size or BLOCK_SIZE
+
+    def ids(self, text: str) -> list[Any]:
+        starts = range(0, len(text), CHARACTERS_A_TOKEN)
+        return [text[start : start + CHARACTERS_A_TOKEN] for start in starts]
+
+    def cut(self, text: str, max_tokens: int) -> str:
+        return text[: max_tokens * CHARACTERS_A_TOKEN]

@@ -25,7 +25,7 @@ from cluster.storage import join
 from pipelines.corpus.held_out import MAX_HELD_OUT_SHARE
 from pipelines.corpus.seeds import HoldOut
 from pipelines.datasets.retrieval import RetrievalDataset
-from pipelines.datasets.test_sets import TestSet, load_test_set, test_set_fingerprint
+from pipelines.datasets.test_sets import TestSet, load_folder, test_set_fingerprint
 from pipelines.encoders import MODEL, TRAINED, EncoderConfig, load_encoder, upload_folder
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.paired_test import Gain, gains
@@ -333,7 +333,7 @@ def _held_out(config: GateConfig, context: StepContext) -> Judge:
 def _test_set(test_set: TestSet) -> Judge:
     """Returns the judge of a test set's queries."""
     # The recipe was checked: it is a retrieval set.
-    data = cast(RetrievalDataset, load_test_set(test_set))
+    data = cast(RetrievalDataset, load_folder(test_set))
 
     def score(encoder: Encoder, progress: Progress) -> np.ndarray:
         result = evaluate(encoder, data, task=test_set.task, on_progress=progress)

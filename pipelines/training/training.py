@@ -8,7 +8,7 @@ from cluster.artifacts import Json
 from cluster.steps import Step, StepContext
 from cluster.storage import join
 from pipelines.datasets.retrieval import RetrievalDataset
-from pipelines.datasets.test_sets import load_test_set, test_set_fingerprint
+from pipelines.datasets.test_sets import load_folder, test_set_fingerprint
 from pipelines.encoders import MODEL, TRAINED
 from pipelines.fingerprints import fingerprinted
 from pipelines.training.config import TrainerConfig
@@ -47,7 +47,7 @@ def training_step(name: str, config: TrainerConfig, mixture: str, recipe: Recipe
         watched = None
         if test_set is not None:
             # The recipe was checked: it is a retrieval set.
-            data = cast(RetrievalDataset, load_test_set(test_set))
+            data = cast(RetrievalDataset, load_folder(test_set))
             watched = WatchedSet(data=data, task=test_set.task)
         examples, output = context.input(mixture).uri, context.storage.uri
         job = Job(

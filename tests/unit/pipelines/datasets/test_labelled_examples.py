@@ -256,6 +256,72 @@ def test_rerank_gives_each_positive_another_negative(tmp_path: Path) -> None:
     assert reading.left_out == {"no positive": 1}
 
 
+def test_multiple_choice_has_the_answer_and_in_turn_each_other_choice(tmp_path: Path) -> None:
+    choices = {"a": "one", "b": "two", "c": "three", "d": "four"}
+    rows: Rows = [{"query": f"q{n}", "label": "b", **choices} for n in range(3)]
+    rows += [
+        {"query": "two choices", "label": "b", "a": "no", "b": "yes"},
+        {"query": "no such choice", "label": "c", "a": "no", "b": "yes"},
+        {"query": "no label", "a": "no", "b": "yes"},
+        {"query": "empty choice", "label": "b", "a": " ", "b": "yes"},
+    ]
+    found, reading = read(jsonl(tmp_path, rows), "multiple-choice")
+    assert [(query, positive) for query, positive, _ in triples(found)] == [
+        *((f"q{n}", "two") for n in range(3)),
+        ("two choices", "yes"),
+    ]
+    assert {negatives[0] for _, _, negatives in triples(found)[:3]} == {"one", "three", "four"}
+    assert {example.task for example in found} == {"question answering"}
+    assert [why for _, why, _ in reading.rejects] == [
+        "label is none of a, b, c, d",
+        "no text in field 'label'",
+        "a choice is no text",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "id_"),
+    [
+        ("", ("default/train", "queries/queries", "corpus/corpus"), "_id"),
+        (":de", ("de-qrels/train", "de-queries/train", "de-corpus/train"), "id"),
+    ],
+)
+def test_retrieval_set_of_the_hub_is_read_as_a_folder_is(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    config: str,
+    names: tuple[str, ...],
+    id_: str,
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    qrels: Rows = [
+        {"query-id": "q", "corpus-id": "1", "score": 1},
+        {"query-id": "q", "corpus-id": "2", "score": 0},
+        {"query-id": "q", "corpus-id": "3", "score": 1},
+    ]
+    queries: Rows = [{id_: "q", "text": "ask"}, {id_: "z", "text": "of another split"}]
+    corpus: Rows = [{id_: "1", "title": "T", "text": "one"}, {id_: "2", "title": "", "text": "two"}]
+    card = ["---", "configs:"]
+    for name, rows in zip(names, (qrels, queries, corpus), strict=True):
+        each, split = name.split("/")
+        file = tmp_path / "set" / each / f"{split}.jsonl"
+        file.parent.mkdir(parents=True)
+        file.write_text("\n".join(map(json.dumps, rows)))
+        card += [f"- config_name: {each}", "  data_files:"]
+        card += [f"  - split: {split}", f"    path: {each}/{split}.jsonl"]
+        if each == names[0].split("/")[0]:
+            card += ["  - split: test", f"    path: {each}/test.jsonl"]
+            (file.parent / "test.jsonl").write_text(json.dumps({**qrels[0], "query-id": "z"}))
+    (tmp_path / "set" / "README.md").write_text("\n".join([*card, "---", ""]))
+    found, reading = read(f"hub:{tmp_path / 'set'}{config}", "retrieval")
+    assert triples(found) == [("ask", "one", [])]
+    assert found[0].positive.title == "T"
+    assert reading.left_out == {"judged not relevant": 1}
+    assert [why for _, why, _ in reading.rejects] == ["the passage is missing or empty"]
+    found, _ = read(f"hub:{tmp_path / 'set'}{config}", "retrieval", split="test")
+    assert triples(found) == [("of another split", "one", [])]
+
+
 def test_title_finds_its_body_without_being_repeated_in_it(tmp_path: Path) -> None:
     rows = [
         {"title": "Bees", "text": "Bees. They dance."},

@@ -140,8 +140,11 @@ def test_hub_data_set_is_read_by_its_split(
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     assert rows(pairs(f"hub:{parquet_folder}")) == PAIRS
     assert rows(pairs(f"hub:{parquet_folder}::test")) == PAIRS[:1]
+    assert rows(pairs(f"hub:{parquet_folder}::train[1:]")) == PAIRS[1:]
     with pytest.raises(UserError, match="cannot be loaded"):
         rows(pairs(f"hub:{parquet_folder}::dev"))
+    with pytest.raises(ValueError, match="name the split in `split`, not in hub:a::train"):
+        pairs("hub:a::train", kind="retrieval")
 
 
 def test_hub_labels_are_read_by_their_names(

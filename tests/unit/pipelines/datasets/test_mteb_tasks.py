@@ -9,8 +9,8 @@ import pytest
 from actors.encoder import Encoder
 from actors.text_encoder import TextEncoder
 from cluster.errors import UserError
-from pipelines.datasets.mteb_tasks import find_mteb_task, quiet_mteb
-from pipelines.datasets.test_sets import TestSet, evaluation_queries, load_test_set
+from pipelines.datasets.mteb_tasks import find_mteb_task, find_mteb_tasks, quiet_mteb
+from pipelines.datasets.test_sets import TestSet, evaluation_queries, load_test_sets
 from pipelines.evaluation.evaluate import evaluate
 
 MINILM = "embedded:all-MiniLM-L6-v2"
@@ -125,8 +125,43 @@ def test_mteb_task_of_an_unknown_name_gets_names_like_it() -> None:
 
 
 def test_mteb_task_of_images_is_refused() -> None:
-    with quiet_mteb(), pytest.raises(UserError, match="text tasks only"):
-        find_mteb_task("CIFAR10")
+    with quiet_mteb():
+        with pytest.raises(UserError, match="text tasks only"):
+            find_mteb_task("CIFAR10")
+        with pytest.raises(UserError, match="text tasks only"):
+            find_mteb_tasks("MIEB(lite)")
+
+
+def test_benchmark_stands_for_its_tasks_in_its_own_splits_and_languages() -> None:
+    with quiet_mteb():
+        tasks = {task.metadata.name: task for task in find_mteb_tasks("MTEB(eng, v1)")}
+        again = find_mteb_tasks("MTEB(eng, v1)")
+        assert [task.metadata.name for task in find_mteb_tasks("SciFact")] == ["SciFact"]
+    assert len(tasks) == 56
+    assert tasks["MSMARCO"].eval_splits == ["dev"]
+    assert tasks["MassiveIntentClassification"].hf_subsets == ["en"]
+    # What is loaded into one is not kept for the process's life.
+    assert not {*map(id, tasks.values())} & {*map(id, again)}
+
+
+def test_recipe_is_judged_by_all_tasks_of_a_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mteb
+    from mteb.benchmarks import Benchmark
+
+    with quiet_mteb():
+        mocks = (
+            import_module("mteb.mocks.mock_tasks.clustering"),
+            import_module("mteb.mocks.mock_tasks.pair_classification"),
+        )
+        tasks = [mocks[0].MockClusteringTask(), mocks[1].MockPairClassificationTask()]
+    monkeypatch.setattr(mteb, "get_benchmark", {"both": Benchmark(name="both", tasks=tasks)}.get)
+    both = TestSet(name="both", path="both", kind="mteb")
+    loaded = list(load_test_sets([both]))
+    assert [(each.name, task.metadata.name) for each, task in loaded] == [
+        ("both", task.metadata.name) for task in tasks
+    ]
+    assert not any(task.data_loaded for task in tasks)
+    assert set(evaluation_queries((both,))) > SENTENCES | {"This is a third test sentence"}
 
 
 @pytest.mark.parametrize("name", ["NFCorpus", "STS12", "CQADupstackRetrieval"])
@@ -138,7 +173,7 @@ def test_mteb_task_without_a_hub_says_so_in_one_line(
     # Otherwise the hub's client tries again for 23 s.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"cannot be fetched .* --beir") as caught:
-        load_test_set(TestSet(name=name, path=name, kind="mteb"))
+        list(load_test_sets([TestSet(name=name, path=name, kind="mteb")]))
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"cannot be fetched"):
         evaluation_queries((TestSet(name=name, path=name, kind="mteb"),))

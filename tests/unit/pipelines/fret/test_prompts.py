@@ -1,6 +1,7 @@
 """What the LLM is shown, and what is read from its answers."""
 
 import pydoc_data.topics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from actors.embedded import embedded_model
 from actors.language_model import LanguageModel
 from actors.plain_text import PlainText
 from cluster.errors import UserError
-from pipelines.fret.languages import is_other_language, language_code
 from pipelines.fret.prompts import (
     WRITTEN,
     PairPrompts,
@@ -28,6 +28,7 @@ from pipelines.recipe.read import load_recipe
 TOKAYS = Path(__file__).parents[4] / "pipelines" / "fret" / "prompts.yaml"
 ALL = QueryPrompts(prompts=load_prompts(), tasks=tuple(load_prompts().tasks))
 QA = "question answering"
+CHINESE = "蜜蜂通过跳舞告诉同伴哪里有花。舞蹈的角度是飞行方向与太阳之间的夹角，长度表示距离。"
 
 
 @pytest.mark.parametrize(
@@ -266,20 +267,9 @@ def test_query_is_one_line_whatever_the_llm_writes(completion: str, query: str) 
     assert ALL.parse(QA, completion, cut=False) == (QA, query, None)
 
 
-@pytest.mark.parametrize(
-    ("query", "other"),
-    [
-        ("wie backe ich Brot ohne Hefe", False),
-        ("why do corals turn white when the sea gets warmer", True),
-        ("为什么珊瑚变白", True),
-        ("numpy argsort", False),  # of no language that one could tell
-    ],
-)
-def test_only_what_is_clearly_another_language_is_called_so(query: str, other: bool) -> None:
-    assert is_other_language(query, language_code("German")) == other
-
-
-@pytest.mark.parametrize("name", ["Germanish", "Klingon"])
-def test_language_that_cannot_be_recognised_is_the_users_mistake(name: str) -> None:
-    with pytest.raises(UserError, match=f"queries.language '{name}'"):
-        load_recipe("laptop", [f"queries.language={name}"])
+def test_language_of_each_passage_is_asked_for_by_its_name() -> None:
+    ask = replace(ALL, language="passage")
+    for text, name in (("Bienen tanzen, wenn sie Futter finden.", "German"), (CHINESE, "Chinese")):
+        assert f" Write in {name}.\n\n" in ask.render(QA, "", text)
+    assert "Write in" not in ALL.render(QA, "", CHINESE)
+    assert load_recipe("laptop", ["queries.language=passage"]).queries.language == "passage"

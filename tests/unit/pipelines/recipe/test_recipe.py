@@ -8,6 +8,7 @@ import pytest
 
 from cluster.errors import UserError
 from pipelines.corpus.seeds import HoldOut
+from pipelines.datasets.mteb_tasks import quiet_mteb
 from pipelines.recipe.read import load_recipe, read_models, recipe_names
 from pipelines.yaml_files import write_yaml
 
@@ -37,6 +38,48 @@ def test_cluster_recipe_asks_for_node_types_that_the_cluster_file_has() -> None:
         recipe.training.node_resource,
     }
     assert None not in asked and asked <= offered
+
+
+def test_gecko_recipe_keeps_to_what_the_paper_says() -> None:
+    recipe = load_recipe("gecko")
+    assert recipe.mixture.fret_max_rows == 6_600_000 < recipe.seeds.num_seeds
+    fret = recipe.fret
+    assert (fret.fusion, fret.positive, fret.negative) == ("ql+rc", "fused", "lowest")
+    assert (fret.num_negatives, fret.max_negative_similarity) == (1, None)
+    assert recipe.queries.tasks == ("written",)
+    assert recipe.candidates.num_candidates == recipe.scores.num_scored == 20
+    assert recipe.candidates.max_seed_rank is None
+    assert "{task}" in recipe.retriever.query_template
+    first = recipe.prefinetuning
+    assert first is not None and first.training.loss.same_tower_negatives == "none"
+    assert recipe.training.loss.same_tower_negatives == "all"
+    assert (recipe.student.projection, recipe.training.loss.matryoshka_dimensions) == (768, (256,))
+    assert recipe.student.query_template == "task: {task} | query: {text}"
+    assert recipe.student.passage_template == "title: {title} | text: {text}"
+    names = {each.name for each in recipe.mixture.labelled}
+    assert names > {"natural-questions", "hotpotqa", "fever", "medmcqa", "snli", "mnli"}
+
+
+def test_labelled_sets_that_mteb_knows_are_of_its_name_and_revision() -> None:
+    with quiet_mteb() as mteb:
+        known = {
+            (task.metadata.dataset["path"], task.metadata.dataset["revision"])
+            for task in mteb.get_tasks(languages=["eng"], exclude_superseded=False)
+        }
+    sets = [each for each in load_recipe("gecko").mixture.labelled if "hub:mteb/" in each.path]
+    assert len(sets) == 8
+    assert {(each.hub_name[0], each.revision) for each in sets} <= known
+
+
+def test_multilingual_recipe_trains_on_miracl_in_every_language_that_has_a_training_set() -> None:
+    recipe = load_recipe("multilingual")
+    assert recipe.queries.language == "passage"
+    languages = {each.hub_name[1].removesuffix("-triplet") for each in recipe.mixture.labelled}
+    with quiet_mteb() as mteb:
+        judged = {*mteb.get_task("MIRACLRetrievalHardNegatives").hf_subsets}
+    assert languages == judged - {"de", "yo"}  # the two have none
+    assert all(each.name == f"miracl-{each.path[-10:-8]}" for each in recipe.mixture.labelled)
+    assert load_recipe("multilingual", ["queries.language=English"]).queries.language == "English"
 
 
 def test_set_overrides_nested_keys_and_list_places() -> None:
@@ -188,7 +231,8 @@ def test_training_that_would_learn_nothing_is_refused(settings: list[str], messa
 
 def test_missing_recipe_names_those_that_exist() -> None:
     with pytest.raises(
-        UserError, match="one of cluster, gecko-mini, gpu, gpu-80gb, gpu-8x80gb, laptop"
+        UserError,
+        match="one of cluster, gecko, gecko-mini, gpu, gpu-80gb, gpu-8x80gb, laptop, multilingual",
     ):
         load_recipe("lptop")
 

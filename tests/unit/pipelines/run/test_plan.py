@@ -105,14 +105,19 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_recipe_that_comes_with_tokay_is_planned_anywhere_and_fits(
     name: str, nowhere: Path
 ) -> None:
-    made = make_plan(load_recipe(name, keep_unset=True), str(nowhere / "run"))
+    recipe = load_recipe(name, keep_unset=True)
+    made = make_plan(recipe, str(nowhere / "run"))
     assert {row["state"] for row in made["steps"]} == {"unknown"}
-    assert made["llm_tokens"] == {"queries": None, "scores": None}
-    assert made["llm_cost_usd"] is None
-    why = {"cluster": "credentials", "gecko-mini": "reads ${TOKAY_DATA}, which is not set"}
-    assert (
-        why.get(name, "corpus corpus does not exist") in made["unknown"]["LLM tokens and cost are"]
-    )
+    whys = {"cluster": "credentials", "gecko-mini": "reads ${TOKAY_DATA}, which is not set"}
+    why = whys.get(name, "corpus corpus does not exist")
+    if recipe.estimate.passage_tokens:
+        assert why in made["guessed"]
+        assert made["llm_tokens"]["scores"]["prefill"] > made["llm_tokens"]["queries"]["prefill"]
+        assert made["llm_cost_usd"] == pytest.approx(3 * made["llm_gpu_hours"], abs=0.01) != 0
+    else:
+        assert made["llm_tokens"] == {"queries": None, "scores": None}
+        assert made["llm_cost_usd"] is None
+        assert why in made["unknown"]["LLM tokens and cost are"]
     for need in made["gpu_memory"]:
         counted = need["steps"] != ["candidates"]
         assert need["fits"] == ("yes" if counted else "unknown") or not need["gpu"]
@@ -134,6 +139,49 @@ def test_plan_command_prints_what_is_unknown_and_why(nowhere: Path) -> None:
     assert json.loads(answer("cluster", "--json").stdout)["llm_actor_hours"] is None
     wrong = answer("gpu", "--set", "seds.num_seeds=1")
     assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
+
+
+@pytest.mark.parametrize("name", ["gecko", "multilingual"])
+def test_plan_says_what_it_cannot_look_at_without_a_hub(name: str, nowhere: Path) -> None:
+    recipe = load_recipe(name)
+    made = make_plan(recipe, str(nowhere / "run"))
+    assert "cannot be fetched" in made["unknown"]["states of the steps are"]
+    listed = made["unknown"]["rows and columns of the labelled sets from the hub are"]
+    stages = recipe.stages.values()
+    sets = [each for stage in stages for each in stage.mixture.labelled]
+    assert all((each.name in listed) == each.path.startswith("hub:") for each in sets)
+    out = io.StringIO()
+    print_plan(made, Console(file=out, width=200))
+    tokens = recipe.estimate.passage_tokens
+    assert f"Tokens are guessed, with {tokens} for each passage" in out.getvalue()
+    assert f"{made['llm_gpu_hours']} GPU hours, ${made['llm_cost_usd']:.2f}" in out.getvalue()
+    assert f"{made['llm_tokens']['scores']['prefill']:,}" in out.getvalue()
+
+
+def test_tokens_are_guessed_from_the_recipes_estimate(nowhere: Path) -> None:
+    settings = ["seeds.num_seeds=1000", "estimate.passage_tokens=100", "estimate.query_tokens=10"]
+    settings += ["estimate.scored_share=0.5", "scores.num_scored=4", f"queries.tasks=[{QA}]"]
+    made = make_plan(load_recipe("gpu", settings), str(nowhere / "run"))
+    cue = len("\nQuestion:")
+    head = len(QueryPrompts(prompts=load_prompts(), tasks=(QA,)).render(QA, "", "")) - cue
+    characters = head // (4 * 16) * (4 * 16), head + 4 * 100 + cue
+    shared, whole = characters[0] // 4, -(-characters[1] // 4)
+    assert made["llm_tokens"]["queries"] == {
+        "prefill": 1000 * (whole - shared) + shared,
+        "decode": 10_000,
+    }
+    # Each of 1000 * 0.5 * 4 pairs reads its passage, and its query of ten tokens.
+    assert 2000 * 110 < made["llm_tokens"]["scores"]["prefill"] < 2000 * 170
+    assert "corpus corpus does not exist" in made["guessed"]
+    shorter = make_plan(load_recipe("gpu", [*settings, "queries.max_passage_tokens=50"]), "run")
+    less = made["llm_tokens"]["queries"]["prefill"] - shorter["llm_tokens"]["queries"]["prefill"]
+    assert less == 1000 * 50
+    prefill = [
+        make_plan(load_recipe("gpu", [*settings, f"queries.language={name}"]), "run")
+        for name in ("German", "passage")
+    ]
+    one, each = (plan["llm_tokens"]["queries"]["prefill"] for plan in prefill)
+    assert abs(one - each) < 1000 * BLOCK  # all of a language share the prompt's head too
 
 
 def test_model_that_no_hub_gives_leaves_its_tokens_unknown(corpus: Path, nowhere: Path) -> None:
