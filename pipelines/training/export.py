@@ -110,7 +110,7 @@ def _taught_by(mixture: Artifact) -> str:
 def _trained_on(sets: dict[str, int], fret: Artifact) -> str:
     """Says which sets the student was trained on, and what became of the LLM's queries."""
     if not sets:
-        return "Not fine-tuned in this run."
+        return "Not trained in this run."
     listed = ", ".join(f"{name} ({rows} examples)" for name, rows in sets.items())
     if "fret" not in sets:
         return f"Trained on: {listed}."
