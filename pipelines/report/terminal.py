@@ -15,6 +15,8 @@ RESULT_CHARACTERS = 160
 
 def print_evaluation(document: dict[str, Json], console: Console) -> None:
     """Prints each test set's table and chosen queries; laid out for 80 to 120 columns."""
+    if judges := document["judges"]:
+        console.print(Text(_verdict(judges), "" if judges["relabels"] else "bold red"))
     if not document["test_sets"] and not document["scores"]:
         console.print("The run has no evaluation.", style="dim")
     if document["scores"]:
@@ -36,6 +38,11 @@ def print_evaluation(document: dict[str, Json], console: Console) -> None:
         for query in test_set["queries"]:
             console.print(_query(query))
             console.print()
+
+
+def _verdict(judges: dict[str, Any]) -> str:
+    not_relabelled = " The labels are the seeds; the teacher did not relabel."
+    return f"Teacher: {judges['reason']}.{'' if judges['relabels'] else not_relabelled}"
 
 
 def _scores(test_set: dict[str, Any]) -> Table:
