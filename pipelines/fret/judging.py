@@ -68,15 +68,15 @@ PREFERENCE = (
     Ranking(fusion="ql+rc", scale="z-scores"),
     Ranking(fusion="ql+rc+sim", scale="z-scores"),
     Ranking(fusion="ql+rc+sim", scale="ranks"),
-    Ranking(fusion="ql"),
 )
 """What `choose` may choose, the first of equals.
 
 Two judges come before three. QL with the retriever comes first: the two read differently, so that
 they seldom err together, and every LLM that was measured is sound in QL, while RC needs some half a
 billion parameters. Scores come before ranks, since they also say by how much; the paper's fusion is
-by ranks. QL alone is last although it is the simplest: it is what the measure flatters most, so
-that it has to be better than every fusion for certain. RC alone is never chosen.
+by ranks. One judge alone is in the table and never chosen. The measure flatters QL most: SmolLM2's
+can rank the seed first far more often than any fusion does, and on people's queries it was no
+better than its fusion with the retriever.
 """
 
 
@@ -204,9 +204,9 @@ class Judging:
             best = max(PREFERENCE, key=self.share)
             return Verdict(
                 verdict="SKIP",
-                reason="SKIP: nothing ranks the seed first more often than the retriever, which"
-                f" does for {retriever} of {self.num_queries:,} queries; {best.title} does for"
-                f" {self._percent(best)}",
+                reason="SKIP: no fusion ranks the seed first more often than the retriever, which"
+                f" does for {retriever} of {self.num_queries:,} queries; the best, {best.title},"
+                f" does for {self._percent(best)}",
                 chosen=None,
             )
         p, verdict, chance = self.p(chosen), "GO", ""

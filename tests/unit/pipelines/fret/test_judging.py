@@ -37,24 +37,33 @@ def add(judging: Judging, num: int, *, sim: bool, ql: bool, rc: bool = False) ->
         judging.add(scores, 1)
 
 
-def test_best_ranking_is_chosen_where_it_is_better_for_certain() -> None:
+def test_ql_alone_is_not_chosen_however_good_it_is() -> None:
     judging = Judging()
     add(judging, 20, sim=True, ql=True)
     add(judging, 20, sim=False, ql=True)  # where the fusion of both wavers
-    assert judging.choose() == Ranking(fusion="ql")
+    assert judging.p(Ranking(fusion="ql"), PREFERENCE[0]) < 0.001
+    assert judging.choose() == PREFERENCE[0]
     verdict = judging.verdict()
     assert verdict.verdict == "GO"
     assert verdict.reason == (
-        "GO: QL ranks the seed first for 100 % of 40 queries, the retriever for 50 % (p < 0.001)"
+        "GO: z(QL) + z(sim) ranks the seed first for 75 % of 40 queries, the retriever for 50 %"
+        " (p < 0.001)"
     )
 
 
-def test_of_rankings_that_chance_may_part_the_preferred_is_chosen() -> None:
+def test_best_fusion_is_chosen_where_it_is_better_for_certain() -> None:
     judging = Judging()
-    add(judging, 35, sim=True, ql=True)
-    add(judging, 5, sim=False, ql=True)  # five to nothing: p = 1/16
-    assert judging.share(Ranking(fusion="ql")) > judging.share(PREFERENCE[0])
-    assert judging.choose() == Ranking(fusion="ql+sim", scale="z-scores")
+    add(judging, 20, sim=True, ql=True, rc=True)
+    add(judging, 20, sim=False, ql=True, rc=True)
+    assert judging.choose() == GECKO  # by z-scores it is as good
+
+
+def test_of_fusions_that_chance_may_part_the_preferred_is_chosen() -> None:
+    judging = Judging()
+    add(judging, 35, sim=True, ql=True, rc=True)
+    add(judging, 5, sim=False, ql=True, rc=True)  # five to nothing: p = 1/16
+    assert judging.share(GECKO) > judging.share(PREFERENCE[0])
+    assert judging.choose() == PREFERENCE[0]
     assert judging.verdict().reason == (
         "MAYBE: z(QL) + z(sim) ranks the seed first for 94 % of 40 queries, the retriever for 88 %,"
         " which may be chance (p = 0.062)"
@@ -79,8 +88,8 @@ def test_teacher_no_better_than_the_retriever_is_skipped() -> None:
     add(judging, 10, sim=True, ql=False)
     assert judging.choose() is None
     assert judging.verdict().reason == (
-        "SKIP: nothing ranks the seed first more often than the retriever, which does for 100 % of"
-        " 10 queries; z(QL) + z(sim) does for 50 %"
+        "SKIP: no fusion ranks the seed first more often than the retriever, which does for 100 %"
+        " of 10 queries; the best, z(QL) + z(sim), does for 50 %"
     )
     metrics = judging.metrics()
     assert (metrics["verdict"], metrics["fusion"], metrics["scale"]) == ("SKIP", None, None)

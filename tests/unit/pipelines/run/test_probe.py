@@ -28,7 +28,7 @@ from pipelines.run.probe import (
 
 
 def judged(num_right: int, num_wrong: int) -> dict[str, Json]:
-    """Metrics of a probe in which QL was right so often, and the retriever never."""
+    """Metrics of a probe in which QL was right so often, and the others never."""
     judging = Judging()
     for number in range(num_right + num_wrong):
         ql = [0.9, 0.1] if number < num_right else [0.1, 0.9]
@@ -100,7 +100,7 @@ def test_probe_runs_beside_the_run_and_returns_its_table(
     lines = shown(found).splitlines()
     ql = next(line.split() for line in lines if line.strip().startswith("QL "))
     assert ql == ["QL", "75.0", "%", "30", "0", "1.9e-09"]
-    assert lines[-1].startswith("GO: QL ranks the seed first for 75 % of 40 queries")
+    assert lines[-1].startswith("GO: z(QL) + z(sim) ranks the seed first for 38 % of 40")
 
 
 def test_plan_shows_the_verdict_of_a_finished_probe_of_this_recipe(tmp_path: Path) -> None:
