@@ -46,7 +46,7 @@ def make_passages(
 ) -> dict[str, Json]:
     """Cleans, cuts and deduplicates the corpus; duplicates are rejects that are no bad rows.
 
-    With `sample`, as many documents are read as give so many passages, drawn by a hash.
+    With `sample` the passages are at most so many, of documents that are drawn by a hash.
     """
     import icu4py
 

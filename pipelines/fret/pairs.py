@@ -92,7 +92,7 @@ def group_pairs(
     import ray
 
     candidates, passages = context.input("candidates"), context.input("passages")
-    num_shards, storage = num_shards or len(candidates.shards), context.storage
+    num_parts, storage = num_shards or len(candidates.shards), context.storage
     wanted = ray.put(_scored_ids(candidates, num_scored, queries))
 
     def read(batch: dict[str, Any]) -> pa.Table:
@@ -103,7 +103,7 @@ def group_pairs(
             ids, texts = ray.get(wanted), passages.shard(passages.shards[number]).to_pylist()
             rows = [{"passage_id": row["id"], **row} for row in texts if _holds(ids, row["id"])]
         for row in rows:
-            row["shard"] = int(row["passage_id"][:8], 16) * num_shards >> 32
+            row["shard"] = int(row["passage_id"][:8], 16) * num_parts >> 32
         return pa.Table.from_pylist(rows, schema=_ROWS)
 
     def write(group: pa.Table) -> pa.Table:
@@ -127,7 +127,7 @@ def group_pairs(
     totals = {"num_passages": 0, "num_pairs": 0}
     for done, row in enumerate(written.iter_rows(), start=1):
         totals = {name: total + row[name] for name, total in totals.items()}
-        context.progress.update(done, num_shards, f"{totals['num_pairs']:,} pairs")
+        context.progress.update(done, num_parts, f"{totals['num_pairs']:,} pairs")
     return dict(totals)
 
 

@@ -1,5 +1,6 @@
 import json
 import logging
+import random
 from pathlib import Path
 
 import icu4py
@@ -67,8 +68,9 @@ def test_files_that_are_not_read_are_told(tmp_path: Path, caplog: pytest.LogCapt
 def test_sample_is_of_whole_documents_and_a_larger_one_contains_it(tmp_path: Path) -> None:
     rows = []
     for number in range(60):
-        words = " ".join(f"word{number}x{place}" for place in range(60))
-        rows.append({"_id": f"d{number:02}", "text": words})
+        draw = random.Random(number)
+        words = ["".join(draw.choices("abcdefghijklmnop", k=6)) for _ in range(60)]
+        rows.append({"_id": f"d{number:02}", "text": " ".join(words)})
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = CorpusConfig(path=str(tmp_path / "x.jsonl"), max_words=20, min_words=10)
     corpus = Corpus(config)
