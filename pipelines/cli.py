@@ -108,6 +108,11 @@ def plan(
     recipe: RecipeFile,
     storage: StorageUri = None,
     settings: Settings = None,
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="See on a few queries, beside the run, how the LLM judges."),
+    ] = False,
+    rebuild: Rebuild = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -115,10 +120,19 @@ def plan(
     from pipelines.recipe.read import load_recipe
     from pipelines.run.checks import check_recipe
     from pipelines.run.plan import make_plan, print_plan
+    from pipelines.run.probe import print_judged, run_probe
 
-    loaded = load_recipe(recipe, settings, keep_unset=True, trust_remote_code=trust_remote_code)
+    loaded = load_recipe(
+        recipe, settings, keep_unset=not probe, trust_remote_code=trust_remote_code
+    )
+    uri = storage or f"runs/{loaded.name}"
+    if probe:
+        shown = Screen(stderr=True) if as_json else console
+        found = run_probe(loaded, uri, shown, rebuild=rebuild)
+        _print_json(found) if as_json else print_judged(found, console)
+        return
     check_recipe(loaded)
-    made = make_plan(loaded, storage or f"runs/{loaded.name}")
+    made = make_plan(loaded, uri)
     _print_json(made) if as_json else print_plan(made, console)
 
 

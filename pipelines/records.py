@@ -62,7 +62,8 @@ SCORES = pa.schema(
 FRET = pa.schema(
     [
         *CANDIDATES,
-        # Of the first candidates, which were scored; empty for a query dropped before.
+        # Of the first candidates, which were scored; empty for a query dropped before, and QL and
+        # RC where the retriever alone judged.
         ("query_likelihoods", pa.list_(pa.float32())),
         ("relevances", pa.list_(pa.float32())),
         ("fused", pa.list_(pa.float32())),

@@ -18,6 +18,7 @@ from pathlib import Path
 # a file may stand which of its functions is meant.
 SUBJECTS = {
     "pipelines/fret/fusion.py": ["tests/unit/pipelines/fret/test_fusion.py"],
+    "pipelines/fret/judging.py": ["tests/unit/pipelines/fret/test_judging.py"],
     "pipelines/corpus/cutting.py": [
         "tests/unit/pipelines/corpus/test_cutting.py",
         "tests/unit/pipelines/test_words.py::test_any_text_is_cut_within_the_limit_and_loses_nothing",

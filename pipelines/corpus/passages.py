@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import heapq
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -13,7 +15,7 @@ from cluster.errors import DUPLICATE, DUPLICATES, NEAR_DUPLICATE, Reject, UserEr
 from cluster.steps import Step, StepContext
 from pipelines.corpus.cutting import Passage, passages_of, reject_reason
 from pipelines.corpus.near_duplicates import near_duplicates
-from pipelines.datasets.corpus import Corpus
+from pipelines.datasets.corpus import Corpus, Document
 from pipelines.fingerprints import fingerprinted
 from pipelines.records import PASSAGE
 
@@ -28,24 +30,30 @@ PASSAGES_PER_SHARD = 1024
 
 def step(recipe: Recipe) -> Step:
     """Returns the step; raises UserError for a corpus that does not exist."""
-    corpus = Corpus(recipe.corpus)
+    corpus, sample = Corpus(recipe.corpus), recipe.probe.sample
+    config = {"corpus": fingerprinted(recipe.corpus), "version": corpus.version()}
     return Step(
         name="passages",
-        config={"corpus": fingerprinted(recipe.corpus), "version": corpus.version()},
+        config={**config, "sample": sample} if sample else config,
         inputs=(),
-        work=lambda context: make_passages(corpus, context),
+        work=lambda context: make_passages(corpus, context, sample),
         max_reject_share=recipe.corpus.max_reject_share,
     )
 
 
-def make_passages(corpus: Corpus, context: StepContext) -> dict[str, Json]:
-    """Cleans, cuts and deduplicates the corpus; duplicates are rejects that are no bad rows."""
+def make_passages(
+    corpus: Corpus, context: StepContext, sample: int | None = None
+) -> dict[str, Json]:
+    """Cleans, cuts and deduplicates the corpus; duplicates are rejects that are no bad rows.
+
+    With `sample` the passages are at most so many, of documents that are drawn by a hash.
+    """
     import icu4py
 
     if corpus.passed_over and corpus.format == "auto":
         left = ", ".join(f"{count} {suffix}" for suffix, count in corpus.passed_over.most_common(5))
         log.warning("of corpus %s these files are not read: %s", corpus.config.path, left)
-    passages, rejects, num_documents = cut_corpus(corpus, context.progress.update)
+    passages, rejects, num_documents = cut_corpus(corpus, context.progress.update, sample)
     rows = {name: [getattr(passage, name) for passage in passages] for name in PASSAGE.names}
     write_shards(context.storage, pa.table(rows, schema=PASSAGE), PASSAGES_PER_SHARD)
     write_rejects(context.storage, rejects)
@@ -59,9 +67,13 @@ def make_passages(corpus: Corpus, context: StepContext) -> dict[str, Json]:
 
 
 def cut_corpus(
-    corpus: Corpus, progress: Callable[[float, float | None, str], None] = lambda *_: None
+    corpus: Corpus,
+    progress: Callable[[float, float | None, str], None] = lambda *_: None,
+    sample: int | None = None,
 ) -> tuple[list[Passage], list[Reject], int]:
     """Returns a corpus's passages in their order, what was refused, and how many documents it has.
+
+    With `sample` there are at most so many passages, of whole documents but for the last one.
 
     Raises:
         UserError: No passage is left.
@@ -71,7 +83,8 @@ def cut_corpus(
     rejects: list[Reject] = []
     ids: set[str] = set()
     num_documents = 0
-    for document in corpus.documents():
+    documents = corpus.documents()
+    for document in drawn(documents, sample) if sample else documents:
         num_documents += 1
         if isinstance(document, tuple):
             rejects.append(document)
@@ -88,6 +101,9 @@ def cut_corpus(
                 passages.append(passage)
             else:
                 rejects.append((passage.source, reason, passage.text[:200]))
+        if sample and len(passages) >= sample:
+            del passages[sample:]
+            break
         if num_documents % 100 == 0:
             progress(num_documents, None, f"{len(passages)} passages")
     if config.near_duplicate_threshold is not None:
@@ -105,3 +121,13 @@ def cut_corpus(
             else f"corpus {config.path} holds no documents"
         )
     return passages, rejects, num_documents
+
+
+def drawn(documents: Iterable[Document | Reject], num: int) -> list[Document | Reject]:
+    """Returns some documents, drawn by a hash of their names, so that more contain the fewer."""
+
+    def draw(document: Document | Reject) -> bytes:
+        name = document[0] if isinstance(document, tuple) else document.name
+        return hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
+
+    return heapq.nsmallest(num, documents, key=draw)

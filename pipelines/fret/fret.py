@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, field_validator
@@ -22,13 +21,17 @@ from pipelines.corpus.near_duplicates import near_duplicates
 from pipelines.datasets.decontamination import Decontamination
 from pipelines.fingerprints import fingerprinted
 from pipelines.fret.fusion import JUDGES, choose_labels
-from pipelines.records import CANDIDATES, FRET, PASSAGE
+from pipelines.fret.judging import Judging
+from pipelines.fret.pairs import scored_candidates
+from pipelines.fret.scored_queries import QueryScores, judged_first, with_scores
+from pipelines.records import FRET, PASSAGE
 
 if TYPE_CHECKING:
     from pipelines.recipe.recipe import Recipe
 
 TITLE = "choose positives and hard negatives"
 MAX_LISTED = 100
+AUTO = "auto"
 
 
 class FretConfig(Config):
@@ -36,7 +39,9 @@ class FretConfig(Config):
 
     fusion: str = Field(
         default="ql+rc",
-        description="judges, joined by +: ql, rc, and sim, the retriever's similarity",
+        description="judges, joined by +: ql, rc, and sim, the retriever's similarity; auto: what"
+        " the step `probe` finds best, its scale too, and if that is the retriever alone, the seed"
+        " is the positive and the retriever judges the others",
     )
     scale: Literal["ranks", "z-scores"] = Field(
         default="ranks",
@@ -73,8 +78,10 @@ class FretConfig(Config):
     @classmethod
     def _of_judges(cls, fusion: str) -> str:
         names = fusion.split("+")
-        if len(set(names)) < len(names) or not JUDGES.keys() >= set(names):
-            raise ValueError(f"accepted are {', '.join(JUDGES)}, each once, joined by + (ql+sim)")
+        if fusion != AUTO and (len(set(names)) < len(names) or not JUDGES.keys() >= set(names)):
+            raise ValueError(
+                f"accepted are {AUTO}, or {', '.join(JUDGES)}, each once, joined by + (ql+sim)"
+            )
         return fusion
 
 
@@ -83,7 +90,7 @@ def step(recipe: Recipe, decontamination: Decontamination) -> Step:
     return Step(
         name="fret",
         config={**fingerprinted(recipe.fret), "decontamination": decontamination.fingerprint()},
-        inputs=("candidates", "scores", "passages"),
+        inputs=("candidates", *(["probe"] if recipe.has_probe else []), "scores", "passages"),
         work=lambda context: make_fret(recipe.fret, decontamination, context),
     )
 
@@ -91,44 +98,47 @@ def step(recipe: Recipe, decontamination: Decontamination) -> Step:
 def make_fret(
     config: FretConfig, decontamination: Decontamination, context: StepContext
 ) -> dict[str, Json]:
-    """Chooses each query's positive and hard negatives, and applies the filters."""
-    candidates, scores = context.input("candidates"), QueryScores(context.input("scores"))
+    """Chooses each query's positive and hard negatives, and applies the filters.
+
+    Where a probe found the teacher to be no better than the retriever, nothing but its own queries
+    was scored: then the retriever's nearest are labelled, as many as would have been scored.
+    """
+    candidates, probe = context.input("candidates"), context.inputs.get("probe")
+    scores = QueryScores(context.input("scores"), *([probe] if probe else []))
     dropped, metrics = _filter(config, decontamination, candidates, scores)
-    texts = PassageTexts(context.input("passages"), scores.passage_ids)
+    ids, num_unscored, judging = scores.passage_ids, 0, Judging()
+    if probe:
+        config = as_chosen(config, probe)
+        if probe.manifest.metrics["fusion"] is None:
+            num_unscored = probe.manifest.metrics["num_scored"]
+            ids = _nearest(candidates, num_unscored)
+    texts = PassageTexts(context.input("passages"), ids)
     totals = Counter(_count([]))
     for shard in candidates.shards:
         rows = []
         for found in candidates.shard(shard).to_pylist():
-            row = _NOT_SCORED | found | {"dropped_by": dropped.get(found["id"])}
-            if scored := scores.of(row["id"]):
-                row |= _labels(row, scored, config, texts)
+            row = _NOT_LABELLED | found | {"dropped_by": dropped.get(found["id"])}
+            if found["dropped_by"] is None:
+                columns, num_judged = _judged(found, scores.of(row["id"]), num_unscored)
+                row |= columns
+                row |= _labels(row, num_judged, config, texts)
             rows.append(row)
+            if not probe:
+                judging.add_row(row)
         write_table(context.storage, shard.path, pa.Table.from_pylist(rows, schema=FRET))
         totals.update(_count(rows))
         context.progress.update(totals["num_queries"], candidates.num_rows)
-    return {**totals, **metrics}
+    return {**totals, **metrics, **({} if probe else judging.metrics())}
 
 
-class QueryScores:
-    """The pairs' scores, by query: 100 bytes a pair in memory."""
-
-    def __init__(self, scores: Artifact) -> None:
-        """Reads the artifact's shards, which are sorted by passage."""
-        tables = [_one_row_a_pair(table) for table in scores.tables()]
-        self._pairs = pa.concat_tables([_PAIR.empty_table(), *tables]).sort_by("query_id")
-        self._query_ids = np.array(self._pairs["query_id"].to_pylist(), dtype=np.bytes_)
-
-    @property
-    def passage_ids(self) -> pa.ChunkedArray:
-        """The passages that were scored."""
-        return pc.unique(self._pairs["passage_id"])
-
-    def of(self, query_id: str) -> dict[str, dict[str, Any]]:
-        """Returns ql, rc and error by passage id; nothing for a query that was not scored."""
-        key = query_id.encode()
-        start = int(np.searchsorted(self._query_ids, key))
-        end = int(np.searchsorted(self._query_ids, key, side="right"))
-        return {row["passage_id"]: row for row in self._pairs.slice(start, end - start).to_pylist()}
+def as_chosen(config: FretConfig, probe: Artifact) -> FretConfig:
+    """Returns the configuration with what a probe chose: with SKIP the seed, and the retriever."""
+    chosen = probe.manifest.metrics
+    if chosen["fusion"] is None:
+        update = {"fusion": "sim", "scale": "z-scores", "positive": "seed"}
+    else:
+        update = {"fusion": chosen["fusion"], "scale": chosen["scale"]}
+    return config.model_copy(update=update)
 
 
 class PassageTexts:
@@ -146,28 +156,6 @@ class PassageTexts:
         """Returns (title, text); raises KeyError for an id that is not in the corpus."""
         row = self._rows[passage_id]
         return self._table["title"][row].as_py(), self._table["text"][row].as_py()
-
-
-_PAIR = pa.schema(
-    [
-        ("query_id", pa.string()),
-        ("passage_id", pa.string()),
-        ("ql", pa.float32()),
-        ("rc", pa.float32()),
-        ("error", pa.string()),
-    ]
-)
-
-
-def _one_row_a_pair(scores: pa.Table) -> pa.Table:
-    """Turns lists of a passage's queries into rows."""
-    parents = pc.list_parent_indices(scores["query_ids"])
-    lists = [
-        pc.list_flatten(scores[name])
-        for name in ("query_ids", "query_likelihoods", "relevances", "errors")
-    ]
-    passages = scores["passage_id"].take(parents)
-    return pa.table([lists[0], passages, *lists[1:]], schema=_PAIR)
 
 
 def _filter(
@@ -207,31 +195,43 @@ def _filter(
     }
 
 
-_NOT_SCORED: dict[str, Any] = dict.fromkeys(FRET.names) | {
+_NOT_LABELLED: dict[str, Any] = dict.fromkeys(FRET.names) | {
     name: [] for name in FRET.names if pa.types.is_list(FRET.field(name).type)
 }
 
-_OF_CANDIDATES = [field.name for field in CANDIDATES if pa.types.is_list(field.type)]
+
+def _nearest(candidates: Artifact, num: int) -> pa.ChunkedArray:
+    """Returns the ids of the passages that are labelled where the retriever alone judges."""
+    tables = candidates.tables(["id", "seed_id", "dropped_by", "candidate_ids"])
+    rows = (row for table in tables for row in table.to_pylist() if row["dropped_by"] is None)
+    return pa.chunked_array([sorted({id_ for row in rows for id_ in scored_candidates(row, num)})])
+
+
+def _judged(
+    row: dict[str, Any], scored: dict[str, dict[str, Any]], num_unscored: int
+) -> tuple[dict[str, Any], int]:
+    """Returns a query's candidates with their scores, and how many of the first are to be labelled.
+
+    They are those that were scored or else, of a query that was not, the nearest `num_unscored`.
+    """
+    if any(score["error"] for score in scored.values()):
+        return {}, 0
+    if scored:
+        columns = with_scores(row, scored)
+        return columns, len(columns["query_likelihoods"])
+    nearest = set(scored_candidates(row, num_unscored))
+    return judged_first(row, nearest), len(nearest)
 
 
 def _labels(
-    row: dict[str, Any],
-    scored: dict[str, dict[str, Any]],
-    config: FretConfig,
-    texts: PassageTexts,
+    row: dict[str, Any], num_judged: int, config: FretConfig, texts: PassageTexts
 ) -> dict[str, Any]:
-    """Returns the columns that a scored query gains; none of a query with an unscored pair."""
-    if any(score["error"] for score in scored.values()):
+    """Returns the labels of a query by its first `num_judged` candidates; none if none was."""
+    if num_judged == 0:
         return {}
-    candidates = row["candidate_ids"]
-    places = {id_: place for place, id_ in enumerate(candidates)}.values()  # of each id one
-    order = sorted(places, key=lambda place: candidates[place] not in scored)
-    columns = {name: [row[name][place] for place in order] for name in _OF_CANDIDATES}
-    ids = [id_ for id_ in columns["candidate_ids"] if id_ in scored]
-    columns["query_likelihoods"] = [scored[id_]["ql"] for id_ in ids]
-    columns["relevances"] = [scored[id_]["rc"] for id_ in ids]
+    ids = row["candidate_ids"][:num_judged]
     labels = choose_labels(
-        {judge: columns[column][: len(ids)] for judge, column in JUDGES.items()},
+        {judge: row[column][:num_judged] for judge, column in JUDGES.items()},
         seed_place=ids.index(row["seed_id"]),
         config=config,
         query_id=row["id"],
@@ -239,7 +239,6 @@ def _labels(
     positive_id = ids[labels.positive]
     negative_ids = [ids[place] for place in labels.negatives]
     return {
-        **columns,
         "fused": labels.fused,
         "positive_id": positive_id,
         "positive_title": texts[positive_id][0],
@@ -252,7 +251,7 @@ def _labels(
 
 
 def _count(rows: list[dict[str, Any]]) -> dict[str, int]:
-    scored = [row for row in rows if row["query_likelihoods"]]
+    scored = [row for row in rows if row["fused"]]
     kept = [row for row in scored if row["dropped_by"] is None]
     return {
         "num_queries": len(rows),

@@ -6,6 +6,7 @@ queries stand, and every shard brings the texts that its scoring needs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,37 +35,75 @@ _ROWS = pa.schema(
 
 
 def step(recipe: Recipe) -> Step:
-    """Returns the step."""
+    """Returns the step; what a probe has scored, it leaves out."""
     num_scored = recipe.scores.num_scored
     return Step(
         name="pairs",
         config={"num_scored": num_scored},
-        inputs=("candidates", "passages"),
-        work=lambda context: group_pairs(num_scored, context),
+        inputs=("candidates", *(["probe"] if recipe.has_probe else []), "passages"),
+        work=lambda context: pairs_to_score(num_scored, context),
     )
 
 
-def group_pairs(num_scored: int, context: StepContext) -> dict[str, Json]:
+@dataclass(frozen=True, kw_only=True)
+class Queries:
+    """Which queries are meant: those with these ids or, where `only` is false, all the others."""
+
+    ids: frozenset[str] = frozenset()
+    only: bool = False
+
+    def __contains__(self, query_id: str) -> bool:
+        return (query_id in self.ids) == self.only
+
+
+def pairs_to_score(num_scored: int, context: StepContext) -> dict[str, Json]:
+    """Groups the pairs that no probe has scored; none if the probe says SKIP."""
+    probe = context.inputs.get("probe")
+    if probe is None:
+        return group_pairs(num_scored, context)
+    if probe.manifest.metrics["fusion"] is None:
+        return {"num_passages": 0, "num_pairs": 0}
+    scored = {
+        id_
+        for table in probe.tables(["query_ids"])
+        for ids in table["query_ids"].to_pylist()
+        for id_ in ids
+    }
+    return group_pairs(num_scored, context, Queries(ids=frozenset(scored)))
+
+
+def group_pairs(
+    num_scored: int,
+    context: StepContext,
+    queries: Queries = Queries(),
+    num_shards: int | None = None,
+) -> dict[str, Json]:
     """Groups (query, candidate) pairs and the candidates' texts by passage, with Ray Data.
 
     Passage ids are hashes, so equal ranges of them make shards of about equal size. Of each query
     the nearest `num_scored` candidates are scored, the seed among them.
+
+    Args:
+        num_scored: Candidates of each query.
+        context: With the inputs `candidates` and `passages`; its storage gets the shards.
+        queries: Whose pairs.
+        num_shards: As many as there are of candidates if None.
     """
     import ray
 
     candidates, passages = context.input("candidates"), context.input("passages")
-    num_shards, storage = len(candidates.shards), context.storage
-    wanted = ray.put(_scored_ids(candidates, num_scored))
+    num_parts, storage = num_shards or len(candidates.shards), context.storage
+    wanted = ray.put(_scored_ids(candidates, num_scored, queries))
 
     def read(batch: dict[str, Any]) -> pa.Table:
         ((step, number),) = batch["item"]
         if step == "candidates":
-            rows = _pairs(candidates.shard(candidates.shards[number]), num_scored)
+            rows = _pairs(candidates.shard(candidates.shards[number]), num_scored, queries)
         else:
             ids, texts = ray.get(wanted), passages.shard(passages.shards[number]).to_pylist()
             rows = [{"passage_id": row["id"], **row} for row in texts if _holds(ids, row["id"])]
         for row in rows:
-            row["shard"] = int(row["passage_id"][:8], 16) * num_shards >> 32
+            row["shard"] = int(row["passage_id"][:8], 16) * num_parts >> 32
         return pa.Table.from_pylist(rows, schema=_ROWS)
 
     def write(group: pa.Table) -> pa.Table:
@@ -88,7 +127,7 @@ def group_pairs(num_scored: int, context: StepContext) -> dict[str, Json]:
     totals = {"num_passages": 0, "num_pairs": 0}
     for done, row in enumerate(written.iter_rows(), start=1):
         totals = {name: total + row[name] for name, total in totals.items()}
-        context.progress.update(done, num_shards, f"{totals['num_pairs']:,} pairs")
+        context.progress.update(done, num_parts, f"{totals['num_pairs']:,} pairs")
     return dict(totals)
 
 
@@ -100,18 +139,19 @@ def scored_candidates(row: dict[str, Any], num_scored: int) -> list[str]:
     return ids
 
 
-def _pairs(candidates: pa.Table, num_scored: int) -> list[dict[str, Any]]:
+def _pairs(candidates: pa.Table, num_scored: int, queries: Queries) -> list[dict[str, Any]]:
     return [
         {"passage_id": id_, "query_id": row["id"], "query": row["query"]}
         for row in candidates.to_pylist()
-        if row["dropped_by"] is None
+        if row["dropped_by"] is None and row["id"] in queries
         for id_ in scored_candidates(row, num_scored)
     ]
 
 
-def _scored_ids(candidates: Artifact, num_scored: int) -> np.ndarray:
+def _scored_ids(candidates: Artifact, num_scored: int, queries: Queries) -> np.ndarray:
     """Returns the sorted ids of all passages that will be scored, as bytes."""
-    ids = {row["passage_id"] for table in candidates.tables() for row in _pairs(table, num_scored)}
+    pairs = (_pairs(table, num_scored, queries) for table in candidates.tables())
+    ids = {row["passage_id"] for rows in pairs for row in rows}
     return np.array(sorted(ids), dtype=np.bytes_)
 
 

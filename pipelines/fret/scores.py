@@ -13,7 +13,7 @@ from actors.engine import EngineConfig, LlmConfig
 from actors.language_model import LanguageModel
 from actors.pair_scores import ScoringPrompt
 from actors.score_check import check_scores
-from cluster.artifacts import Json
+from cluster.artifacts import Artifact, Json
 from cluster.config import Config
 from cluster.stages import Limit, Stage, StageFunction, StageOutput, run_stage
 from cluster.steps import Step, StepContext
@@ -48,34 +48,40 @@ class ScoresConfig(Config):
 
 def step(recipe: Recipe) -> Step:
     """Returns the step."""
-    prompts = load_prompts(recipe.prompts)
-
-    def score_pairs(context: StepContext) -> dict[str, Json]:
-        stage = ScorePairs(
-            config=recipe.scores,
-            prompts=PairPrompts(prompts=prompts, relevance=recipe.scores.relevance),
-            llm=recipe.llm,
-            engine=recipe.resources.engine,
-            resources=recipe.resources.llm,
-        )
-        pairs = context.input("pairs")
-        limit = Limit(
-            share=recipe.scores.max_unusable_share,
-            num_all=pairs.manifest.metrics["num_pairs"],
-            remedy="raise llm.max_model_tokens or scores.max_unusable_share",
-        )
-        return run_stage(stage, pairs, context, limit)
-
     return Step(
         name="scores",
-        config={
-            "llm": fingerprinted(recipe.llm),
-            "scores": fingerprinted(recipe.scores),
-            "prompts": prompts.model_dump(mode="json", exclude={"tasks", "written"}),
-        },
+        config=scoring_config(recipe),
         inputs=("pairs",),
-        work=score_pairs,
+        work=lambda context: score_pairs(recipe, context.input("pairs"), context),
     )
+
+
+def scoring_config(recipe: Recipe) -> dict[str, Json]:
+    """Returns what the scores of a pair depend on."""
+    prompts = load_prompts(recipe.prompts)
+    return {
+        "llm": fingerprinted(recipe.llm),
+        "scores": fingerprinted(recipe.scores),
+        "prompts": prompts.model_dump(mode="json", exclude={"tasks", "written"}),
+    }
+
+
+def score_pairs(recipe: Recipe, pairs: Artifact, context: StepContext) -> dict[str, Json]:
+    """Has the recipe's LLM score grouped pairs, shard by shard; returns metrics."""
+    prompts = load_prompts(recipe.prompts)
+    stage = ScorePairs(
+        config=recipe.scores,
+        prompts=PairPrompts(prompts=prompts, relevance=recipe.scores.relevance),
+        llm=recipe.llm,
+        engine=recipe.resources.engine,
+        resources=recipe.resources.llm,
+    )
+    limit = Limit(
+        share=recipe.scores.max_unusable_share,
+        num_all=pairs.manifest.metrics["num_pairs"],
+        remedy="raise llm.max_model_tokens or scores.max_unusable_share",
+    )
+    return run_stage(stage, pairs, context, limit)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ from pipelines.datasets.decontamination import DecontaminationConfig
 from pipelines.datasets.test_sets import TestSet
 from pipelines.encoders import EncoderConfig
 from pipelines.fingerprints import NotFingerprinted
-from pipelines.fret.fret import FretConfig
+from pipelines.fret.fret import AUTO, FretConfig
+from pipelines.fret.probe import ProbeConfig
 from pipelines.fret.queries import QueriesConfig
 from pipelines.fret.scores import ScoresConfig
 from pipelines.mining.candidates import CandidatesConfig, check_index
@@ -89,6 +90,7 @@ class Recipe(Config):
     queries: QueriesConfig = QueriesConfig()
     retriever: EncoderConfig
     candidates: CandidatesConfig = CandidatesConfig()
+    probe: ProbeConfig = ProbeConfig()
     scores: ScoresConfig = ScoresConfig()
     fret: FretConfig = FretConfig()
     decontamination: DecontaminationConfig = DecontaminationConfig()
@@ -137,6 +139,11 @@ class Recipe(Config):
         teacher = {TEACHER: stage.teacher} if stage and stage.teacher else {}
         own = {"retriever": self.retriever, "student": self.student}
         return {"llm": self.llm, **own, **teacher}
+
+    @property
+    def has_probe(self) -> bool:
+        """Whether some queries are scored before all the others are."""
+        return self.fret.fusion == AUTO or self.probe.sample is not None
 
     @model_validator(mode="before")
     @classmethod

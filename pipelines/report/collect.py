@@ -45,6 +45,7 @@ def collect(run: RunFolder) -> dict[str, Json]:
             fret.get("num_kept_positive_is_not_seed"), fret.get("num_kept")
         ),
         "highest_overlap_kept": fret.get("highest_overlap_kept"),
+        "judges": collect_judges(run),
         "labels": collect_labels(run.artifacts.get("fret")),
         "languages": collect_languages(run.artifacts.get("fret")),
         "costs": collect_costs(run),
@@ -56,6 +57,20 @@ def collect(run: RunFolder) -> dict[str, Json]:
         "outdated": run.outdated,
         "versions": _versions(run),
     }
+
+
+def collect_judges(run: RunFolder) -> dict[str, Json] | None:
+    """Returns how well the teacher judges: of the probe's queries or else of all that were scored.
+
+    `relabels` is false where the probe has left the labels to the seeds and the retriever.
+    """
+    for step in ("probe", "fret"):
+        metrics = run.metrics(step)
+        if "judges" in metrics:
+            keys = ("num_judged", "judges", "fusion", "scale", "verdict", "reason")
+            relabels = step == "fret" or metrics["fusion"] is not None
+            return {**{key: metrics[key] for key in keys}, "step": step, "relabels": relabels}
+    return None
 
 
 def collect_funnel(run: RunFolder) -> list[dict[str, Json]]:
@@ -72,7 +87,8 @@ def collect_funnel(run: RunFolder) -> list[dict[str, Json]]:
         rows.append(("queries written", written))
         if held_out := run.metrics("queries").get("num_held_out", 0):
             rows.append((f"not {HELD_OUT}", written - held_out))
-    rows.append(("queries scored", fret.get("num_scored")))
+    skipped = run.metrics("probe").get("fusion", "") is None
+    rows.append((f"queries {'labelled' if skipped else 'scored'}", fret.get("num_scored")))
     if fret:
         left = fret["num_scored"]
         for name, reasons in FILTERS.items():

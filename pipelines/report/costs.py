@@ -6,8 +6,8 @@ from cluster.artifacts import Json
 from pipelines.report.run_folder import RunFolder
 
 # The steps that make examples, in their order.
-STEPS = ("queries", "embeddings", "candidates", "pairs", "scores", "fret")
-LLM_STEPS = ("queries", "scores")
+STEPS = ("queries", "embeddings", "candidates", "probe", "pairs", "scores", "fret")
+LLM_STEPS = ("queries", "probe", "scores")
 
 
 def collect_costs(run: RunFolder) -> dict[str, Json] | None:

@@ -53,6 +53,11 @@ class RunFolder:
                 optional |= {f"{stage}_mixture", stage}
         if not self.recipe.get("gate"):
             optional.add("gate")
+        if _value(self.recipe, "fret", "fusion") != "auto":
+            optional.add("probe")
+        if _value(self.recipe, "probe", "sample"):  # it ends with the probe
+            names = list(TITLES)
+            optional = set(names[names.index("probe") + 1 :])
         return [name for name in TITLES if name in self.artifacts or name not in optional]
 
     @property
@@ -81,6 +86,12 @@ class RunFolder:
                     outdated.append(name)
                     break
         return outdated
+
+
+def _value(recipe: dict[str, Any], part: str, key: str) -> Any:
+    """Reads a key of an unvalidated recipe."""
+    keys = recipe.get(part)
+    return keys.get(key) if isinstance(keys, dict) else None
 
 
 def open_run_folder(uri: str) -> RunFolder:

@@ -19,6 +19,8 @@ def print_evaluation(document: dict[str, Json], console: Console) -> None:
     if document["gate"]:
         console.print()
         _print_gate(document["gate"], console)
+    if judges := document["judges"]:
+        console.print(Text(_verdict(judges), "" if judges["relabels"] else "bold red"))
     if not document["test_sets"] and not document["scores"]:
         console.print("The run has no evaluation.", style="dim")
     if document["scores"]:
@@ -47,6 +49,11 @@ def _print_gate(gate: dict[str, Any], console: Console) -> None:
     console.print(Text(gate["decision"], f"bold {colour}"))
     for note in gate["notes"]:
         console.print(Text(note, "dim"))
+
+
+def _verdict(judges: dict[str, Any]) -> str:
+    not_relabelled = " The labels are the seeds; the teacher did not relabel."
+    return f"Teacher: {judges['reason']}.{'' if judges['relabels'] else not_relabelled}"
 
 
 def _scores(test_set: dict[str, Any], titles: dict[str, str]) -> Table:

@@ -111,6 +111,12 @@ def _check_keys(recipe: Recipe) -> None:
             f"mixture.fret_only_tasks: {unknown[:3]} given, and queries.tasks are"
             f" {', '.join(recipe.queries.tasks)}"
         )
+    if recipe.has_probe and recipe.candidates.max_seed_rank == 1:
+        raise UserError(
+            "candidates.max_seed_rank: 1 given, which keeps only queries whose seed the retriever"
+            " ranks first, so that a probe has nothing to tell: raise it, or name the judges in"
+            " fret.fusion"
+        )
     for key, stage in recipe.stages.items():
         watched = stage.training.validation
         if watched and watched.test_set is None and not stage.mixture.validation_examples:

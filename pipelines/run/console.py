@@ -136,6 +136,9 @@ def _summary(artifact: Artifact) -> str:
         parts.append(_counted(artifact.num_rejects, "reject"))
     if artifact.num_duplicates:
         parts.append(_counted(artifact.num_duplicates, "duplicate"))
+    if artifact.manifest.step == "probe":
+        skipped = "" if metrics["fusion"] else ", it does not relabel"
+        parts = [f"{metrics['num_judged']:,} queries: {metrics['verdict']}{skipped}"]
     if metrics.get("final_loss") is not None:
         parts.append(f"loss {metrics['final_loss']:.3f}")
     if "exported" in metrics:

@@ -137,7 +137,7 @@ def _llm(recipe: Recipe, have: float | None) -> Need:
             left = max(0.0, have - parts["weights"])
             note = f"leaves {left / GIB:.1f} to vLLM, most of it KV cache"
     return Need(
-        steps=("queries", "scores"),
+        steps=("queries", *(["probe"] if recipe.has_probe else []), "scores"),
         what="LLM",
         parts=parts,
         have=have,

@@ -36,11 +36,13 @@ from pipelines.recipe.sizes import GIB
 from pipelines.recipe.variables import unset_variables
 from pipelines.run.checks import PATIENCE_S, within
 from pipelines.run.fit import Need, gpu_needs
+from pipelines.run.probe import finished_probe, print_judged
 from pipelines.yaml_files import leaves
 
 NUM_SAMPLED = 50
 NUM_READ = 2000  # passages of the corpus that the sample is drawn from
 CHARACTERS_A_TOKEN = 4  # of English prompts
+LLM_STEPS = ("queries", "probe", "scores")
 BLOCK_SIZE = 16  # vLLM's own, on a GPU: prefixes are cached in whole blocks
 
 
@@ -52,14 +54,16 @@ def make_plan(recipe: Recipe, uri: str) -> dict[str, Any]:
     """
     unknown: dict[str, str] = {}
     states, done = _states(recipe, uri, unknown)
-    todo = [name for name in ("queries", "scores") if name not in done]
+    probe = None if unknown else finished_probe(recipe, uri)
+    todo = [name for name in LLM_STEPS if name in states and name not in done]
     tokens, guessed = _known_tokens(recipe, done, unknown) if todo else ({}, None)
     estimate, resources = recipe.estimate, recipe.resources.llm
     actor_s = {
         name: tokens[name]["prefill"] / estimate.prefill_tokens_per_s
         + tokens[name]["decode"] / estimate.decode_tokens_per_s
-        + estimate.engine_start_s * resources.num_actors
-        for name in tokens
+        + (estimate.engine_start_s * resources.num_actors if tokens[name]["prefill"] else 0)
+        for name in todo
+        if name in tokens
     }
     hours = sum(actor_s.values()) / 3600 if tokens or not todo else None
 
@@ -82,6 +86,7 @@ def make_plan(recipe: Recipe, uri: str) -> dict[str, Any]:
         "recipe": recipe.name,
         "storage": open_storage(uri).uri,
         "steps": [{"step": name, "state": state} for name, state in states.items()],
+        "probe": probe,
         "gpu_memory": [_in_gib(need) for need in gpu_needs(recipe, num_passages)],
         "llm_tokens": {name: tokens.get(name) for name in todo},
         "llm_seconds_s": {
@@ -122,6 +127,8 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
             soft_wrap=True,
             markup=False,
         )
+    if plan["probe"]:
+        print_judged(plan["probe"], console)
     for what, why in plan["unknown"].items():
         console.print(f"{what} unknown: {why}", soft_wrap=True, markup=False)
 
@@ -192,6 +199,7 @@ def _states(
         without = tuple(stage for stage in OPTIONAL_STAGES if getattr(recipe, stage) is None)
         names = [name for name in TITLES if not name.startswith(without)]
         names = [name for name in names if recipe.gate or name != "gate"]
+        names = [name for name in names if recipe.has_probe or name != "probe"]
         return {name: "unknown" for name in names if recipe.evaluation or name != "evaluation"}, {}
     done = {name: artifact for name, artifact in artifacts.items() if artifact is not None}
     return states, {name: done[name] for name in done if states[name] == "done"}
@@ -268,34 +276,47 @@ def _llm_tokens(
         rest = len(tokens.ids(pair.context)) % tokens.block  # in a block that is not full
         pairs.append(rest + written + len(tokens.ids(pair.question)))
     num_actors = recipe.resources.llm.num_actors
-    num_pairs, num_passages = _num_pairs(recipe, done, num_queries, len(passages))
+    scored = _num_pairs(recipe, done, num_queries, len(passages))
     return {
         "queries": {
             "prefill": round(num_written * fmean(reads) + num_actors * sum(shared.values())),
             "decode": round(num_written * written),
         },
-        "scores": {
-            "prefill": round(
-                num_passages * fmean(contexts) + num_pairs * fmean(pairs) + num_actors * examples
-            ),
-            "decode": 0,
+        **{
+            step: {
+                "prefill": num_pairs
+                and round(
+                    num_passages * fmean(contexts)
+                    + num_pairs * fmean(pairs)
+                    + num_actors * examples
+                ),
+                "decode": 0,
+            }
+            for step, (num_pairs, num_passages) in scored.items()
         },
     }
 
 
 def _num_pairs(
     recipe: Recipe, done: dict[str, Artifact], num_queries: int, num_read: int
-) -> tuple[int, int]:
-    """Returns the number of pairs to score, and of the passages in them."""
-    if "pairs" in done:
-        return done["pairs"].manifest.metrics["num_pairs"], done["pairs"].num_rows
+) -> dict[str, tuple[int, int]]:
+    """Returns the number of pairs that each step scores, and of the passages in them."""
     num_scored = min(recipe.scores.num_scored, recipe.candidates.num_candidates)
-    num_pairs = round(num_queries * recipe.estimate.scored_share * num_scored)
+    num_fit = round(num_queries * recipe.estimate.scored_share)
+    num_probed = min(recipe.probe.num_queries, num_fit) if recipe.has_probe else 0
+    num_pairs = {"probe": num_probed * num_scored, "scores": (num_fit - num_probed) * num_scored}
+    if "probe" in done and done["probe"].manifest.metrics["fusion"] is None:
+        num_pairs["scores"] = 0
     num_passages = done["passages"].num_rows if "passages" in done else num_read
-    if num_passages == NUM_READ:  # there are more
-        return num_pairs, num_pairs
-    # The number of different passages expected when drawing with replacement.
-    return num_pairs, round(num_passages * -math.expm1(-num_pairs / num_passages))
+    counts = {}
+    for step, num in num_pairs.items():
+        # The number of different passages expected when drawing with replacement; a corpus of
+        # which no more than NUM_READ were read has others.
+        different = round(num_passages * -math.expm1(-num / num_passages))
+        counts[step] = (num, num if num_passages == NUM_READ else different)
+    if "pairs" in done:
+        counts["scores"] = (done["pairs"].manifest.metrics["num_pairs"], done["pairs"].num_rows)
+    return counts
 
 
 def _read_passages(recipe: Recipe) -> list[Passage]:

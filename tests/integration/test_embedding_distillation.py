@@ -37,7 +37,11 @@ def small_encoder(folder: Path) -> str:
     """Saves a four-layer BERT with random weights and MiniLM's tokenizer."""
     torch.manual_seed(0)
     config = BertConfig(
-        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=64,
+        initializer_range=0.3,  # so that texts differ
     )
     encoder = Encoder(
         BertModel(config),

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.artifacts import Artifact, Json, write_shards
 from cluster.steps import Run, Step, StepContext
-from pipelines.fret.pairs import group_pairs
+from pipelines.fret.pairs import Queries, group_pairs, pairs_to_score
 from pipelines.ids import passage_id
 from pipelines.records import CANDIDATES, PASSAGE
 from pipelines.run.console import JsonLines
@@ -87,3 +87,38 @@ def test_run_whose_queries_were_all_dropped_has_no_pairs(ray_session: None, tmp_
     pairs = grouped(tmp_path, [query(0, [], seed=0, dropped_by="query too short")])
     assert pairs.num_rows == 0
     assert pairs.manifest.metrics == {"num_passages": 0, "num_pairs": 0}
+
+
+def test_queries_of_a_probe_are_left_out_and_those_alone_are_grouped_for_it(
+    ray_session: None, tmp_path: Path
+) -> None:
+    queries = [query(n, [0, 1 + n, 2 + n], seed=0) for n in range(9)]
+    probed = Queries(ids=frozenset({"q2", "q5"}), only=True)
+
+    def probe(context: StepContext) -> dict[str, Json]:
+        return {"fusion": "ql"} | group_pairs(NUM_SCORED, context, probed, num_shards=2)
+
+    inputs = ("candidates", "passages")
+    passages = [
+        {"id": id_, "title": "", "text": text, "source": "a#1"}
+        for id_, text in zip(IDS, TEXTS, strict=True)
+    ]
+    steps = [
+        Step(name="passages", config={}, inputs=(), work=writes(passages, PASSAGE, 7)),
+        Step(name="candidates", config={}, inputs=(), work=writes(queries, CANDIDATES, 2)),
+        Step(name="probe", config={}, inputs=inputs, work=probe),
+        Step(
+            name="pairs",
+            config={},
+            inputs=(*inputs, "probe"),
+            work=lambda context: pairs_to_score(NUM_SCORED, context),
+        ),
+    ]
+    made = Run(str(tmp_path), steps).execute(JsonLines())
+    asked = {
+        name: {id_ for row in made[name].read().to_pylist() for id_ in row["query_ids"]}
+        for name in ("probe", "pairs")
+    }
+    assert asked == {"probe": {"q2", "q5"}, "pairs": {f"q{n}" for n in (0, 1, 3, 4, 6, 7, 8)}}
+    assert len(made["probe"].shards) <= 2
+    assert made["pairs"].manifest.metrics["num_pairs"] == 21

@@ -14,7 +14,7 @@ from pipelines.recipe.recipe import Recipe
 
 NOT_FINGERPRINTED = {
     *("corpus.path", "corpus.max_reject_share", "prompts"),
-    *("queries.max_unusable_share", "scores.max_unusable_share"),
+    *("queries.max_unusable_share", "scores.max_unusable_share", "probe.max_passages"),
     *("mixture.max_reject_share", "mixture.labelled[].path"),
     *("prefinetuning.mixture.max_reject_share", "prefinetuning.mixture.labelled[].path"),
     *("student.dtype", "evaluation[].path"),
@@ -66,6 +66,7 @@ def recipe(tmp_path: Path) -> Recipe:
             "training.lora={rank: 4}",
             "embedding_distillation.teacher={model: embedded:all-MiniLM-L6-v2}",
             "gate={num_queries: 7}",
+            "fret.fusion=auto",
         ],
     )
 

@@ -70,7 +70,7 @@ def test_status_reads_the_run_folder_alone(foreign: Path) -> None:
     begun.write_text("{}", encoding="utf-8")
     rows = run_status(str(foreign))
     assert rows is not None
-    optional = (*OPTIONAL_STAGES, "gate")
+    optional = (*OPTIONAL_STAGES, "gate", "probe")
     assert list(rows) == [name for name in TITLES if not name.startswith(optional)]
     states = {name: row["state"] for name, row in rows.items()}
     assert {name: state for name, state in states.items() if state != "waiting"} == {
@@ -80,6 +80,18 @@ def test_status_reads_the_run_folder_alone(foreign: Path) -> None:
         "export": "done",
         "queries": "unfinished",
     }
+
+
+@pytest.mark.parametrize(
+    ("keys", "last"), [({"fret": {"fusion": "auto"}}, "index"), ({"probe": {"sample": 9}}, "probe")]
+)
+def test_status_lists_the_probe_where_the_recipe_has_one(
+    foreign: Path, keys: Any, last: str
+) -> None:
+    (foreign / "recipe.yaml").write_text(write_yaml({"evaluation": [], **keys}), encoding="utf-8")
+    rows = run_status(str(foreign))
+    assert rows is not None and "probe" in rows
+    assert [name for name in rows if rows[name]["state"] == "waiting"][-1] == last
 
 
 def test_status_of_what_is_no_run_is_none(tmp_path: Path) -> None:
@@ -97,7 +109,10 @@ def test_report_reads_the_run_folder_alone(foreign: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("key", ["corpus", "evaluation", "resources", "estimate", *OPTIONAL_STAGES])
+@pytest.mark.parametrize(
+    "key",
+    ["corpus", "evaluation", "resources", "estimate", "fret", "probe", *OPTIONAL_STAGES],
+)
 @pytest.mark.parametrize("value", [3, "text", ["text"], [{"name": 3}], None, {"path": []}])
 def test_report_reads_a_recipe_of_any_shape(foreign: Path, key: str, value: object) -> None:
     (foreign / "recipe.yaml").write_text(write_yaml({"name": [1], key: value}), encoding="utf-8")

@@ -1,5 +1,6 @@
 import json
 import logging
+import random
 from pathlib import Path
 
 import icu4py
@@ -7,7 +8,7 @@ import pytest
 
 from cluster.artifacts import Artifact
 from cluster.steps import Run, Step
-from pipelines.corpus.passages import make_passages
+from pipelines.corpus.passages import cut_corpus, make_passages
 from pipelines.datasets.corpus import Corpus, CorpusConfig
 
 
@@ -62,3 +63,24 @@ def test_files_that_are_not_read_are_told(tmp_path: Path, caplog: pytest.LogCapt
         passages = made(folder, tmp_path / "run")
     assert passages.manifest.metrics["files_passed_over"] == {".csv": 2, ".md": 1}
     assert "these files are not read: 2 .csv, 1 .md" in caplog.text
+
+
+def test_sample_is_of_whole_documents_and_a_larger_one_contains_it(tmp_path: Path) -> None:
+    rows = []
+    for number in range(60):
+        draw = random.Random(number)
+        words = ["".join(draw.choices("abcdefghijklmnop", k=6)) for _ in range(60)]
+        rows.append({"_id": f"d{number:02}", "text": " ".join(words)})
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = CorpusConfig(path=str(tmp_path / "x.jsonl"), max_words=20, min_words=10)
+    corpus = Corpus(config)
+
+    def sources(sample: int | None) -> list[str]:
+        return [passage.source for passage in cut_corpus(corpus, sample=sample)[0]]
+
+    assert len(sources(None)) == len(sources(1000)) == 180  # three of each document
+    some, more = sources(30), sources(31)
+    assert len(some) == 30 and more[:30] == some and len(more) == 31
+    documents = {source.partition("#")[0] for source in some}
+    assert len(documents) == 10
+    assert documents != {f"d{number:02}" for number in range(10)}

@@ -54,11 +54,12 @@ def _fret(
     scores: pa.Table,
     evaluation_queries: list[str],
     config: dict[str, Any],
+    probe: tuple[pa.Table, dict[str, Json]] | None = None,
 ) -> Artifact:
-    def writes(table: pa.Table) -> Any:
+    def writes(table: pa.Table, metrics: dict[str, Json] | None = None) -> Any:
         def work(context: StepContext) -> dict[str, Json]:
             write_shards(context.storage, table, 2)
-            return {}
+            return metrics or {}
 
         return work
 
@@ -76,11 +77,15 @@ def _fret(
             inputs=("passages",),
             work=writes(pa.Table.from_pylist(rows, schema=CANDIDATES)),
         ),
+        *(
+            Step(name="probe", config={}, inputs=("candidates",), work=writes(*each))
+            for each in ([probe] if probe else [])
+        ),
         Step(name="scores", config={}, inputs=("candidates",), work=writes(scores)),
         Step(
             name="fret",
             config={},
-            inputs=("candidates", "scores", "passages"),
+            inputs=("candidates", *(["probe"] if probe else []), "scores", "passages"),
             work=lambda context: make_fret(
                 FretConfig(**config), Decontamination(evaluation_queries), context
             ),
@@ -178,3 +183,69 @@ def test_held_out_query_is_neither_labelled_nor_compared_with_others(fret: MakeF
     assert kept["dropped_by"] is None and kept["positive_id"] == "a"
     assert made.manifest.metrics["dropped_by"] == {"held out for the gate": 1}
     assert made.manifest.metrics["num_scored"] == made.manifest.metrics["num_kept"] == 1
+
+
+def test_table_of_judges_is_of_all_scored_queries_that_the_retriever_has_the_seed_of(
+    fret: MakeFret,
+) -> None:
+    rows = [
+        scored("q1", "what makes bread rise"),
+        scored("q2", "why is the sky blue") | {"seed_id": "b", "seed_rank": 2},
+        scored("q3", "how do bees dance") | {"seed_id": "c", "seed_rank": 0},
+    ]
+    rows[1]["query_likelihoods"] = [-2.0, -1.0, -3.0]
+    metrics = fret(rows).manifest.metrics
+    assert metrics["num_judged"] == 2
+    first = {row["ranking"]: row["seed_first"] for row in metrics["judges"]}
+    assert (first["the retriever"], first["QL"], first["RC"]) == (0.5, 1.0, 0.5)
+
+
+def probed(by_passage: Any, rows: list[dict[str, Any]], **metrics: Json) -> Any:
+    return by_passage(rows), {"num_scored": 2, **metrics}
+
+
+def test_probe_gives_its_scores_and_what_it_chose(
+    tmp_path: Path, by_passage: Callable[[list[dict[str, Any]]], pa.Table]
+) -> None:
+    rows = [scored("q1", "what makes bread rise"), scored("q2", "why is the sky blue")]
+    rows[0]["query_likelihoods"] = [-2.0, -3.0, -1.0]
+    rows[1] |= {"query_likelihoods": [-3.0, -2.0, -1.0], "similarities": [0.9, 0.9, 0.3]}
+    chosen = probed(by_passage, rows[:1], fusion="ql+sim", scale="z-scores")
+    artifact = _fret(tmp_path, rows, by_passage(rows[1:]), [], {"fusion": "auto"}, chosen)
+    first, second = artifact.read().to_pylist()
+    assert first["query_likelihoods"] == [-2.0, -3.0, -1.0]
+    assert first["fused"] == pytest.approx([1.2247, -1.2247, 0], abs=1e-3)
+    # 1.2247 of QL and 0.7071 of the similarities.
+    assert second["fused"] == pytest.approx([-0.5176, 0.7071, -0.1895], abs=1e-3)
+    assert (first["positive_id"], second["positive_id"]) == ("a", "b")
+    assert artifact.manifest.metrics["num_scored"] == 2
+    assert "judges" not in artifact.manifest.metrics  # they are the probe's
+
+
+def test_after_a_skip_the_seed_is_the_positive_and_the_retriever_judges_the_rest(
+    tmp_path: Path, by_passage: Callable[[list[dict[str, Any]]], pa.Table]
+) -> None:
+    rows = [
+        scored("q1", "what makes bread rise"),
+        scored("q2", "why is the sky blue") | {"seed_id": "c", "seed_rank": 3},
+        scored("q3", "x", dropped_by="query too short"),
+        scored("q4", "how do bees dance") | {"dropped_by": "round trip failed"},
+    ]
+    rows[0]["query_likelihoods"] = [-3.0, -2.0, -1.0]  # were it asked, c would be the positive
+    nothing = by_passage([])
+    skip = probed(by_passage, rows[:1], fusion=None, scale=None)
+    for number, negative in enumerate(("lowest", "all")):
+        folder, config = tmp_path / str(number), {"fusion": "auto", "negative": negative}
+        artifact = _fret(folder, rows, nothing, [], config, skip)
+        first, second, *others = artifact.read().to_pylist()
+        assert (first["positive_id"], second["positive_id"]) == ("a", "c")
+        assert first["fused"] == pytest.approx([1.2247, 0, -1.2247], abs=1e-3)
+        # Of two that would have been scored the seed is one: it takes the place of b.
+        assert second["candidate_ids"] == ["a", "c", "b"]
+        assert second["fused"] == pytest.approx([1, -1])
+        assert second["query_likelihoods"] == [] and second["negatives"] == ["text a"]
+        assert first["negative_ids"] == (["c"] if negative == "lowest" else ["c", "b"])
+        assert [row["positive_id"] for row in others] == [None, None]
+        metrics = artifact.manifest.metrics
+        assert (metrics["num_scored"], metrics["num_kept"]) == (2, 2)
+        assert metrics["num_positive_is_not_seed"] == 0

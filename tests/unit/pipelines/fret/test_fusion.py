@@ -102,7 +102,7 @@ def test_judge_whose_scores_are_all_equal_says_nothing() -> None:
     "fusion", ["best", "lex", "ql+", "+", "", "ql+ql", "ql-rc", "QL", "ql + rc"]
 )
 def test_fusion_that_is_not_made_of_judges_is_refused(fusion: str) -> None:
-    with pytest.raises(ValidationError, match=r"accepted are ql, rc, sim, each once, joined by \+"):
+    with pytest.raises(ValidationError, match=r"accepted are auto, or ql, rc, sim, each once"):
         FretConfig(fusion=fusion)
 
 

@@ -100,6 +100,34 @@ def test_mixture_reads_what_its_sets_are_made_of(folder: Path) -> None:
     assert set(step(made, "mixture").inputs) == {"student", "passages"}
 
 
+def test_probe_comes_before_the_pairs_only_where_it_chooses(folder: Path) -> None:
+    fixed, auto = run(folder), run(folder, "fret.fusion=auto")
+    assert "probe" not in {each.name for each in fixed.steps}
+    names = [each.name for each in auto.steps]
+    assert names.index("candidates") < names.index("probe") < names.index("pairs")
+    assert step(auto, "pairs").inputs == ("candidates", "probe", "passages")
+    assert step(auto, "fret").inputs == ("candidates", "probe", "scores", "passages")
+    same = {
+        each.name
+        for each in fixed.steps
+        if fixed.fingerprint(each) == auto.fingerprint(step(auto, each.name))
+    }
+    assert same == {"passages", "seeds", "queries", "embeddings", "candidates", "student"}
+    more = run(folder, "fret.fusion=auto", "probe.num_queries=300")
+    for name in ("probe", "pairs", "scores", "fret"):
+        assert more.fingerprint(step(more, name)) != auto.fingerprint(step(auto, name))
+
+
+def test_run_over_a_sample_ends_with_the_probe_and_has_other_passages(folder: Path) -> None:
+    # A test set that does not exist is not in its way.
+    missing = f"evaluation=[{{name: demo, path: {folder}/none}}]"
+    made = run(folder, "probe.sample=50", missing)
+    assert [each.name for each in made.steps][-2:] == ["candidates", "probe"]
+    whole, other = run(folder), run(folder, "probe.sample=51")
+    prints = {each.fingerprint(step(each, "passages")) for each in (made, whole, other)}
+    assert len(prints) == 3
+
+
 def test_missing_labelled_set_is_named_before_anything_runs(folder: Path) -> None:
     with pytest.raises(UserError, match=r"'faq': .*none\.jsonl does not exist"):
         run(folder, f"mixture.labelled=[{{name: faq, path: {folder}/none.jsonl}}]")

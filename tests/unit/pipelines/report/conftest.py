@@ -20,6 +20,7 @@ from pipelines.datasets.test_sets import TestSet
 from pipelines.evaluation.evaluation import run_evaluation
 from pipelines.fingerprints import fingerprinted
 from pipelines.fret.fret import FretConfig, make_fret
+from pipelines.fret.judging import Judging
 from pipelines.records import CANDIDATES, EXAMPLE, PASSAGE, QUERY, SCORES
 from pipelines.report.write import write_report
 
@@ -145,6 +146,11 @@ def _steps(beir: Path, decoration: str, by_passage: Any, labels: FretConfig) -> 
     def fret(context: StepContext) -> dict[str, Json]:
         return make_fret(labels, Decontamination([f"How do I sort a list?{decoration}"]), context)
 
+    def skip(context: StepContext) -> dict[str, Json]:
+        """A probe that scored nothing: the teacher may not relabel."""
+        rows([], SCORES)(context)
+        return {"num_scored": 3, **Judging().metrics()}
+
     def model(context: StepContext) -> dict[str, Json]:
         context.storage.write_bytes("model/model.safetensors", b"weights")
         return {"num_parameters": 14_000_000, "dimensions": 384}
@@ -172,6 +178,9 @@ def _steps(beir: Path, decoration: str, by_passage: Any, labels: FretConfig) -> 
         }
         return run_evaluation((test_set,), encoders, context)
 
+    auto = labels.fusion == "auto"
+    judged, probe = ([], " probe") if auto else (by_passage(scores).to_pylist(), "")
+
     def step(name: str, inputs: str, work: Callable[[StepContext], dict[str, Json]]) -> Step:
         config = fingerprinted(labels) if name == "fret" else {}
         return Step(name=name, config=config, inputs=tuple(inputs.split()), work=work)
@@ -181,8 +190,9 @@ def _steps(beir: Path, decoration: str, by_passage: Any, labels: FretConfig) -> 
         step("seeds", "passages", rows(passages, PASSAGE)),
         step("queries", "seeds", write_queries),
         step("candidates", "queries passages", rows(scores, CANDIDATES)),
-        step("scores", "candidates", rows(by_passage(scores).to_pylist(), SCORES)),
-        step("fret", "candidates scores passages", fret),
+        *([step("probe", "candidates", skip)] if auto else []),
+        step("scores", "candidates", rows(judged, SCORES)),
+        step("fret", "candidates scores passages" + probe, fret),
         step("student", "", model),
         step("mixture", "fret student", mixture),
         step("training", "mixture student", training),

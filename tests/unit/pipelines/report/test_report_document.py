@@ -1,5 +1,6 @@
 """report.json of a run that is small enough to be worked by hand."""
 
+import io
 import json
 import math
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from rich.console import Console
 
 from cluster.artifacts import Json
 from cluster.errors import UserError
@@ -17,8 +19,10 @@ from cluster.storage import open_storage
 from pipelines.fret.fret import FretConfig
 from pipelines.report.collect import collect_funnel
 from pipelines.report.examples import DROPPED
+from pipelines.report.inspection import inspect_run, print_examples
 from pipelines.report.labels import collect_labels
 from pipelines.report.run_folder import RunFolder
+from pipelines.report.terminal import print_evaluation
 from pipelines.report.test_sets import choose_queries
 from pipelines.report.write import write_report
 
@@ -186,6 +190,43 @@ def test_lists_are_shown_as_lists_and_not_as_hard_negatives(
     fused = [candidate["fused"] for candidate in kept["candidates"]]
     assert fused == pytest.approx([2 * z, 0, -2 * z], abs=1e-6)
     assert "Hard negative" not in Path(document["html"]).read_text()
+
+
+def test_report_says_how_well_the_teacher_judges(report: dict[str, Json]) -> None:
+    judges = report["judges"]
+    first = {row["ranking"]: row["seed_first"] for row in judges["judges"]}
+    assert judges["num_judged"] == 3
+    assert (first["the retriever"], first["QL"], first["RC"]) == (0.6667, 0.6667, 0.3333)
+    assert (judges["step"], judges["relabels"]) == ("fret", True)
+    page = Path(report["html"]).read_text()
+    assert "How well the teacher judges" in page and judges["reason"] in page
+    assert "did not relabel" not in page
+
+
+def test_report_says_that_a_teacher_was_skipped(build_run: Callable[..., str]) -> None:
+    labels = FretConfig(fusion="auto", max_negative_similarity=None)
+    document = write_report(build_run(until="fret", labels=labels))
+    assert document["judges"]["relabels"] is False
+    assert {row["name"]: row["count"] for row in document["funnel"]}["queries labelled"] == 3
+    assert document["labels"]["ql_rc_correlation"] is None
+    assert document["positive_is_not_seed_share"] == 0
+    kept = next(example for example in document["examples"] if example["id"] == "q0")
+    assert [row["roles"] for row in kept["candidates"]] == [
+        ["seed", "positive"],
+        [],
+        ["hard negative"],
+    ]
+    assert {row["ql"] for row in kept["candidates"]} == {None}
+    assert "the teacher did not relabel" in Path(document["html"]).read_text()
+    console = Console(file=io.StringIO(), width=200)
+    print_evaluation(document, console)
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Teacher: SKIP: " in told and "the teacher did not relabel" in told
+    (shown,) = inspect_run(
+        document["run"], task=None, dropped_by=None, order="hardest", num_examples=1
+    )
+    print_examples([shown], console)
+    assert "0.90" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_report_of_a_partial_run_says_what_is_missing(build_run: Callable[..., str]) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,6 +85,19 @@ def test_plan_prices_the_actors_time_and_their_starts(corpus: Path, tmp_path: Pa
     assert made["llm_actor_hours"] == 5
     assert made["llm_wall_hours"] == 1.25
     assert made["llm_cost_usd"] == 10
+
+
+def test_pairs_are_parted_between_the_probe_and_the_scores() -> None:
+    auto = ["fret.fusion=auto", "probe.num_queries=100", "estimate.scored_share=0.5"]
+
+    def parted(done: dict[str, Any], *settings: str) -> dict[str, tuple[int, int]]:
+        return planning._num_pairs(load_recipe("laptop", list(settings)), done, 1000, 100)
+
+    # 500 queries of five candidates each, of 100 passages.
+    assert parted({}, "estimate.scored_share=0.5") == {"probe": (0, 0), "scores": (2500, 100)}
+    assert parted({}, *auto) == {"probe": (500, 99), "scores": (2000, 100)}
+    skip = SimpleNamespace(manifest=SimpleNamespace(metrics={"fusion": None}))
+    assert parted({"probe": skip}, *auto)["scores"] == (0, 0)
 
 
 @pytest.fixture

@@ -1,0 +1,81 @@
+"""Queries and the scores of their candidates, brought together by id."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.artifacts import Artifact
+from pipelines.records import CANDIDATES
+
+_PAIR = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("passage_id", pa.string()),
+        ("ql", pa.float32()),
+        ("rc", pa.float32()),
+        ("error", pa.string()),
+    ]
+)
+_OF_CANDIDATES = [field.name for field in CANDIDATES if pa.types.is_list(field.type)]
+
+
+class QueryScores:
+    """The pairs' scores, by query: 100 bytes a pair in memory."""
+
+    def __init__(self, *artifacts: Artifact) -> None:
+        """Reads the artifacts' shards, which are sorted by passage; a query is in one artifact."""
+        tables = [_one_row_a_pair(table) for artifact in artifacts for table in artifact.tables()]
+        self._pairs = pa.concat_tables([_PAIR.empty_table(), *tables]).sort_by("query_id")
+        self._query_ids = np.array(self._pairs["query_id"].to_pylist(), dtype=np.bytes_)
+
+    @property
+    def passage_ids(self) -> pa.ChunkedArray:
+        """The passages that were scored."""
+        return pc.unique(self._pairs["passage_id"])
+
+    def of(self, query_id: str) -> dict[str, dict[str, Any]]:
+        """Returns ql, rc and error by passage id; nothing for a query that was not scored."""
+        key = query_id.encode()
+        start = int(np.searchsorted(self._query_ids, key))
+        end = int(np.searchsorted(self._query_ids, key, side="right"))
+        return {row["passage_id"]: row for row in self._pairs.slice(start, end - start).to_pylist()}
+
+
+def judged_first(row: dict[str, Any], judged: Collection[str]) -> dict[str, Any]:
+    """Returns a row's columns of candidates, each id once, those that were judged first."""
+    candidates = row["candidate_ids"]
+    places = {id_: place for place, id_ in enumerate(candidates)}.values()  # of each id one
+    order = sorted(places, key=lambda place: candidates[place] not in judged)
+    return {name: [row[name][place] for place in order] for name in _OF_CANDIDATES}
+
+
+def with_scores(row: dict[str, Any], scored: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Returns a row's columns of candidates, and `query_likelihoods` and `relevances`.
+
+    Args:
+        row: Of CANDIDATES.
+        scored: What `QueryScores.of` returned for it, without an error; these come first.
+    """
+    columns = judged_first(row, scored)
+    ids = [id_ for id_ in columns["candidate_ids"] if id_ in scored]
+    return {
+        **columns,
+        "query_likelihoods": [scored[id_]["ql"] for id_ in ids],
+        "relevances": [scored[id_]["rc"] for id_ in ids],
+    }
+
+
+def _one_row_a_pair(scores: pa.Table) -> pa.Table:
+    """Turns lists of a passage's queries into rows."""
+    parents = pc.list_parent_indices(scores["query_ids"])
+    lists = [
+        pc.list_flatten(scores[name])
+        for name in ("query_ids", "query_likelihoods", "relevances", "errors")
+    ]
+    passages = scores["passage_id"].take(parents)
+    return pa.table([lists[0], passages, *lists[1:]], schema=_PAIR)

@@ -1,0 +1,143 @@
+"""The probe: which queries it draws, that it scores no others, and that they are scored once."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from cluster.artifacts import Artifact, Json, write_shards
+from cluster.steps import Run, Step, StepContext
+from pipelines.fret import probe
+from pipelines.fret.pairs import Queries, pairs_to_score
+from pipelines.fret.probe import draw_queries
+from pipelines.recipe.read import load_recipe
+from pipelines.records import CANDIDATES, PASSAGE
+from pipelines.run.console import JsonLines
+
+IDS = ["a", "b", "c"]
+Row = dict[str, Any]
+
+
+def found(number: int, seed_rank: int | None = 1, dropped_by: str | None = None) -> Row:
+    return {
+        "id": f"q{number:02}",
+        "seed_id": IDS[(seed_rank or 3) - 1],
+        "task": "question answering",
+        "query": f"query {number}",
+        "dropped_by": dropped_by,
+        "candidate_ids": [] if seed_rank is None else IDS,
+        "similarities": [] if seed_rank is None else [0.9, 0.8, 0.7],
+        "seed_rank": seed_rank,
+    }
+
+
+def writes(table: pa.Table) -> Callable[[StepContext], dict[str, Json]]:
+    def work(context: StepContext) -> dict[str, Json]:
+        write_shards(context.storage, table, 4)
+        return {}
+
+    return work
+
+
+def inputs(rows: list[Row]) -> list[Step]:
+    passages = [{"id": i, "title": "", "text": f"text {i}", "source": i} for i in IDS]
+    return [
+        Step(
+            name="passages",
+            config={},
+            inputs=(),
+            work=writes(pa.Table.from_pylist(passages, schema=PASSAGE)),
+        ),
+        Step(
+            name="candidates",
+            config={},
+            inputs=("passages",),
+            work=writes(pa.Table.from_pylist(rows, schema=CANDIDATES)),
+        ),
+    ]
+
+
+def candidates(folder: Path, rows: list[Row]) -> Artifact:
+    return Run(str(folder), inputs(rows)).execute(JsonLines())["candidates"]
+
+
+def test_drawn_are_queries_that_can_tell_and_more_contain_the_fewer(tmp_path: Path) -> None:
+    fit = [found(number, seed_rank=1 + number % 2) for number in range(20)]
+    unfit = [found(20, seed_rank=3), found(21, 0), found(22, None, "query too short")]
+    unfit.append(found(23, 2, "round trip failed"))
+    artifact = candidates(tmp_path, [*unfit, *fit])
+    drawn = [draw_queries(artifact, num, num_scored=2) for num in (0, 5, 12, 100)]
+    assert [len(each) for each in drawn] == [0, 5, 12, 20]
+    assert drawn[1] < drawn[2] < drawn[3] == {row["id"] for row in fit}
+    assert drawn[1] != {row["id"] for row in fit[:5]}
+
+
+def test_queries_are_those_named_or_all_the_others() -> None:
+    only, others = Queries(ids=frozenset("a"), only=True), Queries(ids=frozenset("a"))
+    assert "a" in only and "b" not in only
+    assert "a" not in others and "b" in others
+    assert "a" in Queries()
+
+
+@pytest.mark.parametrize("ql", [[-3.0, -1.0, -2.0], [-1.0, -2.0, -3.0]])
+def test_probe_scores_the_drawn_queries_alone_and_says_how_the_teacher_did(
+    tmp_path: Path, by_passage: Any, monkeypatch: pytest.MonkeyPatch, ql: list[float]
+) -> None:
+    rows = [found(number, seed_rank=2) for number in range(40)]
+    asked: list[Queries] = []
+    sources: list[Artifact] = []
+
+    def group(num_scored: int, context: StepContext, queries: Queries, num_shards: int) -> Any:
+        assert (num_scored, num_shards) == (3, 1)
+        asked.append(queries)
+        write_shards(context.storage, pa.table({"x": [1, 2]}), 1)
+        return {"num_passages": 3, "num_pairs": 60}
+
+    def score(_: Any, pairs: Artifact, context: StepContext) -> Any:
+        sources.append(pairs)
+        judged = [row for row in rows if row["id"] in asked[0]]
+        scores = {"query_likelihoods": ql, "relevances": [-1.0, -2.0, -3.0]}
+        write_shards(context.storage, by_passage([row | scores for row in judged]), 2)
+        return {"num_pairs": 60, "num_prompt_tokens": 9}
+
+    monkeypatch.setattr(probe, "group_pairs", group)
+    monkeypatch.setattr(probe, "score_pairs", score)
+    recipe = load_recipe(
+        "laptop", ["fret.fusion=auto", "probe.num_queries=20", "scores.num_scored=3"]
+    )
+    step = probe.step(recipe)
+    run = Run(str(tmp_path), [*inputs(rows), step])
+    artifact = run.execute(JsonLines())["probe"]
+    assert asked[0].only and len(asked[0].ids) == 20
+    assert sources[0].num_rows == 2 and sources[0].manifest.metrics["num_pairs"] == 60
+    metrics = artifact.manifest.metrics
+    assert (metrics["num_queries"], metrics["num_judged"], metrics["num_scored"]) == (20, 20, 3)
+    assert metrics["num_prompt_tokens"] == 9
+    if ql[1] == -1.0:  # QL finds the seed; the retriever, like RC, never does
+        chosen = [metrics[key] for key in ("verdict", "fusion", "scale")]
+        assert chosen == ["GO", "ql+sim", "z-scores"]
+    else:
+        assert (metrics["verdict"], metrics["fusion"]) == ("SKIP", None)
+    assert artifact.shards and not (tmp_path / "probe/work").exists()
+    assert artifact.read().column_names[0] == "passage_id"
+
+
+def test_nothing_is_left_to_score_after_a_skip(tmp_path: Path) -> None:
+    def skip(context: StepContext) -> dict[str, Json]:
+        return {"fusion": None}
+
+    steps = [
+        *inputs([found(0)]),
+        Step(name="probe", config={}, inputs=(), work=skip),
+        Step(
+            name="pairs",
+            config={},
+            inputs=("candidates", "probe", "passages"),
+            work=lambda context: pairs_to_score(3, context),
+        ),
+    ]
+    pairs = Run(str(tmp_path), steps).execute(JsonLines())["pairs"]
+    assert pairs.shards == ()
+    assert pairs.manifest.metrics == {"num_passages": 0, "num_pairs": 0}
