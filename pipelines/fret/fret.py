@@ -36,7 +36,8 @@ class FretConfig(Config):
 
     fusion: str = Field(
         default="ql+rc",
-        description="judges, joined by +: ql, rc, and sim, the retriever's similarity",
+        description="judges, joined by +: ql, rc, and sim, the retriever's similarity; with"
+        " candidates.lexical also lex, BM25, and hybrid, the sum that ordered the candidates",
     )
     scale: Literal["ranks", "z-scores"] = Field(
         default="ranks",
@@ -226,7 +227,9 @@ def _labels(
     candidates = row["candidate_ids"]
     places = {id_: place for place, id_ in enumerate(candidates)}.values()  # of each id one
     order = sorted(places, key=lambda place: candidates[place] not in scored)
-    columns = {name: [row[name][place] for place in order] for name in _OF_CANDIDATES}
+    columns = {
+        name: [row[name][place] for place in order] if row[name] else [] for name in _OF_CANDIDATES
+    }
     ids = [id_ for id_ in columns["candidate_ids"] if id_ in scored]
     columns["query_likelihoods"] = [scored[id_]["ql"] for id_ in ids]
     columns["relevances"] = [scored[id_]["rc"] for id_ in ids]

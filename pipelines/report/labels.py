@@ -5,9 +5,9 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
+from actors.words import compared_words
 from cluster.artifacts import Artifact, Json
 from pipelines.fret.fusion import ranks
-from pipelines.words import compared_words
 
 _COLUMNS = [
     "task",
