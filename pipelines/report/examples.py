@@ -99,6 +99,7 @@ def _example(
                 "text": excerpt(candidate["text"], CANDIDATE_CHARACTERS),
                 "roles": [role for role, holders in roles.items() if id_ in holders],
                 "similarity": row["similarities"][place],
+                "lexical": row["lexical"][place] if row.get("lexical") else None,
                 "ql": row["query_likelihoods"][place],
                 "ql_rank": int(ql_ranks[place]),
                 "rc": row["relevances"][place],
