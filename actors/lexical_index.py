@@ -122,14 +122,11 @@ class LexicalIndex:
             index = (rows, self._numbers)
             self._index.index(index, create_empty_token=False, show_progress=False)
 
-    def __len__(self) -> int:
-        return self._num_texts
-
     def scores(self, query: str) -> np.ndarray:
         """Returns the scores of all texts, float32 ``[texts]``; 0 without a word of the query."""
         numbers = [self._numbers[w] for w in self._words(query) if w in self._numbers]
         if not numbers:
-            return np.zeros(len(self), np.float32)
+            return np.zeros(self._num_texts, np.float32)
         scores: np.ndarray = self._index.get_scores_from_ids(numbers)
         return scores
 
