@@ -286,7 +286,6 @@ def find_candidates(
         first_row += len(part)
     lexical: list[Any] = []
     if config.lexical:
-        settings = config.lexical.model_dump(exclude={"weight"})
         texts = EmbeddingShards(embeddings=embeddings, shards=shards)
         lexical_actor = ray.remote(LexicalIndexActor).options(
             num_cpus=index_resources.num_cpus,
@@ -294,7 +293,16 @@ def find_candidates(
             max_task_retries=-1,
             resources=index_resources.custom,
         )
-        lexical = [lexical_actor.remote(texts, INDEX_ACTORS, context.storage, **settings)]
+        lexical = [
+            lexical_actor.remote(
+                texts,
+                INDEX_ACTORS,
+                context.storage,
+                k1=config.lexical.k1,
+                b=config.lexical.b,
+                stemmer=config.lexical.stemmer,
+            )
+        ]
     actors = [*indexes, *lexical]
     stage = FindCandidates(
         retriever=retriever,
