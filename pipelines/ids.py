@@ -2,7 +2,7 @@
 
 from hashlib import blake2b, sha256
 
-from pipelines.words import normalized
+from actors.words import normalized
 
 
 def passage_id(title: str, text: str) -> str:

@@ -30,10 +30,13 @@ EMBEDDED_PASSAGE = PASSAGE.append(pa.field("embedding", pa.list_(pa.float32())))
 CANDIDATES = pa.schema(
     [
         *QUERY,
-        # Nearest first, the seed always among them; empty for a query that was dropped before.
+        # Best first, the seed always among them; empty for a query that was dropped before.
         ("candidate_ids", pa.list_(pa.string())),
         ("similarities", pa.list_(pa.float32())),
-        ("seed_rank", pa.int32()),  # in the retriever's list from 1; 0: it was added
+        # By BM25, and the sum that orders them; empty without `candidates.lexical`.
+        ("lexical", pa.list_(pa.float32())),
+        ("hybrid", pa.list_(pa.float32())),
+        ("seed_rank", pa.int32()),  # in this list from 1; 0: it was added
     ]
 )
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, TypeVar
 
+from actors.words import letter_share, normalized, num_words, sentence_starts, word_spans
 from pipelines.ids import passage_id
-from pipelines.words import letter_share, normalized, num_words, sentence_starts, word_spans
 
 if TYPE_CHECKING:
     from pipelines.datasets.corpus import Document

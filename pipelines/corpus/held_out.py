@@ -15,10 +15,10 @@ from typing import Literal
 
 import pyarrow as pa
 
+from actors.words import compared_words, letter_share, num_words, sentence_starts
 from cluster.artifacts import Artifact
 from pipelines.corpus.cutting import MIN_WORDS, Passage
 from pipelines.ids import document_name
-from pipelines.words import compared_words, letter_share, num_words, sentence_starts
 
 HELD_OUT = "held out for the gate"  # why training may not use a query
 FILE = "held_out.json"  # of the step `seeds`: the documents' names

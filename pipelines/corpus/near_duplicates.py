@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pipelines.words import word_spans
+from actors.words import word_spans
 
 
 def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> set[int]:

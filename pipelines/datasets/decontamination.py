@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from pydantic import Field
 
+from actors.words import compared_words
 from cluster.artifacts import Json, fingerprint
 from cluster.config import Config
 from pipelines.fingerprints import fingerprinted
-from pipelines.words import compared_words
 
 REPEATS = "repeats an evaluation query"
 NEARLY_REPEATS = "nearly repeats an evaluation query"

@@ -20,8 +20,8 @@ from importlib.metadata import PackageMetadata, distributions
 from operator import attrgetter
 from types import ModuleType
 
+from actors.words import num_words
 from pipelines.corpus.cutting import clean
-from pipelines.words import num_words
 
 log = logging.getLogger(__name__)
 

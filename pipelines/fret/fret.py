@@ -39,9 +39,10 @@ class FretConfig(Config):
 
     fusion: str = Field(
         default="ql+rc",
-        description="judges, joined by +: ql, rc, and sim, the retriever's similarity; auto: what"
-        " the step `probe` finds best, its scale too, and if that is the retriever alone, the seed"
-        " is the positive and the retriever judges the others",
+        description="judges, joined by +: ql, rc, and sim, the retriever's similarity; with"
+        " candidates.lexical also lex, BM25, and hybrid, the sum that ordered the candidates; auto:"
+        " what the step `probe` finds best, its scale too, and if that is the retriever alone, the"
+        " seed is the positive and the retriever judges the others",
     )
     scale: Literal["ranks", "z-scores"] = Field(
         default="ranks",

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from pipelines.fret.fret import FretConfig
 
 
-# Who judges a candidate, and the column that holds the scores, the higher the better.
+# Who judges a candidate, and the column that holds the scores, the higher the better. The last two
+# have none without `candidates.lexical`.
 JUDGES = {
     "ql": "query_likelihoods",
     "rc": "relevances",
     "sim": "similarities",
+    "lex": "lexical",
+    "hybrid": "hybrid",
 }
 
 

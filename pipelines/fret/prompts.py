@@ -14,10 +14,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from actors.language_model import LanguageModel
 from actors.pair_scores import ScoringPrompt
+from actors.words import compared_words, num_words
 from cluster.config import Config
 from cluster.errors import UserError, excerpt
 from pipelines.fret.languages import OF_PASSAGE, language_name, language_of
-from pipelines.words import compared_words, num_words
 from pipelines.yaml_files import read_yaml
 
 MIN_QUERY_WORDS = 3

@@ -51,7 +51,11 @@ def judged_first(row: dict[str, Any], judged: Collection[str]) -> dict[str, Any]
     candidates = row["candidate_ids"]
     places = {id_: place for place, id_ in enumerate(candidates)}.values()  # of each id one
     order = sorted(places, key=lambda place: candidates[place] not in judged)
-    return {name: [row[name][place] for place in order] for name in _OF_CANDIDATES}
+    columns = {name: row[name] for name in _OF_CANDIDATES}
+    return {
+        name: [column[place] for place in order] if column else []
+        for name, column in columns.items()
+    }
 
 
 def with_scores(row: dict[str, Any], scored: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The step `candidates`: each query's nearest passages, through encoder and FAISS actors."""
+"""The step `candidates`: each query's nearest passages, through encoder and FAISS actors.
+
+With `candidates.lexical`, an actor that holds BM25's index of all passages finds some too.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from actors.index_actor import INDEX_ACTORS, IndexActor
+from actors.lexical_index import LexicalIndexActor
 from actors.passage_index import IndexKind, merge_top_k
 from cluster.actor_health import clear_actors, report_waiting
 from cluster.artifacts import Artifact, FileEntry, Json
@@ -23,6 +27,13 @@ from cluster.steps import Step, StepContext
 from pipelines.encoders import EncoderConfig, load_encoder
 from pipelines.fingerprints import fingerprinted
 from pipelines.mining.embeddings import column_vectors
+from pipelines.mining.hybrid import (
+    DEPTH,
+    NUM_SAMPLED,
+    LexicalConfig,
+    best_places,
+    hybrid_scores,
+)
 from pipelines.mining.round_trip import failed_round_trip, seed_rank
 from pipelines.records import CANDIDATES, QUERY
 
@@ -48,6 +59,11 @@ class CandidatesConfig(Config):
         description="round trip: drop queries whose seed the retriever ranks lower, before they"
         " are scored; for small LLMs, whose queries wander. Gecko has no such rule",
     )
+    lexical: LexicalConfig | None = Field(
+        default=None,
+        description="choose and order them by similarity and BM25 together, each standardised over"
+        " the corpus; BM25 reads the query alone, and titles with their texts. Gecko has none",
+    )
 
 
 def step(recipe: Recipe) -> Step:
@@ -70,12 +86,18 @@ def step(recipe: Recipe) -> Step:
     )
 
 
-_NO_CANDIDATES: dict[str, Any] = {"candidate_ids": [], "similarities": [], "seed_rank": None}
+_NO_CANDIDATES: dict[str, Any] = {
+    "candidate_ids": [],
+    "similarities": [],
+    "lexical": [],
+    "hybrid": [],
+    "seed_rank": None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingShards:
-    """Some shards of the embeddings; an `actors.index_actor.IndexedVectors`."""
+    """Some shards of the embeddings, as the index actors read their vectors or texts."""
 
     embeddings: Artifact
     shards: Sequence[FileEntry]
@@ -93,6 +115,12 @@ class EmbeddingShards:
         for shard in self.shards:
             yield column_vectors(self.embeddings.shard(shard, ["embedding"])["embedding"])
 
+    def texts(self) -> Iterator[list[str]]:
+        """Reads the passages with their titles, a shard at a time."""
+        for shard in self.shards:
+            rows = self.embeddings.shard(shard, ["title", "text"]).to_pylist()
+            yield [f"{row['title']} {row['text']}" for row in rows]
+
 
 @dataclass(frozen=True, kw_only=True)
 class FindCandidates(Stage):
@@ -102,6 +130,7 @@ class FindCandidates(Stage):
     config: CandidatesConfig
     embeddings: Artifact
     indexes: list[Any]  # handles of IndexActor
+    lexical: Any = None  # the handle of LexicalIndexActor
     columns: tuple[str, ...] = tuple(QUERY.names)
 
     def load(self) -> StageFunction:
@@ -109,12 +138,16 @@ class FindCandidates(Stage):
         encoder = load_encoder(self.retriever)
         embedding = ThreadPoolExecutor(1)  # while one shard is searched for, the next is embedded
         ids = EmbeddingShards(embeddings=self.embeddings, shards=self.embeddings.shards).ids()
+        search = CandidateSearch(self.config, ids, self.indexes, self.lexical)
 
         async def find(queries: pa.Table) -> StageOutput:
             rows = [row | _NO_CANDIDATES for row in queries.to_pylist()]
             asked = [row for row in rows if row["dropped_by"] is None]
             if asked:
-                await search(asked)
+                ask = encoder.templates.format_query
+                texts = [ask(row["query"], task=row["task"]) for row in asked]
+                run = asyncio.get_running_loop().run_in_executor
+                await search.find(asked, await run(embedding, encoder.encode, texts))
             ranks = [row["seed_rank"] for row in asked]
             return StageOutput(
                 rows=pa.Table.from_pylist(rows, schema=CANDIDATES),
@@ -125,31 +158,83 @@ class FindCandidates(Stage):
                 },
             )
 
-        async def search(rows: list[dict[str, Any]]) -> None:
-            ask = encoder.templates.format_query
-            texts = [ask(row["query"], task=row["task"]) for row in rows]
-            run = asyncio.get_running_loop().run_in_executor
-            vectors = await run(embedding, encoder.encode, texts)
-            k = min(self.config.num_candidates, len(ids))
-            seeds = sorted({row["seed_id"] for row in rows})
-            found = await asyncio.gather(
-                *(index.search.remote(vectors, k) for index in self.indexes)
-            )
-            parts = await asyncio.gather(*(index.vectors.remote(seeds) for index in self.indexes))
-            seed_vectors = {id_: vector for part in parts for id_, vector in part.items()}
-            similarities, places = merge_top_k(found, k)
-            for number, row in enumerate(rows):
-                held = places[number] >= 0
-                near = ids[places[number][held]].astype(str).tolist()
-                row["seed_rank"] = seed_rank(row["seed_id"], near)
-                row["candidate_ids"] = near
-                row["similarities"] = similarities[number][held].tolist()
-                if row["seed_rank"] == 0:
-                    near[-1] = row["seed_id"]
-                    row["similarities"][-1] = float(vectors[number] @ seed_vectors[near[-1]])
-                row["dropped_by"] = failed_round_trip(row["seed_rank"], self.config.max_seed_rank)
-
         return find
+
+
+class CandidateSearch:
+    """Asks the index actors for the candidates of queries."""
+
+    def __init__(
+        self, config: CandidatesConfig, ids: np.ndarray, indexes: Sequence[Any], lexical: Any
+    ) -> None:
+        """Takes the ids of all passages as bytes, and the handles of the actors."""
+        self._config, self._indexes, self._lexical = config, indexes, lexical
+        self._ids, self._by_id = ids, np.argsort(ids)
+        self._sample: np.ndarray | None = None
+
+    async def find(self, rows: Sequence[dict[str, Any]], vectors: np.ndarray) -> None:
+        """Adds their columns of `CANDIDATES` to queries that have these vectors.
+
+        Best are those of the highest similarity, or sum with BM25; equal ones are ordered by id.
+        """
+        lexical = self._config.lexical
+        k = min(self._config.num_candidates, len(self._ids))
+        depth = min(DEPTH * k, len(self._ids)) if lexical else k
+        found = await asyncio.gather(
+            *(index.search.remote(vectors, depth) for index in self._indexes)
+        )
+        similarities, nearest = merge_top_k(found, depth)
+        seeds = np.array([row["seed_id"] for row in rows], dtype=self._ids.dtype)
+        seeds = self._by_id[np.searchsorted(self._ids, seeds, sorter=self._by_id)]
+        # Of each query the seed, then what the retriever found and, below, what BM25 did.
+        passages = np.column_stack([seeds, nearest])
+        if lexical:
+            queries = [row["query"] for row in rows]
+            hits = await self._lexical.search.remote(queries, depth, passages)
+            passages = hits.rows
+        similarities = await self._similarities(vectors, passages, similarities)
+        columns, order_by = {"similarities": similarities}, similarities
+        if lexical:
+            sample = await self._sampled()
+            order_by = hybrid_scores(similarities, vectors, sample, hits, lexical.weight)
+            columns |= {"lexical": hits.scores, "hybrid": order_by}
+        for number, row in enumerate(rows):
+            places = 1 + best_places(passages[number, 1:], order_by[number, 1:], self._ids, k)
+            best = self._ids[passages[number, places]].astype(str).tolist()
+            row["seed_rank"] = seed_rank(row["seed_id"], best)
+            if row["seed_rank"] == 0:
+                best[-1], places[-1] = row["seed_id"], 0
+            row["candidate_ids"] = best
+            row |= {name: scores[number, places].tolist() for name, scores in columns.items()}
+            row["dropped_by"] = failed_round_trip(row["seed_rank"], self._config.max_seed_rank)
+
+    async def _similarities(
+        self, vectors: np.ndarray, passages: np.ndarray, of_nearest: np.ndarray
+    ) -> np.ndarray:
+        """Returns float32 ``[queries, n]``: as searched, or of stored vectors; 0 where is none."""
+        similarities = np.zeros(passages.shape, np.float32)
+        searched = np.s_[:, 1 : 1 + of_nearest.shape[1]]
+        similarities[searched] = np.where(passages[searched] < 0, 0, of_nearest)
+        others = passages.copy()
+        others[searched] = -1
+        queries, columns = np.nonzero(others >= 0)
+        rows, which = np.unique(others[queries, columns], return_inverse=True)
+        pairs = (await self._vectors(rows))[which], vectors[queries]
+        similarities[queries, columns] = np.einsum("nd,nd->n", *pairs, dtype=np.float64)
+        return similarities
+
+    async def _sampled(self) -> np.ndarray:
+        """Returns the vectors of passages that stand for all, always the same ones of a corpus."""
+        if self._sample is None:  # ids are hashes: the first in their order are a random draw
+            self._sample = await self._vectors(self._by_id[:NUM_SAMPLED])
+        return self._sample
+
+    async def _vectors(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the vectors of passages by their numbers among all, ``[rows, dimensions]``."""
+        ids = self._ids[rows].astype(str).tolist()
+        parts = await asyncio.gather(*(index.vectors.remote(ids) for index in self._indexes))
+        held = {id_: vector for part in parts for id_, vector in part.items()}
+        return np.stack([held[id_] for id_ in ids])
 
 
 def check_index(config: CandidatesConfig, resources: StageResources) -> None:
@@ -177,7 +262,7 @@ def find_candidates(
     index_resources: StageResources,
     context: StepContext,
 ) -> dict[str, Json]:
-    """Starts the FAISS actors, then streams the queries past them."""
+    """Starts the FAISS actors and BM25's, if there is to be one; streams the queries past them."""
     import ray
 
     embeddings = context.input("embeddings")
@@ -185,7 +270,7 @@ def find_candidates(
     num_indexes = min(index_resources.num_actors, len(shards))
     size = -(-len(shards) // num_indexes)
     indexes, first_row = [], 0
-    actor = ray.remote(IndexActor).options(
+    index_actor = ray.remote(IndexActor).options(
         num_cpus=index_resources.num_cpus,
         num_gpus=index_resources.num_gpus,
         max_restarts=-1,
@@ -196,27 +281,48 @@ def find_candidates(
     for start in range(0, len(shards), size):
         part = EmbeddingShards(embeddings=embeddings, shards=shards[start : start + size])
         indexes.append(
-            actor.remote(part, first_row, config.index, index_resources, context.storage)
+            index_actor.remote(part, first_row, config.index, index_resources, context.storage)
         )
         first_row += len(part)
+    lexical: list[Any] = []
+    if config.lexical:
+        texts = EmbeddingShards(embeddings=embeddings, shards=shards)
+        lexical_actor = ray.remote(LexicalIndexActor).options(
+            num_cpus=index_resources.num_cpus,
+            max_restarts=-1,
+            max_task_retries=-1,
+            resources=index_resources.custom,
+        )
+        lexical = [
+            lexical_actor.remote(
+                texts,
+                INDEX_ACTORS,
+                context.storage,
+                k1=config.lexical.k1,
+                b=config.lexical.b,
+                stemmer=config.lexical.stemmer,
+            )
+        ]
+    actors = [*indexes, *lexical]
     stage = FindCandidates(
         retriever=retriever,
         config=config,
         embeddings=embeddings,
         indexes=indexes,
+        lexical=lexical[0] if lexical else None,
         resources=resources,
     )
     try:
         # They have their places before the encoders come: each of those would wait for all of them.
-        with report_waiting(context, INDEX_ACTORS, len(indexes), index_resources.needs):
-            ray.get([index.__ray_ready__.remote() for index in indexes])
+        with report_waiting(context, INDEX_ACTORS, len(actors), index_resources.needs):
+            ray.get([actor.__ray_ready__.remote() for actor in actors])
         metrics = run_stage(stage, context.input("queries"), context)
         audits = ray.get([index.audit.remote() for index in indexes])
     except ray.exceptions.RayError as error:
         raise reported_error(str(error), "an actor failed") from error
     finally:
-        for index in indexes:
-            ray.kill(index)
+        for actor in actors:
+            ray.kill(actor)
     return metrics | {
         "index": sorted({audit["kind"] for audit in audits}),
         "index_num_on_gpu": sum(audit["on_gpu"] for audit in audits),

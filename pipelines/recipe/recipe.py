@@ -161,6 +161,17 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _judges_have_scores(self) -> "Recipe":
+        judges = self.fret.fusion.split("+")
+        if self.candidates.lexical is None and not {"lex", "hybrid"}.isdisjoint(judges):
+            raise ValueError(
+                f"fret.fusion: {self.fret.fusion} given, and candidates.lexical is off, which lex"
+                " and hybrid are the scores of: set candidates.lexical.weight to 0.25, or judge by"
+                " ql, rc or sim"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _known_test_sets(self) -> "Recipe":
         retrieval = [each.name for each in self.evaluation if each.kind == "retrieval"]
         for key, stage in self.stages.items():

@@ -105,6 +105,7 @@ def _example(
                 "text": excerpt(candidate["text"], CANDIDATE_CHARACTERS),
                 "roles": [role for role, holders in roles.items() if id_ in holders],
                 "similarity": row["similarities"][place],
+                "lexical": row["lexical"][place] if row.get("lexical") else None,
                 "ql": ql[place],
                 "ql_rank": ql_ranks[place],
                 "rc": rc[place],

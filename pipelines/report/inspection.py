@@ -74,7 +74,8 @@ def print_examples(examples: list[dict[str, Json]], console: Console) -> None:
             console.print(_line(example["seed"], "seed"))
             continue
         table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 1), expand=True)
-        for heading in ("R", "QL (rank)", "RC (rank)", "cosine"):
+        lexical = example["candidates"][0]["lexical"] is not None
+        for heading in ("R", "QL (rank)", "RC (rank)", "cosine", *(["BM25"] if lexical else [])):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("passage", ratio=1, no_wrap=True, overflow="ellipsis")
         for row in example["candidates"]:
@@ -82,6 +83,7 @@ def print_examples(examples: list[dict[str, Json]], console: Console) -> None:
                 f"{row['fused']:.2f}",
                 *(_score(row[judge], row[f"{judge}_rank"]) for judge in ("ql", "rc")),
                 f"{row['similarity']:.2f}",
+                *([f"{row['lexical']:.2f}"] if lexical else []),
                 _line(row, ", ".join(row["roles"])),
             )
         console.print(table)

@@ -5,10 +5,10 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
+from actors.words import compared_words
 from cluster.artifacts import Artifact, Json
 from pipelines.corpus.held_out import HELD_OUT
 from pipelines.fret.fusion import ranks
-from pipelines.words import compared_words
 
 _COLUMNS = [
     "task",

@@ -25,6 +25,7 @@ from pipelines.training.embedding_distillation import TEACHER
 ERROR = 0.2  # of the activations, which are estimated
 CUDA_BYTES = 1.0 * GIB  # for CUDA itself and the kernels' work
 FAISS_BYTES = 2.0 * GIB  # beside the vectors
+LEXICAL_BYTES = 26  # a word of the corpus, measured; a sixth of it stays once the index is built
 OF_TEACHER = ("embedding_distillation_mixture",)
 SHORT = 4  # texts may be this many times shorter than the longest that are allowed
 
@@ -95,6 +96,7 @@ def gpu_needs(recipe: Recipe, num_passages: int | None = None, *, here: bool = T
         _llm(recipe, memory["llm"]),
         _encoder(recipe, memory["encoder"], ("embeddings", "candidates"), "retriever"),
         _candidates(recipe, memory["index"], num_passages),
+        *([_lexical(recipe, num_passages)] if recipe.candidates.lexical else []),
         *(_encoder(recipe, memory["encoder"], OF_TEACHER, each) for each in teachers),
         *(_training(recipe, memory["training"], prefix) for prefix in recipe.stages),
         _encoder(recipe, memory["encoder"], ("index",), "student"),
@@ -203,6 +205,18 @@ def _candidates(recipe: Recipe, have: float | None, num_passages: int | None) ->
         unknown=unknown,
         note=note,
     )
+
+
+def _lexical(recipe: Recipe, num_passages: int | None) -> Need:
+    """BM25's index of all passages, while it is built; it is never on a GPU."""
+    each = LEXICAL_BYTES * recipe.corpus.max_words
+    need = Need(steps=("candidates",), what="the lexical index", note="one holds all passages")
+    if num_passages is None:
+        return replace(
+            need,
+            unknown=f"the passages are not counted yet; {each * 1e6 / GIB:.1f} GiB per million",
+        )
+    return replace(need, parts={"BM25": each * num_passages})
 
 
 def _training(recipe: Recipe, have: float | None, prefix: str) -> Need:

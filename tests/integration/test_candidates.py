@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from actors.index_actor import IndexActor
+from actors.lexical_index import LexicalIndex
 from cluster.artifacts import Artifact, Json, write_shards
 from cluster.errors import TokayError
 from cluster.stages import StageResources
@@ -18,6 +19,7 @@ from pipelines.ids import passage_id
 from pipelines.mining import candidates as mining
 from pipelines.mining.candidates import CandidatesConfig, find_candidates
 from pipelines.mining.embeddings import embed_passages
+from pipelines.mining.hybrid import LexicalConfig
 from pipelines.records import PASSAGE, QUERY
 from pipelines.run.console import JsonLines
 
@@ -35,7 +37,9 @@ def written(rows: list[dict[str, Any]], schema: pa.Schema) -> Any:
     return work
 
 
-def candidates(folder: Path) -> Artifact:
+def candidates(
+    folder: Path, lexical: LexicalConfig | None = None, num_indexes: int = 3
+) -> Artifact:
     passages = [
         {"id": id_, "title": "", "text": text, "source": "a#1"}
         for id_, text in zip(IDS, TEXTS, strict=True)
@@ -44,7 +48,10 @@ def candidates(folder: Path) -> Artifact:
         {"id": f"q{n}", "seed_id": IDS[n], "task": "search result", "query": TEXTS[n].lower()}
         for n in range(4)
     ]
-    one, index = StageResources(shards_in_flight=1), StageResources(num_actors=3, num_cpus=0)
+    one, index = (
+        StageResources(shards_in_flight=1),
+        StageResources(num_actors=num_indexes, num_cpus=0),
+    )
     steps = [
         Step(name="passages", config={}, inputs=(), work=written(passages, PASSAGE)),
         Step(name="queries", config={}, inputs=(), work=written(queries, QUERY)),
@@ -59,7 +66,11 @@ def candidates(folder: Path) -> Artifact:
             config={},
             inputs=("queries", "embeddings"),
             work=lambda context: find_candidates(
-                CandidatesConfig(num_candidates=3), RETRIEVER, one, index, context
+                CandidatesConfig(num_candidates=3, lexical=lexical),
+                RETRIEVER,
+                one,
+                index,
+                context,
             ),
         ),
     ]
@@ -91,3 +102,20 @@ def test_candidates_of_three_indexes_are_those_of_one_and_an_index_that_dies_end
         assert row["seed_rank"] == 1
     metrics = found.manifest.metrics
     assert (metrics["index"], metrics["index_num_on_gpu"]) == (["flat"], 0)
+    assert not any(row["lexical"] or row["hybrid"] for row in found.read().to_pylist())
+
+    bm25 = LexicalConfig(weight=2, stemmer="english")
+    of_both = [
+        candidates(tmp_path / str(number), bm25, number).read().to_pylist() for number in (1, 3)
+    ]
+    assert of_both[0] == of_both[1]
+    index = LexicalIndex(TEXTS, stemmer="english")
+    for number, row in enumerate(of_both[0]):
+        text = encoder.templates.format_query(TEXTS[number].lower(), task="search result")
+        near, words = passages @ encoder.encode([text])[0], index.scores(TEXTS[number])
+        sums = (near - near.mean()) / near.std() + 2 * (words - words.mean()) / words.std()
+        best = np.argsort(-sums)[:3]
+        assert row["candidate_ids"] == [IDS[place] for place in best]
+        np.testing.assert_allclose(row["lexical"], words[best], rtol=1e-6)
+        np.testing.assert_allclose(row["hybrid"], sums[best], rtol=1e-4)
+        np.testing.assert_allclose(row["similarities"], near[best], rtol=1e-5)

@@ -6,9 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.corpus.cutting import clean, cut, passages_of, reject_reason
-from pipelines.datasets.corpus import Corpus, CorpusConfig, Document
-from pipelines.words import (
+from actors.words import (
     MAX_WORD_CHARACTERS,
     compared_words,
     letter_share,
@@ -17,6 +15,8 @@ from pipelines.words import (
     sentence_starts,
     word_spans,
 )
+from pipelines.corpus.cutting import clean, cut, passages_of, reject_reason
+from pipelines.datasets.corpus import Corpus, CorpusConfig, Document
 
 LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ro", "ru", "th", "tr", "vi", "zh")
 

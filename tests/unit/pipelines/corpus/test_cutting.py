@@ -4,10 +4,10 @@ from itertools import accumulate, pairwise
 
 import pytest
 
+from actors.words import num_words
 from pipelines.corpus.cutting import _within, clean, cut, passages_of, reject_reason
 from pipelines.datasets.corpus import Document
 from pipelines.ids import passage_id
-from pipelines.words import num_words
 
 WORDS = [f"word{number}" for number in range(1000)]
 

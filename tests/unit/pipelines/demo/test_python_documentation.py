@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from actors.words import num_words
 from pipelines.corpus.cutting import Passage, reject_reason
 from pipelines.demo.python_documentation import (
     _documents,
@@ -11,7 +12,6 @@ from pipelines.demo.python_documentation import (
     _Shelf,
     python_documentation,
 )
-from pipelines.words import num_words
 
 
 def test_doctests_rules_and_rest_markup_are_removed() -> None:

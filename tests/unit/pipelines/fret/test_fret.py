@@ -161,6 +161,20 @@ def test_list_is_every_scored_candidate_with_its_fused_score(
     assert (row["negatives"], row["negative_titles"]) == (["text a"], [""])
 
 
+def test_hybrid_judges_and_its_scores_move_with_their_candidates(
+    tmp_path: Path, by_passage: Callable[[list[dict[str, Any]]], pa.Table]
+) -> None:
+    query = scored("q1", "what makes bread rise") | {"lexical": [1.0, 9.0, 3.0]}
+    query |= {"hybrid": [3.0, 2.0, 2.5], "seed_id": "c"}
+    scores = by_passage([{**query, "candidate_ids": ["a", "c"]}])  # b was not scored
+    for fusion, positive in (("hybrid", "a"), ("lex", "c")):
+        folder = tmp_path / fusion
+        row = _fret(folder, [query], scores, [], {"fusion": fusion}).read().to_pylist()[0]
+        assert row["candidate_ids"] == ["a", "c", "b"]
+        assert (row["lexical"], row["hybrid"]) == ([1, 3, 9], [3, 2.5, 2])
+        assert row["positive_id"] == positive
+
+
 def test_query_with_a_pair_that_could_not_be_scored_is_dropped(fret: MakeFret) -> None:
     broken = scored("q1", "what makes bread rise")
     broken["query_likelihoods"] = [-1.0, None, -2.0]

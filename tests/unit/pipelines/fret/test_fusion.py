@@ -99,15 +99,16 @@ def test_judge_whose_scores_are_all_equal_says_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "fusion", ["best", "lex", "ql+", "+", "", "ql+ql", "ql-rc", "QL", "ql + rc"]
+    "fusion", ["best", "bm25", "ql+", "+", "", "ql+ql", "ql-rc", "QL", "ql + rc"]
 )
 def test_fusion_that_is_not_made_of_judges_is_refused(fusion: str) -> None:
-    with pytest.raises(ValidationError, match=r"accepted are auto, or ql, rc, sim, each once"):
+    accepted = r"accepted are auto, or ql, rc, sim, lex, hybrid, each once"
+    with pytest.raises(ValidationError, match=accepted):
         FretConfig(fusion=fusion)
 
 
 def test_judges_have_columns_of_scores() -> None:
-    assert [str(FRET.field(name).type) for name in JUDGES.values()] == ["list<item: float>"] * 3
+    assert [str(FRET.field(name).type) for name in JUDGES.values()] == ["list<item: float>"] * 5
 
 
 def test_list_holds_every_other_candidate_the_worst_first() -> None:

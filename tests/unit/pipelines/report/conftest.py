@@ -136,7 +136,8 @@ def _steps(beir: Path, decoration: str, by_passage: Any, labels: FretConfig) -> 
         return {"num_prompt_tokens": 1200.0, "num_cached_tokens": 200, "num_unusable": 1}
 
     scores = [
-        _scored(query(0), 1, ["p0", "p1", "p2"], [-1, -2, -3], [-0.1, -0.2, -0.3]),
+        _scored(query(0), 1, ["p0", "p1", "p2"], [-1, -2, -3], [-0.1, -0.2, -0.3])
+        | {"lexical": [7.25, 0.5, 0.0]},
         _scored(query(1), 2, ["p2", "p1"], [-1, -2], [-0.1, -0.2]),
         _scored(query(2) | {"dropped_by": "round trip failed"}, 0, ["p0", "p1", "p2"], [], []),
         _scored(query(3), 1, ["p3", "p0", "p1"], [-1, -2, -3], [-0.3, -0.2, -0.1]),

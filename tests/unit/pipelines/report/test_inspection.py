@@ -3,6 +3,7 @@
 import io
 import math
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -27,6 +28,17 @@ def test_inspect_shows_the_kept_queries_in_every_order(finished_run: str, order:
     printed = io.StringIO()
     print_examples(found, Console(width=100, file=printed))
     assert all(str(example["query"]) in printed.getvalue() for example in found)
+
+
+def test_lexical_scores_are_shown_of_queries_that_have_them(finished_run: str) -> None:
+    found = look(finished_run)
+    for examples, shown in ((found[:1], True), (found[1:], False)):
+        assert examples
+        printed = io.StringIO()
+        print_examples(examples, Console(width=100, file=printed))
+        assert ("BM25" in printed.getvalue(), "7.25" in printed.getvalue()) == (shown, shown)
+    page = Path(write_report(finished_run)["html"]).read_text()
+    assert page.count(">BM25</th>") == page.count(">7.250</td>") == 1
 
 
 def test_orders_put_first_what_they_promise() -> None:

@@ -125,6 +125,16 @@ def test_vectors_are_counted_when_the_passages_are() -> None:
     refuse_unfit(load_recipe("cluster"))
 
 
+def test_lexical_index_is_counted_on_the_host_where_there_is_one() -> None:
+    recipe = load_recipe("laptop", ["candidates.lexical.weight=0.25"])
+    of_step = [each for each in gpu_needs(recipe, 1000) if each.steps == ("candidates",)]
+    assert [each.what for each in of_step] == ["vectors of an index actor", "the lexical index"]
+    assert of_step[1].total == 1000 * 160 * 26
+    assert (of_step[1].gpu, of_step[1].fits) == (False, "")
+    assert "3.9 GiB per million" in gpu_needs(recipe)[3].unknown
+    assert "lexical" not in {each.what for each in gpu_needs(load_recipe("laptop"))}
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
