@@ -21,7 +21,7 @@ from cluster.storage import write_table
 from pipelines.corpus.near_duplicates import near_duplicates
 from pipelines.datasets.decontamination import Decontamination
 from pipelines.fingerprints import fingerprinted
-from pipelines.fret.fusion import JUDGES, choose_labels
+from pipelines.fret.fusion import JUDGES, asks_llm, choose_labels
 from pipelines.records import CANDIDATES, FRET, PASSAGE
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ class FretConfig(Config):
 
     fusion: str = Field(
         default="ql+rc",
-        description="judges, joined by +: ql, rc, and sim, the retriever's similarity",
+        description="judges, joined by +: ql, rc, and sim, the retriever's similarity; without ql"
+        " and rc no pair is scored by the LLM, and all candidates are judged",
     )
     scale: Literal["ranks", "z-scores"] = Field(
         default="ranks",
@@ -77,31 +78,55 @@ class FretConfig(Config):
             raise ValueError(f"accepted are {', '.join(JUDGES)}, each once, joined by + (ql+sim)")
         return fusion
 
+    @property
+    def asks_llm(self) -> bool:
+        """Whether a judge is the LLM, for which pairs are scored."""
+        return asks_llm(self.fusion)
+
 
 def step(recipe: Recipe, decontamination: Decontamination) -> Step:
     """Returns the step; `decontamination` knows the texts of the run's own test sets."""
+    fixed = recipe.mixture.fixed_passages is not None
     return Step(
         name="fret",
-        config={**fingerprinted(recipe.fret), "decontamination": decontamination.fingerprint()},
-        inputs=("candidates", "scores", "passages"),
-        work=lambda context: make_fret(recipe.fret, decontamination, context),
+        config={
+            **fingerprinted(recipe.fret),
+            **({"fixed_passages": True} if fixed else {}),
+            "decontamination": decontamination.fingerprint(),
+        },
+        inputs=("candidates", *(["scores"] if recipe.fret.asks_llm else []), "passages"),
+        work=lambda context: make_fret(recipe.fret, decontamination, context, fixed=fixed),
     )
 
 
 def make_fret(
-    config: FretConfig, decontamination: Decontamination, context: StepContext
+    config: FretConfig,
+    decontamination: Decontamination,
+    context: StepContext,
+    *,
+    fixed: bool = False,
 ) -> dict[str, Json]:
-    """Chooses each query's positive and hard negatives, and applies the filters."""
-    candidates, scores = context.input("candidates"), QueryScores(context.input("scores"))
+    """Chooses each query's positive and hard negatives, and applies the filters.
+
+    Where passages are `fixed`, all candidates are labelled, also those that the LLM has not scored,
+    and the negatives' texts, which nobody reads, are left out.
+    """
+    candidates = context.input("candidates")
+    scores = QueryScores(*(context.inputs[name] for name in ("scores",) if name in context.inputs))
     dropped, metrics = _filter(config, decontamination, candidates, scores)
-    texts = PassageTexts(context.input("passages"), scores.passage_ids)
+    label_all = fixed or not config.asks_llm
+    ids = _candidate_ids(candidates) if label_all else scores.passage_ids
+    texts = PassageTexts(context.input("passages"), ids)
     totals = Counter(_count([]))
     for shard in candidates.shards:
         rows = []
         for found in candidates.shard(shard).to_pylist():
             row = _NOT_SCORED | found | {"dropped_by": dropped.get(found["id"])}
-            if scored := scores.of(row["id"]):
-                row |= _labels(row, scored, config, texts)
+            scored = scores.of(row["id"])
+            if scored or (found["dropped_by"] is None and not config.asks_llm):
+                row |= _labels(row, scored, config, texts, label_all=label_all)
+            if fixed:
+                row |= {"negative_titles": [], "negatives": []}
             rows.append(row)
         write_table(context.storage, shard.path, pa.Table.from_pylist(rows, schema=FRET))
         totals.update(_count(rows))
@@ -112,9 +137,9 @@ def make_fret(
 class QueryScores:
     """The pairs' scores, by query: 100 bytes a pair in memory."""
 
-    def __init__(self, scores: Artifact) -> None:
-        """Reads the artifact's shards, which are sorted by passage."""
-        tables = [_one_row_a_pair(table) for table in scores.tables()]
+    def __init__(self, *artifacts: Artifact) -> None:
+        """Reads the artifacts' shards, which are sorted by passage; a query is in one artifact."""
+        tables = [_one_row_a_pair(table) for artifact in artifacts for table in artifact.tables()]
         self._pairs = pa.concat_tables([_PAIR.empty_table(), *tables]).sort_by("query_id")
         self._query_ids = np.array(self._pairs["query_id"].to_pylist(), dtype=np.bytes_)
 
@@ -170,6 +195,11 @@ def _one_row_a_pair(scores: pa.Table) -> pa.Table:
     return pa.table([lists[0], passages, *lists[1:]], schema=_PAIR)
 
 
+def _candidate_ids(candidates: Artifact) -> pa.ChunkedArray:
+    parts = [pc.unique(pc.list_flatten(each["candidate_ids"])) for each in candidates.tables()]
+    return pc.unique(pa.chunked_array([pa.array([], pa.string()), *parts]))
+
+
 def _filter(
     config: FretConfig,
     decontamination: Decontamination,
@@ -219,8 +249,13 @@ def _labels(
     scored: dict[str, dict[str, Any]],
     config: FretConfig,
     texts: PassageTexts,
+    *,
+    label_all: bool,
 ) -> dict[str, Any]:
-    """Returns the columns that a scored query gains; none of a query with an unscored pair."""
+    """Returns the columns that a query gains; none of one with a pair that could not be scored.
+
+    With `label_all` they are of all candidates, else of those that the LLM has scored.
+    """
     if any(score["error"] for score in scored.values()):
         return {}
     candidates = row["candidate_ids"]
@@ -230,8 +265,10 @@ def _labels(
     ids = [id_ for id_ in columns["candidate_ids"] if id_ in scored]
     columns["query_likelihoods"] = [scored[id_]["ql"] for id_ in ids]
     columns["relevances"] = [scored[id_]["rc"] for id_ in ids]
+    ids = columns["candidate_ids"] if label_all else ids
+    unknown = [float("nan")] * len(ids)
     labels = choose_labels(
-        {judge: columns[column][: len(ids)] for judge, column in JUDGES.items()},
+        {judge: (columns[column] + unknown)[: len(ids)] for judge, column in JUDGES.items()},
         seed_place=ids.index(row["seed_id"]),
         config=config,
         query_id=row["id"],
@@ -252,7 +289,7 @@ def _labels(
 
 
 def _count(rows: list[dict[str, Any]]) -> dict[str, int]:
-    scored = [row for row in rows if row["query_likelihoods"]]
+    scored = [row for row in rows if row["fused"]]
     kept = [row for row in scored if row["dropped_by"] is None]
     return {
         "num_queries": len(rows),

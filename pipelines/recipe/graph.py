@@ -42,11 +42,10 @@ def build_run(recipe: Recipe, uri: str) -> Run:
     decontamination = Decontamination(evaluation_queries(recipe.evaluation), recipe.decontamination)
     steps = [
         step(recipe)
-        for step in (
-            *(passages.step, seeds.step, queries.step, embeddings.step, candidates.step),
-            *(pairs.step, scores.step),
-        )
+        for step in (passages.step, seeds.step, queries.step, embeddings.step, candidates.step)
     ]
+    if recipe.fret.asks_llm:
+        steps += [pairs.step(recipe), scores.step(recipe)]
     steps += [fret.step(recipe, decontamination), student.step(recipe)]
     if recipe.embedding_distillation:
         steps.append(embedding_distillation_mixture.step(recipe, decontamination))

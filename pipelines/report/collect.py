@@ -70,7 +70,8 @@ def collect_funnel(run: RunFolder) -> list[dict[str, Json]]:
         rows.append(("queries written", written))
         if held_out := run.metrics("queries").get("num_held_out", 0):
             rows.append((f"not {HELD_OUT}", written - held_out))
-    rows.append(("queries scored", fret.get("num_scored")))
+    judged = "scored" if "scores" in run.steps else "labelled"
+    rows.append((f"queries {judged}", fret.get("num_scored")))
     if fret:
         left = fret["num_scored"]
         for name, reasons in FILTERS.items():

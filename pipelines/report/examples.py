@@ -13,11 +13,19 @@ from pipelines.report.run_folder import find_passages
 NUM_OF_EACH_KIND = 3
 CANDIDATE_CHARACTERS = 140
 
-# How scored queries may be sorted: the highest value comes first.
+
+def _likelihood(row: dict[str, Any]) -> float:
+    """Returns the QL of the best candidate, infinite where the LLM has not scored it."""
+    best = int(ranks(row["fused"]).argmin())
+    scores: list[float] = row["query_likelihoods"]
+    return scores[best] if best < len(scores) else float("inf")
+
+
+# How labelled queries may be sorted: the highest value comes first.
 ORDERS: dict[str, Callable[[dict[str, Any]], float]] = {
     "shift": lambda row: row["candidate_ids"].index(row["positive_id"]),
     "doubt": lambda row: -rank_correlation(row["query_likelihoods"], row["relevances"]),
-    "hardest": lambda row: -row["query_likelihoods"][ranks(row["fused"]).argmin()],
+    "hardest": lambda row: -_likelihood(row),
     "stored": lambda row: 0,
 }
 # The kinds of kept queries that the report shows, the highest of each first.
@@ -28,6 +36,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], float]] = {
     "The positive explains the query least": ORDERS["hardest"],
 }
 DROPPED = "Dropped, one for each reason"
+_SCORES = ("query_likelihoods", "relevances")
 _SHOWN = ("id", "task", "query", "dropped_by", "positive_is_seed", "seed_rank")  # as they stand
 
 
@@ -86,9 +95,10 @@ def _example(
         "positive": [row["positive_id"]],
         "hard negative": [] if is_list else row["negative_ids"],
     }
-    num_scored = len(row["query_likelihoods"])
-    ids = row["candidate_ids"][:num_scored]
-    ql_ranks, rc_ranks = ranks(row["query_likelihoods"]), ranks(row["relevances"])
+    ids = row["candidate_ids"][: len(row["fused"])]
+    unscored = [None] * len(ids)  # by the LLM, which has scored the first or none
+    ql, rc = (row[name] + unscored for name in _SCORES)
+    ql_ranks, rc_ranks = ([*map(int, ranks(row[name])), *unscored] for name in _SCORES)
     candidates = []
     for place, id_ in enumerate(ids):
         candidate = passage(id_)
@@ -99,10 +109,10 @@ def _example(
                 "text": excerpt(candidate["text"], CANDIDATE_CHARACTERS),
                 "roles": [role for role, holders in roles.items() if id_ in holders],
                 "similarity": row["similarities"][place],
-                "ql": row["query_likelihoods"][place],
-                "ql_rank": int(ql_ranks[place]),
-                "rc": row["relevances"][place],
-                "rc_rank": int(rc_ranks[place]),
+                "ql": ql[place],
+                "ql_rank": ql_ranks[place],
+                "rc": rc[place],
+                "rc_rank": rc_ranks[place],
                 "fused": row["fused"][place],
             }
         )

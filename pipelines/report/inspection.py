@@ -48,7 +48,7 @@ def inspect_run(
         return wanted and (task is None or row["task"] == task)
 
     def key(row: dict[str, Any]) -> float:
-        return ORDERS[order](row) if row["query_likelihoods"] else float("-inf")
+        return ORDERS[order](row) if row["fused"] else float("-inf")
 
     with files_of_a_run(uri):
         rows = (row for table in fret.tables() for row in table.to_pylist() if matches(row))
@@ -80,12 +80,15 @@ def print_examples(examples: list[dict[str, Json]], console: Console) -> None:
         for row in example["candidates"]:
             table.add_row(
                 f"{row['fused']:.2f}",
-                f"{row['ql']:.2f} ({row['ql_rank']})",
-                f"{row['rc']:.2f} ({row['rc_rank']})",
+                *(_score(row[judge], row[f"{judge}_rank"]) for judge in ("ql", "rc")),
                 f"{row['similarity']:.2f}",
                 _line(row, ", ".join(row["roles"])),
             )
         console.print(table)
+
+
+def _score(score: float | None, rank: int | None) -> str:
+    return "" if score is None else f"{score:.2f} ({rank})"
 
 
 def _line(passage: dict[str, Any], role: str) -> Text:

@@ -17,6 +17,7 @@ _COLUMNS = [
     "positive_is_seed",
     "query_likelihoods",
     "relevances",
+    "fused",
     "candidate_ids",
     "positive_id",
 ]
@@ -25,12 +26,12 @@ REPEATS = ("repeats another query", "nearly repeats another query")
 
 
 def collect_labels(fret: Artifact | None) -> dict[str, Json] | None:
-    """Streams the step's shards and returns its figures; None where there is no scored query.
+    """Streams the step's shards and returns its figures; None where there is no labelled query.
 
-    `ql_rc_correlation` is Spearman's, averaged over queries. `rank_shifts` counts scored queries by
-    the retriever's rank (from 1) of the passage that became the positive. `task_entropy_bits` is
-    that of the kept queries' tasks. `near_duplicate_share` is the repeated share of the queries
-    that passed all other filters.
+    `ql_rc_correlation` is Spearman's, averaged over the queries that the LLM scored. `rank_shifts`
+    counts labelled queries by the retriever's rank (from 1) of the passage that became the
+    positive. `task_entropy_bits` is that of the kept queries' tasks. `near_duplicate_share` is the
+    repeated share of the queries that passed all other filters.
     """
     tasks: dict[str, Counter[str]] = defaultdict(Counter)
     correlations: list[float] = []
@@ -44,10 +45,11 @@ def collect_labels(fret: Artifact | None) -> dict[str, Json] | None:
                 continue
             counts = tasks[row["task"]]
             counts["num_queries"] += 1
-            if row["query_likelihoods"]:
+            if row["fused"]:
                 counts["num_scored"] += 1
                 counts["num_positive_is_not_seed"] += not row["positive_is_seed"]
                 shifts[row["candidate_ids"].index(row["positive_id"]) + 1] += 1
+            if row["query_likelihoods"]:
                 correlations.append(rank_correlation(row["query_likelihoods"], row["relevances"]))
             repeats += row["dropped_by"] in REPEATS
             if row["dropped_by"] is None:
@@ -55,7 +57,7 @@ def collect_labels(fret: Artifact | None) -> dict[str, Json] | None:
                 query_words = compared_words(row["query"])
                 lengths.append(len(query_words))
                 words.update(query_words)
-    if not correlations:
+    if not shifts:
         return None
     kept = [counts["num_kept"] for counts in tasks.values() if counts["num_kept"]]
     common = sorted(tasks.items(), key=lambda entry: -entry[1]["num_queries"])
@@ -63,7 +65,7 @@ def collect_labels(fret: Artifact | None) -> dict[str, Json] | None:
         "tasks": [_task_row(task, counts) for task, counts in common[:MAX_TASKS]],
         "num_tasks": len(tasks),
         "task_entropy_bits": -sum(n / sum(kept) * math.log2(n / sum(kept)) for n in kept),
-        "ql_rc_correlation": float(np.mean(correlations)),
+        "ql_rc_correlation": float(np.mean(correlations)) if correlations else None,
         "rank_shifts": [{"rank": rank, "count": shifts[rank]} for rank in sorted(shifts)],
         "near_duplicate_share": repeats / (repeats + len(lengths)) if lengths else None,
         "mean_query_words": float(np.mean(lengths)) if lengths else None,

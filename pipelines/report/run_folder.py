@@ -16,6 +16,7 @@ from cluster.artifacts import Artifact, Json
 from cluster.errors import ArtifactError, UserError, excerpt
 from cluster.steps import BEGUN, MARKER, State
 from cluster.storage import Storage, join, open_storage
+from pipelines.fret.fusion import asks_llm
 from pipelines.recipe.graph import OPTIONAL_STAGES, TITLES
 from pipelines.recipe.read import read_saved_keys, refuse_other_version
 
@@ -53,6 +54,9 @@ class RunFolder:
                 optional |= {f"{stage}_mixture", stage}
         if not self.recipe.get("gate"):
             optional.add("gate")
+        fret = self.recipe.get("fret")
+        if isinstance(fret, dict) and "fusion" in fret and not asks_llm(str(fret["fusion"])):
+            optional |= {"pairs", "scores"}
         return [name for name in TITLES if name in self.artifacts or name not in optional]
 
     @property

@@ -49,14 +49,15 @@ def make_plan(recipe: Recipe, uri: str) -> dict[str, Any]:
     """
     unknown: dict[str, str] = {}
     states, done = _states(recipe, uri, unknown)
-    todo = [name for name in ("queries", "scores") if name not in done]
+    todo = [name for name in ("queries", "scores") if name in states and name not in done]
     tokens = _known_tokens(recipe, done, unknown) if todo else {}
     estimate, resources = recipe.estimate, recipe.resources.llm
     actor_s = {
         name: tokens[name]["prefill"] / estimate.prefill_tokens_per_s
         + tokens[name]["decode"] / estimate.decode_tokens_per_s
         + estimate.engine_start_s * resources.num_actors
-        for name in tokens
+        for name in todo
+        if name in tokens
     }
     hours = sum(actor_s.values()) / 3600 if tokens or not todo else None
 
@@ -168,6 +169,8 @@ def _states(
         without = tuple(stage for stage in OPTIONAL_STAGES if getattr(recipe, stage) is None)
         names = [name for name in TITLES if not name.startswith(without)]
         names = [name for name in names if recipe.gate or name != "gate"]
+        if not recipe.fret.asks_llm:
+            names = [name for name in names if name not in ("pairs", "scores")]
         return {name: "unknown" for name in names if recipe.evaluation or name != "evaluation"}, {}
     done = {name: artifact for name, artifact in artifacts.items() if artifact is not None}
     return states, {name: done[name] for name in done if states[name] == "done"}
