@@ -92,6 +92,23 @@ TEXT = pa.schema(
     ]
 )
 
+# A row of training with fixed passages: a query with the stored vectors of its list, or a passage
+# that is anchored to its own vector. A batch's queries come first.
+FIXED_EXAMPLE = pa.schema(
+    [
+        ("batch", pa.int32()),
+        ("dataset", pa.string()),
+        ("text", pa.string()),
+        ("tokens", pa.list_(pa.int32())),
+        ("query_id", pa.string()),  # null: a passage
+        # The fused scores of the positive and then of the others; empty: a passage.
+        ("teacher_scores", pa.list_(pa.float32())),
+        # float16 [list, dimensions], in their order, or a passage's one. As a list column they
+        # would take Parquet 40 times as long to write, and to read.
+        ("vectors", pa.binary()),
+    ]
+)
+
 # The queries that decided what is exported.
 GATE = pa.schema(
     [

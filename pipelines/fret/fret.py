@@ -6,6 +6,7 @@ another threshold may want it.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +21,7 @@ from cluster.storage import write_table
 from pipelines.corpus.near_duplicates import near_duplicates
 from pipelines.datasets.decontamination import Decontamination
 from pipelines.fingerprints import fingerprinted
-from pipelines.fret.fusion import JUDGES, choose_labels
+from pipelines.fret.fusion import JUDGES, asks_llm, choose_labels
 from pipelines.fret.judging import Judging
 from pipelines.fret.pairs import scored_candidates
 from pipelines.fret.scored_queries import QueryScores, judged_first, with_scores
@@ -40,9 +41,10 @@ class FretConfig(Config):
     fusion: str = Field(
         default="ql+rc",
         description="judges, joined by +: ql, rc, and sim, the retriever's similarity; with"
-        " candidates.lexical also lex, BM25, and hybrid, the sum that ordered the candidates; auto:"
-        " what the step `probe` finds best, its scale too, and if that is the retriever alone, the"
-        " seed is the positive and the retriever judges the others",
+        " candidates.lexical also lex, BM25, and hybrid, the sum that ordered the candidates;"
+        " without ql and rc no pair is scored by the LLM, and all candidates are judged; auto: what"
+        " the step `probe` finds best, its scale too, and if that is the retriever alone, the seed"
+        " is the positive and the retriever judges the others",
     )
     scale: Literal["ranks", "z-scores"] = Field(
         default="ranks",
@@ -85,34 +87,62 @@ class FretConfig(Config):
             )
         return fusion
 
+    @property
+    def asks_llm(self) -> bool:
+        """Whether a judge is the LLM, for which pairs are scored."""
+        return asks_llm(self.fusion)
+
 
 def step(recipe: Recipe, decontamination: Decontamination) -> Step:
     """Returns the step; `decontamination` knows the texts of the run's own test sets."""
+    fixed = recipe.mixture.fixed_passages is not None
     return Step(
         name="fret",
-        config={**fingerprinted(recipe.fret), "decontamination": decontamination.fingerprint()},
-        inputs=("candidates", *(["probe"] if recipe.has_probe else []), "scores", "passages"),
-        work=lambda context: make_fret(recipe.fret, decontamination, context),
+        config={
+            **fingerprinted(recipe.fret),
+            **({"fixed_passages": True} if fixed else {}),
+            "decontamination": decontamination.fingerprint(),
+        },
+        inputs=(
+            "candidates",
+            *(["probe"] if recipe.has_probe else []),
+            *(["scores"] if recipe.fret.asks_llm else []),
+            "passages",
+        ),
+        work=lambda context: make_fret(recipe.fret, decontamination, context, fixed=fixed),
     )
 
 
 def make_fret(
-    config: FretConfig, decontamination: Decontamination, context: StepContext
+    config: FretConfig,
+    decontamination: Decontamination,
+    context: StepContext,
+    *,
+    fixed: bool = False,
 ) -> dict[str, Json]:
     """Chooses each query's positive and hard negatives, and applies the filters.
 
-    Where a probe found the teacher to be no better than the retriever, nothing but its own queries
-    was scored: then the retriever's nearest are labelled, as many as would have been scored.
+    Where passages are `fixed`, all candidates are labelled, also those that the LLM has not scored,
+    and the negatives' texts, which nobody reads, are left out. Where a probe found the teacher to
+    be no better than the retriever, nothing but its own queries was scored: then the retriever's
+    nearest are labelled, as many as would have been scored.
     """
     candidates, probe = context.input("candidates"), context.inputs.get("probe")
-    scores = QueryScores(context.input("scores"), *([probe] if probe else []))
+    scores = QueryScores(
+        *(context.inputs[name] for name in ("probe", "scores") if name in context.inputs)
+    )
     dropped, metrics = _filter(config, decontamination, candidates, scores)
-    ids, num_unscored, judging = scores.passage_ids, 0, Judging()
+    judging = Judging() if config.asks_llm and not probe else None
+    label_all = fixed or not config.asks_llm
+    num_unscored = 0 if config.asks_llm else sys.maxsize
     if probe:
         config = as_chosen(config, probe)
         if probe.manifest.metrics["fusion"] is None:
             num_unscored = probe.manifest.metrics["num_scored"]
-            ids = _nearest(candidates, num_unscored)
+    if label_all or num_unscored:
+        ids = _nearest(candidates, sys.maxsize if label_all else num_unscored)
+    else:
+        ids = scores.passage_ids
     texts = PassageTexts(context.input("passages"), ids)
     totals = Counter(_count([]))
     for shard in candidates.shards:
@@ -122,14 +152,18 @@ def make_fret(
             if found["dropped_by"] is None:
                 columns, num_judged = _judged(found, scores.of(row["id"]), num_unscored)
                 row |= columns
+                if label_all and num_judged:
+                    num_judged = len(row["candidate_ids"])
                 row |= _labels(row, num_judged, config, texts)
+            if fixed:
+                row |= {"negative_titles": [], "negatives": []}
             rows.append(row)
-            if not probe:
+            if judging:
                 judging.add_row(row)
         write_table(context.storage, shard.path, pa.Table.from_pylist(rows, schema=FRET))
         totals.update(_count(rows))
         context.progress.update(totals["num_queries"], candidates.num_rows)
-    return {**totals, **metrics, **({} if probe else judging.metrics())}
+    return {**totals, **metrics, **(judging.metrics() if judging else {})}
 
 
 def as_chosen(config: FretConfig, probe: Artifact) -> FretConfig:
@@ -202,10 +236,11 @@ _NOT_LABELLED: dict[str, Any] = dict.fromkeys(FRET.names) | {
 
 
 def _nearest(candidates: Artifact, num: int) -> pa.ChunkedArray:
-    """Returns the ids of the passages that are labelled where the retriever alone judges."""
+    """Returns the ids of the passages that are labelled where not all were scored by the LLM."""
     tables = candidates.tables(["id", "seed_id", "dropped_by", "candidate_ids"])
     rows = (row for table in tables for row in table.to_pylist() if row["dropped_by"] is None)
-    return pa.chunked_array([sorted({id_ for row in rows for id_ in scored_candidates(row, num)})])
+    ids = sorted({id_ for row in rows for id_ in scored_candidates(row, num)})
+    return pa.chunked_array([pa.array(ids, pa.string())])
 
 
 def _judged(
@@ -231,8 +266,9 @@ def _labels(
     if num_judged == 0:
         return {}
     ids = row["candidate_ids"][:num_judged]
+    unknown = [float("nan")] * num_judged
     labels = choose_labels(
-        {judge: row[column][:num_judged] for judge, column in JUDGES.items()},
+        {judge: (row[column] + unknown)[:num_judged] for judge, column in JUDGES.items()},
         seed_place=ids.index(row["seed_id"]),
         config=config,
         query_id=row["id"],

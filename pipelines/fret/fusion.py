@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pipelines.fret.fret import FretConfig
 
 
-# Who judges a candidate, and the column that holds the scores, the higher the better. The last two
-# have none without `candidates.lexical`.
+# Who judges a candidate, and the column that holds the scores, the higher the better. The LLM has
+# not scored every candidate; the last two have no scores without `candidates.lexical`.
 JUDGES = {
     "ql": "query_likelihoods",
     "rc": "relevances",
@@ -28,6 +28,14 @@ JUDGES = {
     "lex": "lexical",
     "hybrid": "hybrid",
 }
+
+
+LLM_JUDGES = ("ql", "rc")
+
+
+def asks_llm(fusion: str) -> bool:
+    """Says whether a fusion has other judges than those that score every candidate."""
+    return not set(fusion.split("+")) <= JUDGES.keys() - set(LLM_JUDGES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +62,16 @@ def ranks(scores: Sequence[float]) -> np.ndarray:
 def z_scores(scores: Sequence[float]) -> np.ndarray:
     """Returns scores with a mean of 0 and a population standard deviation of 1; 0 if all are equal.
 
+    A score of NaN is unknown: it does not count, and becomes 0, the mean.
+
     >>> z_scores([1.0, 3.0, 5.0, 3.0]).round(2).tolist()
     [-1.41, 0.0, 1.41, 0.0]
     """
     values = np.asarray(scores, dtype=np.float64)
-    if values.min() == values.max():  # whose mean may differ from them by rounding
+    known = values[~np.isnan(values)]
+    if len(np.unique(known)) < 2:  # of equal ones the mean may differ by rounding
         return np.zeros_like(values)
-    standardised: np.ndarray = (values - values.mean()) / values.std()
+    standardised: np.ndarray = np.nan_to_num((values - known.mean()) / known.std())
     return standardised
 
 

@@ -36,6 +36,20 @@ class SetsConfig(Config):
         return sets
 
 
+class FixedPassagesConfig(Config):
+    """Training of queries alone, towards passages that keep the retriever's vectors."""
+
+    anchor_share: float = Field(
+        default=0.375,
+        ge=0,
+        description="passages beside each query of a batch that are read in full and held to their"
+        " vectors, by training.loss.anchor_weight",
+    )
+    max_passages: int = Field(
+        default=100_000, ge=1, description="to draw those from, by a hash if there are more"
+    )
+
+
 class MixtureConfig(SetsConfig):
     """What the fine-tuning mixes: FRet and labelled sets."""
 
@@ -49,6 +63,11 @@ class MixtureConfig(SetsConfig):
     fret_tasks: Literal["rows", "uniform"] = Field(
         default="rows",
         description="uniform: each of FRet's tasks is drawn equally often, which was best in Gecko",
+    )
+    fixed_passages: FixedPassagesConfig | None = Field(
+        default=None,
+        description="train queries alone, by lists of the vectors that the retriever's index has;"
+        " a list is all candidates. The student must begin in the retriever's space",
     )
 
 

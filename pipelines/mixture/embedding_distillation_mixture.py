@@ -26,8 +26,8 @@ from pipelines.encoders import EncoderConfig, load_encoder, saved_encoder
 from pipelines.fingerprints import fingerprinted
 from pipelines.mining.embeddings import EmbedPassages, EmbedTexts, column_vectors, vector_column
 from pipelines.mixture.config import TextsConfig
-from pipelines.mixture.mixture import EXAMPLES_PER_SHARD, VALIDATION
 from pipelines.mixture.sampling import Rows, draw_batches
+from pipelines.mixture.sources import EXAMPLES_PER_SHARD, VALIDATION
 from pipelines.records import TEXT
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,8 +28,19 @@ from pipelines.datasets.labelled_sets import RUN_PASSAGES, LabelledSet
 from pipelines.encoders import load_encoder, saved_encoder
 from pipelines.fingerprints import fingerprinted
 from pipelines.mixture.config import MixtureConfig, SetsConfig
+from pipelines.mixture.fixed_passages import make_fixed_mixture
 from pipelines.mixture.formats import Formatter
-from pipelines.mixture.sampling import Rows, draw_batches
+from pipelines.mixture.sampling import draw_batches
+from pipelines.mixture.sources import (
+    EXAMPLES_PER_SHARD,
+    VALIDATION,
+    Source,
+    batches_in_order,
+    draw_rows,
+    hold_out,
+    set_weight,
+    without,
+)
 from pipelines.records import EXAMPLE
 
 if TYPE_CHECKING:
@@ -37,9 +48,6 @@ if TYPE_CHECKING:
     from pipelines.training.config import TrainingConfig
 
 TITLE = "mix the training batches"
-
-EXAMPLES_PER_SHARD = 8192
-VALIDATION = "validation/shards"
 
 
 def step(recipe: Recipe, decontamination: Decontamination) -> Step:
@@ -65,6 +73,9 @@ def mixture_step(
     inputs = ["student"]
     if isinstance(config, MixtureConfig) and config.fret_weight != 0:
         inputs.append("fret")
+    fixed = config if isinstance(config, MixtureConfig) and config.fixed_passages else None
+    if fixed:
+        inputs.append("embeddings")
     if any(labelled.path == RUN_PASSAGES for labelled in config.labelled):
         inputs.append("passages")
         if recipe.gate and recipe.gate.hold_out:
@@ -72,6 +83,19 @@ def mixture_step(
 
     def mix(context: StepContext) -> dict[str, Json]:
         student = saved_encoder(context.input("student"), recipe.student)
+        if fixed:
+            return make_fixed_mixture(
+                fixed,
+                formatter=Formatter(
+                    encoder=load_encoder(student, device="cpu"),
+                    max_query_tokens=training.max_query_tokens,
+                    # The vectors are those of all that the retriever reads.
+                    max_passage_tokens=min(recipe.student.max_tokens, recipe.retriever.max_tokens),
+                ),
+                batch_size=training.batch_size,
+                epochs=training.epochs,
+                context=context,
+            )
         return make_mixture(
             config,
             formatter=Formatter(
@@ -100,31 +124,6 @@ def mixture_step(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """One data set of the mixture, as formatted texts."""
-
-    name: str
-    weight: float
-    texts: pa.Table
-    symmetric: bool = False
-    uniform_tasks: bool = False
-
-    def rows(self) -> Rows:
-        """Returns what sampling needs to know."""
-        groups = _codes(self.texts["task"]) if self.uniform_tasks else None
-        return Rows(name=self.name, weight=self.weight, keys=self.keys(), groups=groups)
-
-    def keys(self) -> np.ndarray:
-        """Returns a number for the query and one for the positive of each row: ``[rows, 2]``."""
-        ids = [self.texts["query_id"], self.texts["positive_id"]]
-        if self.symmetric:  # one example's query may be another's positive
-            both = _codes(pa.chunked_array([chunk for column in ids for chunk in column.chunks]))
-            return both.reshape(2, -1).T
-        queries, positives = map(_codes, ids)
-        return np.stack([queries, len(queries) + positives], axis=1)
-
-
 def make_mixture(
     config: SetsConfig,
     *,
@@ -149,8 +148,8 @@ def make_mixture(
     sources += [reader.read(labelled) for labelled in config.labelled]
     write_rejects(context.storage, reader.rejects)
     sources = [source for source in sources if source.texts.num_rows]
-    held_out = _held_out(sources, config)
-    sources = [_without(source, out) for source, out in zip(sources, held_out, strict=True)]
+    held_out = hold_out(sources, config)
+    sources = [without(source, out) for source, out in zip(sources, held_out, strict=True)]
     sources = [source for source in sources if source.texts.num_rows]
     if not sources:
         raise UserError(
@@ -166,7 +165,7 @@ def make_mixture(
     per_shard = max(1, EXAMPLES_PER_SHARD // batch_size)
     _write(sources, batches, "shards", per_shard, formatter, context)
     if any(source.texts.num_rows for source in held_out):
-        in_order = _in_order(held_out, batch_size)
+        in_order = batches_in_order(held_out, batch_size)
         _write(held_out, in_order, VALIDATION, per_shard, formatter, context)
     drawn = Counter(place for place, _ in batches)
     return {
@@ -216,10 +215,10 @@ class _Reader:
             {"set": labelled.name, "text": text, "evaluation_query": query}
             for text, query in reading.contaminated
         ]
-        texts = _sample(texts, labelled.max_rows, labelled.name, self.config.seed)
+        texts = draw_rows(texts, labelled.max_rows, labelled.name, self.config.seed)
         return Source(
             name=labelled.name,
-            weight=_weight(labelled.weight, texts, self.config),
+            weight=set_weight(labelled.weight, texts, self.config),
             texts=texts,
             symmetric=labelled.is_symmetric,
         )
@@ -252,10 +251,10 @@ def _fret(config: MixtureConfig, formatter: Formatter, fret: Artifact) -> Source
     only = config.fret_only_tasks
     examples = (each for each in _fret_examples(fret) if not only or each.task in only)
     texts = formatter.texts(examples, dataset="fret", symmetric=False)
-    texts = _sample(texts, config.fret_max_rows, "fret", config.seed)
+    texts = draw_rows(texts, config.fret_max_rows, "fret", config.seed)
     return Source(
         name="fret",
-        weight=_weight(config.fret_weight, texts, config),
+        weight=set_weight(config.fret_weight, texts, config),
         texts=texts,
         uniform_tasks=config.fret_tasks == "uniform",
     )
@@ -278,46 +277,6 @@ def _fret_examples(fret: Artifact) -> Iterator[Example]:
                     fused[id_] for id_ in (row["positive_id"], *row["negative_ids"])
                 ),
             )
-
-
-def _weight(weight: float | None, texts: pa.Table, config: SetsConfig) -> float:
-    """Returns the set's own weight, or rows^(1/temperature)."""
-    return float(texts.num_rows ** (1 / config.temperature)) if weight is None else weight
-
-
-def _sample(texts: pa.Table, max_rows: int | None, name: str, seed: int) -> pa.Table:
-    if max_rows is None or texts.num_rows <= max_rows:
-        return texts
-    draw = np.random.default_rng([seed, *f"rows of {name}".encode()])
-    return texts.take(pa.array(np.sort(draw.permutation(texts.num_rows)[:max_rows])))
-
-
-def _held_out(sources: list[Source], config: SetsConfig) -> list[Source]:
-    """Draws the rows for validation, of each set by its weight and at most a fifth of it."""
-    total = sum(source.weight for source in sources)
-    held_out = []
-    for source in sources:
-        share = round(config.validation_examples * source.weight / total)
-        size = min(share, source.texts.num_rows // 5)
-        texts = _sample(source.texts, size, f"held out {source.name}", config.seed)
-        held_out.append(replace(source, texts=texts))
-    return held_out
-
-
-def _without(source: Source, held_out: Source) -> Source:
-    """Returns a set without the rows that share a query with those held out."""
-    if not held_out.texts.num_rows:
-        return source
-    shared = pc.is_in(source.texts["query_id"], held_out.texts["query_id"].combine_chunks())
-    return replace(source, texts=source.texts.filter(pc.invert(shared)).combine_chunks())
-
-
-def _in_order(sources: list[Source], batch_size: int) -> list[tuple[int, np.ndarray]]:
-    return [
-        (place, np.arange(start, min(start + batch_size, source.texts.num_rows)))
-        for place, source in enumerate(sources)
-        for start in range(0, source.texts.num_rows, batch_size)
-    ]
 
 
 def _write(
@@ -349,9 +308,3 @@ def _write(
         shard = pa.concat_tables(parts)
         write_table(context.storage, shard_path(start // per_shard, folder), shard)
         progress.update(start + len(parts), len(batches))
-
-
-def _codes(column: pa.ChunkedArray) -> np.ndarray:
-    """Returns equal numbers for equal values."""
-    codes: np.ndarray = column.combine_chunks().dictionary_encode().indices.to_numpy()
-    return codes.astype(np.int64)

@@ -47,7 +47,8 @@ def build_run(recipe: Recipe, uri: str) -> Run:
     if recipe.probe.sample is not None:
         return Run(uri, steps)
     decontamination = Decontamination(evaluation_queries(recipe.evaluation), recipe.decontamination)
-    steps += [pairs.step(recipe), scores.step(recipe)]
+    if recipe.fret.asks_llm:
+        steps += [pairs.step(recipe), scores.step(recipe)]
     steps += [fret.step(recipe, decontamination), student.step(recipe)]
     if recipe.embedding_distillation:
         steps.append(embedding_distillation_mixture.step(recipe, decontamination))

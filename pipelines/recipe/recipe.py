@@ -185,10 +185,53 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _passages_can_stay(self) -> "Recipe":
+        if self.mixture.fixed_passages is None:
+            return self
+        loss, fret, student = self.training.loss, self.fret, self.student
+        stage = self.embedding_distillation
+        given = "given, and with mixture.fixed_passages"
+        if self.mixture.fret_weight == 0 or self.mixture.labelled:
+            key = "labelled" if self.mixture.labelled else "fret_weight"
+            raise ValueError(
+                f"mixture.{key}: {given} FRet's lists alone are learnt from: leave it out"
+            )
+        if fret.negative != "all":
+            raise ValueError(
+                f"fret.negative: {fret.negative} {given} lists are learnt from: set it to all"
+            )
+        if fret.asks_llm and fret.scale == "ranks":
+            raise ValueError(
+                f"fret.scale: ranks {given} a candidate that the LLM has not scored has no rank:"
+                " set it to z-scores"
+            )
+        if loss.contrastive_weight or not loss.distillation_weight:
+            raise ValueError(
+                f"training.loss: contrastive_weight {loss.contrastive_weight:g} and"
+                f" distillation_weight {loss.distillation_weight:g} {given} nothing but the order"
+                " of lists is learnt: set the first to 0 and the second to 1"
+            )
+        cut = (student.layers, student.projection, student.pooling, student.bidirectional or None)
+        whole = student.model == self.retriever.model and cut == (None,) * 4
+        teacher = stage and (stage.teacher or self.retriever).model
+        if self.prefinetuning or not (whole or teacher == self.retriever.model):
+            remedy = (
+                "leave prefinetuning out, which leaves it"
+                if self.prefinetuning
+                else f"set student.model to {self.retriever.model} and leave it as it is, or let it"
+                " learn the retriever's vectors first by embedding_distillation: {}"
+            )
+            raise ValueError(
+                f"student.model: {student.model} {given} it must begin in the retriever's space:"
+                f" {remedy}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _lists_are_learnt_from(self) -> "Recipe":
         loss, negative = self.training.loss, self.fret.negative
         has_fret = self.mixture.fret_weight != 0
-        if has_fret and negative == "all" and loss.hard_negatives:
+        if has_fret and negative == "all" and loss.hard_negatives and loss.contrastive_weight:
             raise ValueError(
                 "fret.negative: all given, and with training.loss.hard_negatives each scored"
                 " candidate would be a negative: set that to false and"

@@ -13,15 +13,19 @@ from pipelines.report.run_folder import find_passages
 NUM_OF_EACH_KIND = 3
 CANDIDATE_CHARACTERS = 140
 
-# How scored queries may be sorted: the highest value comes first.
+
+def _likelihood(row: dict[str, Any]) -> float:
+    """Returns the QL of the best candidate, infinite where the LLM has not scored it."""
+    best = int(ranks(row["fused"]).argmin())
+    scores: list[float] = row["query_likelihoods"]
+    return scores[best] if best < len(scores) else float("inf")
+
+
+# How labelled queries may be sorted: the highest value comes first.
 ORDERS: dict[str, Callable[[dict[str, Any]], float]] = {
     "shift": lambda row: row["candidate_ids"].index(row["positive_id"]),
     "doubt": lambda row: -rank_correlation(row["query_likelihoods"], row["relevances"]),
-    "hardest": lambda row: (
-        -row["query_likelihoods"][ranks(row["fused"]).argmin()]
-        if row["query_likelihoods"]
-        else float("-inf")
-    ),
+    "hardest": lambda row: -_likelihood(row),
     "stored": lambda row: 0,
 }
 # The kinds of kept queries that the report shows, the highest of each first.
@@ -92,9 +96,9 @@ def _example(
         "hard negative": [] if is_list else row["negative_ids"],
     }
     ids = row["candidate_ids"][: len(row["fused"])]
-    unscored = [None] * len(ids)  # where the retriever alone judged
-    ql, rc = (row[name] or unscored for name in _SCORES)
-    ql_ranks, rc_ranks = ([*map(int, ranks(row[name]))] or unscored for name in _SCORES)
+    unscored = [None] * len(ids)  # by the LLM, which has scored the first or none
+    ql, rc = (row[name] + unscored for name in _SCORES)
+    ql_ranks, rc_ranks = ([*map(int, ranks(row[name])), *unscored] for name in _SCORES)
     candidates = []
     for place, id_ in enumerate(ids):
         candidate = passage(id_)

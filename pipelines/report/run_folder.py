@@ -16,6 +16,7 @@ from cluster.artifacts import Artifact, Json
 from cluster.errors import ArtifactError, UserError, excerpt
 from cluster.steps import BEGUN, MARKER, State
 from cluster.storage import Storage, join, open_storage
+from pipelines.fret.fusion import asks_llm
 from pipelines.recipe.graph import OPTIONAL_STAGES, TITLES
 from pipelines.recipe.read import read_saved_keys, refuse_other_version
 
@@ -53,8 +54,11 @@ class RunFolder:
                 optional |= {f"{stage}_mixture", stage}
         if not self.recipe.get("gate"):
             optional.add("gate")
-        if _value(self.recipe, "fret", "fusion") != "auto":
+        fusion = _value(self.recipe, "fret", "fusion")
+        if fusion != "auto":
             optional.add("probe")
+        if isinstance(fusion, str) and not asks_llm(fusion):
+            optional |= {"pairs", "scores"}
         if _value(self.recipe, "probe", "sample"):  # it ends with the probe
             names = list(TITLES)
             optional = set(names[names.index("probe") + 1 :])

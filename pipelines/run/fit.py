@@ -16,7 +16,12 @@ from typing import Literal
 
 from actors.embedded import find_model
 from cluster.errors import UserError
-from pipelines.mixture.config import MixtureConfig, SetsConfig, TextsConfig
+from pipelines.mixture.config import (
+    FixedPassagesConfig,
+    MixtureConfig,
+    SetsConfig,
+    TextsConfig,
+)
 from pipelines.recipe.recipe import GpuUser, Recipe
 from pipelines.recipe.sizes import GIB, ModelSize, read_size
 from pipelines.training.config import TrainerConfig, TrainingConfig
@@ -139,7 +144,11 @@ def _llm(recipe: Recipe, have: float | None) -> Need:
             left = max(0.0, have - parts["weights"])
             note = f"leaves {left / GIB:.1f} to vLLM, most of it KV cache"
     return Need(
-        steps=("queries", *(["probe"] if recipe.has_probe else []), "scores"),
+        steps=(
+            "queries",
+            *(["probe"] if recipe.has_probe else []),
+            *(["scores"] if recipe.fret.asks_llm else []),
+        ),
         what="LLM",
         parts=parts,
         have=have,
@@ -229,7 +238,7 @@ def _training(recipe: Recipe, have: float | None, prefix: str) -> Need:
     parts = _states(size, training, bfloat16, recipe.student.projection or 0)
     certain = parts["weights"] + parts["gradients"] + parts["AdamW"]
     remedy = f"set {key}.sharding: fsdp2 or {key}.lora, or choose a smaller student.model"
-    parts["loss"] = _loss_bytes(size, training, _num_negatives(recipe, mixture))
+    parts["loss"] = _loss_bytes(size, training, _num_negatives(recipe, mixture), _fixed(mixture))
     if gpu:
         parts["CUDA itself"] = CUDA_BYTES
     per_token = size.kept_bytes(bfloat16=bfloat16, checkpointing=training.gradient_checkpointing)
@@ -291,11 +300,20 @@ def _states(
     return states | ({"copies of weights": copies} if copies else {})
 
 
-def _loss_bytes(size: ModelSize, training: TrainerConfig, num_negatives: int) -> float:
+def _fixed(mixture: SetsConfig | TextsConfig) -> FixedPassagesConfig | None:
+    return mixture.fixed_passages if isinstance(mixture, MixtureConfig) else None
+
+
+def _loss_bytes(
+    size: ModelSize, training: TrainerConfig, num_negatives: int, fixed: FixedPassagesConfig | None
+) -> float:
     """Estimates three times what autograd saves of vectors and their similarities, float32."""
     batch, own = training.batch_size, -(-training.batch_size // training.num_workers)
     if not isinstance(training, TrainingConfig):  # texts, and the vectors to be learned
         return 4.0 * 2 * 2 * own * (size.hidden_size or 0)
+    if fixed:  # lists, and queries and passages beside them
+        vectors = own * (2 + num_negatives + fixed.anchor_share) * (size.hidden_size or 0)
+        return 4.0 * (1 + len(training.loss.matryoshka_dimensions)) * 2 * vectors
     vectors = (2 * batch + own * (2 + num_negatives)) * (size.hidden_size or 0)
     return 4.0 * (1 + len(training.loss.matryoshka_dimensions)) * (2 * vectors + 6 * own * batch)
 
@@ -306,7 +324,9 @@ def _num_negatives(recipe: Recipe, mixture: SetsConfig | TextsConfig) -> int:
         return 0
     counts = [labelled.max_negatives for labelled in mixture.labelled]
     if isinstance(mixture, MixtureConfig) and mixture.fret_weight != 0:
-        num_others = min(recipe.scores.num_scored, recipe.candidates.num_candidates) - 1
+        num_others = recipe.candidates.num_candidates - 1
+        if recipe.fret.asks_llm and not mixture.fixed_passages:
+            num_others = min(recipe.scores.num_scored - 1, num_others)
         most = {"none": 0, "all": num_others}.get(recipe.fret.negative, recipe.fret.num_negatives)
         counts.append(min(most, num_others))
     return max(counts, default=0)
@@ -322,6 +342,10 @@ def _num_tokens(
     longest = max(query, passage)
     if isinstance(mixture, TextsConfig):
         return longest, own * longest
+    if fixed := _fixed(mixture):  # passages beside the lists are read in full
+        passage = min(limit, recipe.retriever.max_tokens)
+        beside = -(-round(fixed.anchor_share * training.batch_size) // training.num_workers)
+        return max(query, passage), own * query + beside * passage
     example = query + (1 + _num_negatives(recipe, mixture)) * passage
     return longest, own * example
 

@@ -200,6 +200,8 @@ def _states(
         names = [name for name in TITLES if not name.startswith(without)]
         names = [name for name in names if recipe.gate or name != "gate"]
         names = [name for name in names if recipe.has_probe or name != "probe"]
+        if not recipe.fret.asks_llm:
+            names = [name for name in names if name not in ("pairs", "scores")]
         return {name: "unknown" for name in names if recipe.evaluation or name != "evaluation"}, {}
     done = {name: artifact for name, artifact in artifacts.items() if artifact is not None}
     return states, {name: done[name] for name in done if states[name] == "done"}

@@ -72,6 +72,12 @@ class LossConfig(Config):
         description="divides the fused scores: sums of 1 / rank, above 0 and at most 1 a judge, or"
         " with fret.scale: z-scores some -2 to 2 a judge, for which 1 is usual",
     )
+    anchor_weight: float = Field(
+        default=20,
+        ge=0,
+        description="with mixture.fixed_passages, of the mean 1 - cosine between anchored passages"
+        " and the vectors that they keep",
+    )
     student_temperature: float | None = Field(
         default=None,
         gt=0,

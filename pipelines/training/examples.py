@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cluster.errors import UserError
+from cluster.parquet import open_parquet
 from cluster.storage import Storage, join, open_storage, read_table
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ _COLUMNS = [
     "symmetric",
 ]
 _TEXT_COLUMNS = ["batch", "dataset", "tokens", "embedding"]
+_FIXED_COLUMNS = ["batch", "dataset", "tokens", "query_id", "teacher_scores", "vectors"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +38,19 @@ class Batch:
     Attributes:
         number: Its place in the training, from 0.
         dataset: The set's name.
-        queries: Token ids of the formatted texts, an integer array each; for embedding
-            distillation, of texts of any role, which have no positives.
+        queries: Token ids of the formatted texts, an integer array each.
         positives: As `queries`.
         negatives: As `queries`, of each example's hard negatives.
         teacher_scores: The LLM's scores of the positive and the negatives; empty: there are none.
         query_ids: Equal for equal queries.
         positive_ids: Equal for equal positives.
         symmetric: Whether the set's targets are formatted like queries.
-        embeddings: float32 ``[queries, dimensions]``, unit length: the vectors to be learned in
-            embedding distillation; None in contrastive training.
+        lists: With fixed passages, of each query float32 ``[list, dimensions]``, unit length: the
+            vectors of the passages that `teacher_scores` speaks of, the positive first. None: the
+            passages are embedded.
+        texts: As `queries`, of texts of any role that are to get the vectors of `embeddings`: all
+            texts in embedding distillation, the anchored passages beside lists.
+        embeddings: float32 ``[texts, dimensions]``, unit length; None: there is no such text.
     """
 
     number: int
@@ -57,6 +62,8 @@ class Batch:
     query_ids: list[str]
     positive_ids: list[str]
     symmetric: bool
+    lists: list[np.ndarray] | None = None
+    texts: list[np.ndarray] = field(default_factory=list)
     embeddings: np.ndarray | None = None
 
     @classmethod
@@ -67,20 +74,27 @@ class Batch:
         return cls(
             number=number,
             dataset=dataset,
-            queries=texts,
+            queries=[],
             positives=[],
             negatives=[],
             teacher_scores=[],
             query_ids=[],
             positive_ids=[],
             symmetric=False,
+            texts=texts,
             embeddings=embeddings,
         )
 
     @property
+    def num_examples(self) -> int:
+        """Its queries or else, in embedding distillation, its texts."""
+        return len(self.queries) or len(self.texts)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all its texts, without padding."""
-        texts = chain(self.queries, self.positives, chain.from_iterable(self.negatives))
+        negatives = chain.from_iterable(self.negatives)
+        texts = chain(self.queries, self.positives, negatives, self.texts)
         return sum(map(len, texts))
 
 
@@ -101,10 +115,8 @@ def count_batches(uri: str) -> int:
     raise UserError(f"training examples {uri} hold no row: the mixture step must come first")
 
 
-def iterate_batches(uri: str, start: int = 0, *, contrastive: bool = True) -> Iterator[Batch]:
+def iterate_batches(uri: str, start: int = 0) -> Iterator[Batch]:
     """Yields the batches from number `start` on, reading shard by shard.
-
-    They are those of contrastive training, or else of embedding distillation.
 
     Raises:
         UserError: The rows are not in the order of batches.
@@ -113,10 +125,11 @@ def iterate_batches(uri: str, start: int = 0, *, contrastive: bool = True) -> It
     import pyarrow.compute as pc
 
     storage = open_storage(uri)
-    columns, make = (_COLUMNS, _batch) if contrastive else (_TEXT_COLUMNS, _batch_of_texts)
+    paths = _shards(storage)
+    columns, make = _kind(storage, paths[0]) if paths else (_COLUMNS, _batch)
     rest: pa.Table | None = None
     number = start
-    for path in _shards(storage):
+    for path in paths:
         table = read_table(storage, path, columns)
         if rest is not None:
             table = pa.concat_tables([rest, table])
@@ -135,9 +148,17 @@ def iterate_batches(uri: str, start: int = 0, *, contrastive: bool = True) -> It
         yield make(number, rest)
 
 
-def iterate_validation(uri: str, *, contrastive: bool = True) -> Iterator[Batch]:
+def iterate_validation(uri: str) -> Iterator[Batch]:
     """Yields the batches that were held out; none where the mixture holds nothing out."""
-    yield from iterate_batches(join(uri, VALIDATION), contrastive=contrastive)
+    yield from iterate_batches(join(uri, VALIDATION))
+
+
+def _kind(storage: Storage, path: str) -> tuple[list[str], Callable[[int, pa.Table], Batch]]:
+    """Returns the columns that shards like this one have, and what makes a batch of its rows."""
+    names = open_parquet(storage.read_bytes(path), join(storage.uri, path)).schema_arrow.names
+    if "vectors" in names:
+        return _FIXED_COLUMNS, _batch_of_lists
+    return (_TEXT_COLUMNS, _batch_of_texts) if "embedding" in names else (_COLUMNS, _batch)
 
 
 def _batch(number: int, table: pa.Table) -> Batch:
@@ -159,6 +180,30 @@ def _batch_of_texts(number: int, table: pa.Table) -> Batch:
     texts = _rows(table["tokens"].combine_chunks())
     vectors = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(texts), -1)
     return Batch.of_texts(number, table["dataset"][0].as_py(), texts, vectors)
+
+
+def _batch_of_lists(number: int, table: pa.Table) -> Batch:
+    tokens, query_ids = _rows(table["tokens"].combine_chunks()), table["query_id"].to_pylist()
+    scores = table["teacher_scores"].to_pylist()
+    vectors = [
+        np.frombuffer(row, np.float16).reshape(max(1, len(own)), -1).astype(np.float32)
+        for row, own in zip(table["vectors"].to_pylist(), scores, strict=True)
+    ]
+    size = len(query_ids) - query_ids.count(None)  # the queries come first
+    return Batch(
+        number=number,
+        dataset=table["dataset"][0].as_py(),
+        queries=tokens[:size],
+        positives=[],
+        negatives=[],
+        teacher_scores=scores[:size],
+        query_ids=query_ids[:size],
+        positive_ids=[],
+        symmetric=False,
+        lists=vectors[:size],
+        texts=tokens[size:],
+        embeddings=np.concatenate(vectors[size:]) if vectors[size:] else None,
+    )
 
 
 def _rows(lists: pa.ListArray) -> list[np.ndarray]:

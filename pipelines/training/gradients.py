@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class Slice:
     """A worker's part of one batch, and where everybody's examples are.
 
     Attributes:
-        queries: Token ids of each text.
+        queries: Token ids of each.
         positives: As `queries`.
         negatives: As `queries`, of the examples' hard negatives, one example's after another's.
         num_negatives: int64 ``[examples]``.
@@ -47,7 +47,11 @@ class Slice:
         rank: This worker's place among them.
         related: What :func:`pipelines.training.loss.related_examples` returned, or None.
         symmetric: Whether the batch is of a symmetric set.
-        embeddings: The vectors that the queries are to get, or None.
+        lists: ``[examples, list, dimensions]``, padded with zeros: the stored vectors of each
+            query's passages, which then have no texts; or None.
+        texts: As `queries`, of the texts that are to get the vectors of `embeddings`.
+        embeddings: ``[texts, dimensions]``, or None.
+        num_texts: Of the whole batch.
     """
 
     queries: Sequence[np.ndarray]
@@ -59,21 +63,29 @@ class Slice:
     rank: int
     related: torch.Tensor | None
     symmetric: bool
+    lists: torch.Tensor | None = None
+    texts: Sequence[np.ndarray] = ()
     embeddings: torch.Tensor | None = None
+    num_texts: int = 0
 
     @property
     def rows(self) -> list[np.ndarray]:
-        """All its texts, in the order of the loss: queries, positives, negatives."""
-        return [*self.queries, *self.positives, *self.negatives]
+        """All its texts, in the order of the loss: queries, positives, negatives, texts."""
+        return [*self.queries, *self.positives, *self.negatives, *self.texts]
 
 
 def slice_batch(batch: Batch, config: TrainerConfig, place: Place = ALONE) -> Slice:
     """Returns a worker's part of a batch: each ``world``-th example, from number ``rank`` on."""
     order = [slice(worker, None, place.world) for worker in range(place.world)]
     own = order[place.rank]
-    negatives = batch.negatives[own]
+    negatives, lists = batch.negatives[own], None
+    width = 1 + max(map(len, negatives), default=0)
+    if batch.lists is not None:
+        lists = _padded(batch.lists[own], dimensions=batch.lists[0].shape[1])
+        width = lists.shape[1]
     related = None
-    if isinstance(config, TrainingConfig) and config.loss.mask_duplicates:
+    masks = isinstance(config, TrainingConfig) and config.loss.mask_duplicates
+    if masks and batch.lists is None:  # in whose loss no example is another's negative
         related = related_examples(
             list(chain.from_iterable(batch.query_ids[part] for part in order)),
             list(chain.from_iterable(batch.positive_ids[part] for part in order)),
@@ -83,11 +95,14 @@ def slice_batch(batch: Batch, config: TrainerConfig, place: Place = ALONE) -> Sl
         positives=batch.positives[own],
         negatives=list(chain.from_iterable(negatives)),
         num_negatives=torch.tensor([len(rows) for rows in negatives], dtype=torch.int64),
-        teacher_scores=_teacher_scores(batch.teacher_scores[own], negatives),
+        teacher_scores=_teacher_scores(batch.teacher_scores[own], width),
         sizes=[len(batch.queries[part]) for part in order],
         rank=place.rank,
         related=related,
         symmetric=batch.symmetric,
+        lists=lists,
+        texts=batch.texts[own],
+        num_texts=len(batch.texts),
         embeddings=None if batch.embeddings is None else torch.tensor(batch.embeddings[own]),
     )
 
@@ -120,12 +135,41 @@ def backward(encoder: Encoder, part: Slice, config: TrainerConfig) -> float:
 def batch_loss(embedded: torch.Tensor, part: Slice, config: TrainerConfig) -> torch.Tensor:
     """Returns this worker's share of the loss of the texts of `part`.
 
-    `embedded` is ``[queries + positives + negatives, dimensions]``, unit length.
+    `embedded` is ``[queries + positives + negatives + texts, dimensions]``, unit length. With fixed
+    passages it is the divergence over the stored lists, and `anchor_weight` times the distance of
+    the texts from their vectors.
     """
     if not isinstance(config, TrainingConfig):
-        assert part.embeddings is not None
-        embeddings = part.embeddings.to(embedded.device)
-        return embedding_loss(embedded, embeddings, num_texts=sum(part.sizes))
+        return _distance(embedded, part)
+    if part.lists is None:
+        return _text_loss(embedded, part, config)
+    queries, texts = torch.tensor_split(embedded, [len(part.queries)])
+    loss = _list_loss(queries, part.lists.to(embedded.device), part, config)
+    if part.embeddings is not None:
+        loss = loss + config.loss.anchor_weight * _distance(texts, part)
+    return loss
+
+
+def _distance(vectors: torch.Tensor, part: Slice) -> torch.Tensor:
+    assert part.embeddings is not None
+    return embedding_loss(vectors, part.embeddings.to(vectors.device), num_texts=part.num_texts)
+
+
+def _list_loss(
+    queries: torch.Tensor, lists: torch.Tensor, part: Slice, config: TrainingConfig
+) -> torch.Tensor:
+    scores = part.teacher_scores
+    vectors = Vectors(
+        queries=queries,
+        positives=lists[:, 0],
+        negatives=lists[:, 1:],
+        has_negative=lists[:, 1:].any(dim=2),
+        teacher_scores=None if scores is None else scores.to(queries.device),
+    )
+    return contrastive_loss(vectors, config.loss, sizes=part.sizes, rank=part.rank)
+
+
+def _text_loss(embedded: torch.Tensor, part: Slice, config: TrainingConfig) -> torch.Tensor:
     queries, positives, flat = torch.split(
         embedded, [len(part.queries), len(part.positives), len(part.negatives)]
     )
@@ -170,13 +214,20 @@ def uses_bfloat16(config: TrainerConfig, device: torch.device) -> bool:
     return native_bfloat16(device)
 
 
-def _teacher_scores(scores: list[list[float]], negatives: list[Any]) -> torch.Tensor | None:
+def _teacher_scores(scores: list[list[float]], width: int) -> torch.Tensor | None:
     if not any(scores):
         return None
-    width = 1 + max(len(rows) for rows in negatives)
     table = torch.full((len(scores), width), float("nan"))
     for place, row in enumerate(scores):
         table[place, : len(row)] = torch.tensor(row)
+    return table
+
+
+def _padded(lists: list[np.ndarray], *, dimensions: int) -> torch.Tensor:
+    """Returns ``[lists, longest, dimensions]``; where there is no list, the longest has one."""
+    table = torch.zeros(len(lists), max(map(len, lists), default=1), dimensions)
+    for place, rows in enumerate(lists):
+        table[place, : len(rows)] = torch.from_numpy(rows)
     return table
 
 

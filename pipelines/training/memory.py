@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,14 +73,15 @@ def fit(
     config: TrainerConfig,
     place: Place = ALONE,
     *,
-    num_negatives: int = 1,
+    like: Batch | None = None,
     memory: GpuMemory | None = None,
 ) -> TrainerConfig:
     """Replaces a gradient cache of ``auto`` by the number of tokens that fits all workers.
 
     All workers call this before their first batch, in training mode. On a CPU, and where the whole
     batch fits, there is no cache: it computes all but its last chunk twice. The optimizer's state
-    is counted whether it is there yet or not. `memory` is the GPU's, except in tests.
+    is counted whether it is there yet or not. `like` is a batch of the training; `memory` is the
+    GPU's, except in tests.
 
     Raises:
         UserError: Not even one text fits.
@@ -90,7 +92,7 @@ def fit(
         memory = GpuMemory(encoder.device)
     tokens = _EVERYTHING
     if memory is not None:
-        part = slice_batch(_longest_batch(encoder, config, num_negatives), config, place)
+        part = slice_batch(_longest_batch(encoder, config, like), config, place)
         with _untouched(encoder):
             tokens = _try_out(encoder, optimizer, config, part, memory)
     if place.world > 1:
@@ -187,19 +189,23 @@ def remember(storage: Storage, config: TrainerConfig) -> None:
     storage.write_bytes(FITTED, str(config.gradient_cache_tokens).encode())
 
 
-def _longest_batch(encoder: Encoder, config: TrainerConfig, num_negatives: int) -> Batch:
+def _longest_batch(encoder: Encoder, config: TrainerConfig, like: Batch | None) -> Batch:
     """Returns as large a batch as any; few texts are equally long, so that passes have padding."""
-    size = config.batch_size
 
-    def texts(longest: int) -> list[np.ndarray]:
+    def texts(longest: int, size: int = config.batch_size) -> list[np.ndarray]:
         return [
             np.zeros(longest - place * longest // (10 * size), np.int64) for place in range(size)
         ]
 
     if not isinstance(config, TrainingConfig):
         longest = max(config.max_query_tokens, config.max_passage_tokens)
-        vectors = np.zeros((size, encoder.dimensions), np.float32)
+        vectors = np.zeros((config.batch_size, encoder.dimensions), np.float32)
         return Batch.of_texts(0, "", texts(longest), vectors)
+    if like and like.lists is not None:  # anchored passages are read in full
+        queries = texts(config.max_query_tokens, len(like.queries))
+        return replace(like, queries=queries, texts=texts(encoder.max_tokens, len(like.texts)))
+    size = config.batch_size
+    num_negatives = max(map(len, like.negatives), default=1) if like else 1
     negatives = [texts(config.max_passage_tokens) for _ in range(num_negatives)]
     return Batch(
         number=0,

@@ -24,7 +24,7 @@ from pipelines.training.checkpoint import (
     save_weights,
     trained_weights,
 )
-from pipelines.training.config import TrainerConfig, TrainingConfig
+from pipelines.training.config import TrainerConfig
 from pipelines.training.examples import Batch, iterate_batches, iterate_validation
 from pipelines.training.gradients import Slice, slice_batch, uses_bfloat16
 from pipelines.training.lora import add_adapters, merge_adapters
@@ -102,11 +102,10 @@ class Trainer:
         self.done = load_checkpoint(self._storage, encoder.model, self.optimizer)
         self.ended = False
         self._soup = _soup_batches(self.config, job.num_batches)
-        self._contrastive = isinstance(self.config, TrainingConfig)
         self._validation = None
         if self.config.validation:
             rows = [row for row in read_metrics(self._storage) if row["batch"] < self.done]
-            held_out = list(iterate_validation(job.examples, contrastive=self._contrastive))
+            held_out = list(iterate_validation(job.examples))
             self._validation = Validation(self.config.validation, held_out, job.test_set, rows)
 
     def batches(self) -> Iterator[tuple[Batch, Slice]]:
@@ -118,17 +117,14 @@ class Trainer:
         self.encoder.set_training(
             dropout=self.config.dropout, checkpointing=self.config.gradient_checkpointing
         )
-        batches = iterate_batches(
-            self._job.examples, start=self.done, contrastive=self._contrastive
-        )
+        batches = iterate_batches(self._job.examples, start=self.done)
         first = list(islice(batches, 1))
-        num_negatives = max((len(rows) for batch in first for rows in batch.negatives), default=1)
         self.config = fit(
             self.encoder,
             self.optimizer,
             remembered(self._storage, self.config),
             self.place,
-            num_negatives=num_negatives,
+            like=first[0] if first else None,
         )
         if self._job.config.gradient_cache_tokens == "auto" and self.config.gradient_cache_tokens:
             self._remember()  # so that a restart has the same passes, and their dropout
@@ -187,7 +183,7 @@ class Trainer:
             "loss": round(loss, 6),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "gradient_norm": round(norm, 6),
-            "examples_per_s": round(len(batch.queries) / seconds, 2),
+            "examples_per_s": round(batch.num_examples / seconds, 2),
             "tokens_per_s": round(batch.num_tokens / seconds, 2),
             "padding_share": round(1 - tokens / max(1, places), 4),
         }

@@ -18,7 +18,7 @@ from actors.encoder import Encoder
 from cluster.artifacts import shard_path
 from cluster.errors import UserError
 from cluster.storage import open_storage, write_table
-from pipelines.records import EXAMPLE
+from pipelines.records import EXAMPLE, FIXED_EXAMPLE
 from pipelines.training.config import LossConfig, TrainingConfig
 from pipelines.training.layers import cut_layers
 from pipelines.training.metrics import read_metrics
@@ -223,6 +223,57 @@ def test_lists_of_scored_passages_teach_their_order(
     end = similarities(Encoder.load(str(tmp_path / "output/encoder"), device="cpu"))
     assert agreement(end) > agreement(start) + 0.05
     assert mean_loss(told[NUM_BATCHES // 2 :]) < mean_loss(told[: NUM_BATCHES // 2])
+
+
+def test_lists_of_fixed_passages_teach_their_order_and_move_no_passage(
+    ray_session: None, data_folder: Path, student: str, tmp_path: Path
+):
+    """As above, by two workers; the passages keep the student's own vectors of whole texts."""
+    lines = (data_folder / "retrieval/cranfield/corpus.jsonl").read_text().splitlines()
+    documents = [row for row in map(json.loads, lines) if row["title"] and row["text"]]
+    documents = documents[: NUM_LISTS + LIST_SIZE]
+    before = Encoder.load(student, device="cpu")
+    titles = before.tokenize([document["title"] for document in documents], max_tokens=32)
+    texts = before.tokenize([document["text"] for document in documents], max_tokens=64)
+    stored = before.embed_tokens(texts).detach().numpy().astype(np.float16)
+    rng, rows, places = np.random.default_rng(0), [], []
+    for number in range(NUM_LISTS):
+        places.append([number, *rng.permutation(np.arange(number + 1, number + LIST_SIZE))])
+        rows.append(
+            {
+                "dataset": "fret",
+                "tokens": titles[number],
+                "query_id": documents[number]["_id"],
+                "teacher_scores": np.linspace(2, -2, LIST_SIZE),
+                "vectors": stored[places[-1]].tobytes(),
+            }
+        )
+    size, epochs = 2 * NUM_LISTS // NUM_BATCHES, []  # two epochs
+    for batch in range(NUM_BATCHES):
+        epochs += [row | {"batch": batch} for row in (rows + rows)[size * batch :][:size]]
+        for place in rng.integers(len(texts), size=3):
+            own = {"tokens": texts[place], "vectors": stored[place].tobytes()}
+            epochs.append(own | {"batch": batch, "dataset": "passages", "teacher_scores": []})
+    examples = open_storage(tmp_path / "examples")
+    write_table(examples, shard_path(0), pa.Table.from_pylist(epochs, schema=FIXED_EXAMPLE))
+    loss = LossConfig(contrastive_weight=0, distillation_weight=1, teacher_temperature=1)
+    config = CONFIG.model_copy(update={"batch_size": size, "loss": loss, "learning_rate": 3e-4})
+    told = train(
+        job(config, examples.uri, student, tmp_path / "output"),
+        scratch=str(tmp_path / "scratch"),
+    )
+    after = Encoder.load(str(tmp_path / "output/encoder"), device="cpu")
+
+    def agreement(encoder: Encoder) -> float:
+        queries = encoder.embed_tokens([row["tokens"] for row in rows]).detach().numpy()
+        found = np.einsum("qd,qpd->qp", queries, stored[np.array(places)])
+        pairs = list(combinations(range(LIST_SIZE), 2))
+        return float(np.mean([found[:, a] > found[:, b] for a, b in pairs]))
+
+    assert agreement(after) > agreement(before) + 0.05
+    assert mean_loss(told[NUM_BATCHES // 2 :]) < mean_loss(told[: NUM_BATCHES // 2])
+    kept = (after.embed_tokens(texts).detach().numpy() * stored).sum(1)
+    assert kept.mean() > 0.99
 
 
 PROGRAM = """

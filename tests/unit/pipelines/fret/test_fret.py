@@ -51,10 +51,11 @@ def fret(tmp_path: Path, by_passage: Callable[[list[dict[str, Any]]], pa.Table])
 def _fret(
     folder: Path,
     rows: list[dict[str, Any]],
-    scores: pa.Table,
+    scores: pa.Table | None,
     evaluation_queries: list[str],
     config: dict[str, Any],
     probe: tuple[pa.Table, dict[str, Json]] | None = None,
+    fixed: bool = False,
 ) -> Artifact:
     def writes(table: pa.Table, metrics: dict[str, Json] | None = None) -> Any:
         def work(context: StepContext) -> dict[str, Json]:
@@ -77,20 +78,23 @@ def _fret(
             inputs=("passages",),
             work=writes(pa.Table.from_pylist(rows, schema=CANDIDATES)),
         ),
-        *(
-            Step(name="probe", config={}, inputs=("candidates",), work=writes(*each))
-            for each in ([probe] if probe else [])
-        ),
-        Step(name="scores", config={}, inputs=("candidates",), work=writes(scores)),
+    ]
+    if probe:
+        steps.append(Step(name="probe", config={}, inputs=("candidates",), work=writes(*probe)))
+    if scores is not None:
+        steps.append(
+            Step(name="scores", config={}, inputs=("candidates",), work=writes(scores)),
+        )
+    steps.append(
         Step(
             name="fret",
             config={},
-            inputs=("candidates", *(["probe"] if probe else []), "scores", "passages"),
+            inputs=tuple(step.name for step in steps),
             work=lambda context: make_fret(
-                FretConfig(**config), Decontamination(evaluation_queries), context
+                FretConfig(**config), Decontamination(evaluation_queries), context, fixed=fixed
             ),
         ),
-    ]
+    )
     return Run(str(folder), steps).execute(JsonLines())["fret"]
 
 
@@ -167,12 +171,49 @@ def test_hybrid_judges_and_its_scores_move_with_their_candidates(
     query = scored("q1", "what makes bread rise") | {"lexical": [1.0, 9.0, 3.0]}
     query |= {"hybrid": [3.0, 2.0, 2.5], "seed_id": "c"}
     scores = by_passage([{**query, "candidate_ids": ["a", "c"]}])  # b was not scored
-    for fusion, positive in (("hybrid", "a"), ("lex", "c")):
+    for fusion, positive in (("hybrid", "a"), ("lex", "b")):
         folder = tmp_path / fusion
         row = _fret(folder, [query], scores, [], {"fusion": fusion}).read().to_pylist()[0]
         assert row["candidate_ids"] == ["a", "c", "b"]
         assert (row["lexical"], row["hybrid"]) == ([1, 3, 9], [3, 2.5, 2])
         assert row["positive_id"] == positive
+
+
+def test_fixed_passages_are_all_candidates_and_an_unscored_one_gets_the_mean(
+    tmp_path: Path, by_passage: Callable[[list[dict[str, Any]]], pa.Table]
+) -> None:
+    # The retriever names b twice, and c was not scored.
+    query = scored("q1", "what makes bread rise")
+    query |= {"candidate_ids": ["b", "c", "a", "b"], "similarities": [0.9, 0.8, 0.7, 0.9]}
+    judged = {**query, "candidate_ids": ["b", "a"], "query_likelihoods": [-2.0, -1.0]}
+    rows = [query, scored("q2", "x", dropped_by="query too short")]
+    config = {"negative": "all", "fusion": "ql+sim", "scale": "z-scores"}
+    row, dropped = (
+        _fret(tmp_path, rows, by_passage([judged]), [], config, fixed=True).read().to_pylist()
+    )
+    assert row["candidate_ids"] == ["b", "a", "c"]
+    assert row["query_likelihoods"] == [-2.0, -1.0]
+    z = 1.5**0.5  # of the similarities 0.9, 0.7, 0.8
+    assert row["fused"] == pytest.approx([z - 1, 1 - z, 0.0], abs=1e-5)
+    assert (row["positive_id"], row["positive"]) == ("b", "text b")
+    assert row["negative_ids"] == ["a", "c"]
+    assert (row["negatives"], row["negative_titles"]) == ([], [])  # nobody reads them
+    assert dropped["positive_id"] is None and dropped["fused"] == []
+
+
+def test_without_the_llm_all_candidates_are_judged(tmp_path: Path) -> None:
+    rows = [scored("q1", "what makes bread rise"), scored("q2", "x", dropped_by="too short")]
+    rows[0] |= {"seed_id": "c"}
+    config = {"negative": "all", "fusion": "sim", "scale": "z-scores"}
+    made = _fret(tmp_path, rows, None, [], config)
+    row, dropped = made.read().to_pylist()
+    assert (row["query_likelihoods"], row["relevances"]) == ([], [])
+    assert row["fused"] == pytest.approx([1.5**0.5, 0, -(1.5**0.5)], abs=1e-5)
+    assert (row["positive_id"], row["negative_ids"]) == ("a", ["c", "b"])
+    assert row["negatives"] == ["text c", "text b"]
+    assert dropped["fused"] == []
+    counts = made.manifest.metrics
+    assert (counts["num_scored"], counts["num_kept"]) == (1, 1)
 
 
 def test_query_with_a_pair_that_could_not_be_scored_is_dropped(fret: MakeFret) -> None:

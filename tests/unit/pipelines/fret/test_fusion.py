@@ -31,6 +31,22 @@ def test_ranks_begin_at_one_and_ties_keep_their_order() -> None:
     assert (found[best_first].tolist(), found.dtype) == (list(range(1, 61)), np.int64)
 
 
+def test_score_that_is_not_known_counts_as_the_mean_of_those_that_are() -> None:
+    nan = float("nan")
+    np.testing.assert_allclose(z_scores([1.0, nan, 3.0, nan]), [-1, 0, 1, 0])
+    assert z_scores([nan, 2.0, nan]).tolist() == [0, 0, 0]
+    scores = SCORES | {"ql": [-2.0, -1.0, nan, nan]}
+    fused = fuse(scores, "ql+sim", "z-scores")
+    np.testing.assert_allclose(fused, np.add(z_scores(SCORES["sim"]), [-1, 1, 0, 0]))
+
+
+@pytest.mark.parametrize(
+    ("fusion", "asks"), [("sim", False), ("ql", True), ("sim+rc", True), ("ql+rc", True)]
+)
+def test_llm_is_asked_where_it_is_a_judge(fusion: str, asks: bool) -> None:
+    assert FretConfig(fusion=fusion).asks_llm == asks
+
+
 def test_of_equal_fused_scores_the_nearer_is_the_positive_and_the_farther_the_negative() -> None:
     # QL and RC rank 40 candidates in opposite order: each R comes twice, once on either side.
     labels = choose_labels(

@@ -128,6 +128,25 @@ def test_run_over_a_sample_ends_with_the_probe_and_has_other_passages(folder: Pa
     assert len(prints) == 3
 
 
+def test_llm_scores_nothing_where_it_judges_nothing(folder: Path) -> None:
+    made = run(folder, "fret.fusion=sim")
+    assert not {"pairs", "scores"} & {each.name for each in made.steps}
+    assert step(made, "fret").inputs == ("candidates", "passages")
+    assert step(run(folder), "fret").inputs == ("candidates", "scores", "passages")
+
+
+def test_fixed_passages_are_read_from_their_embeddings_and_labelled_whole(folder: Path) -> None:
+    lists = ["training.loss={contrastive_weight: 0, distillation_weight: 1}", "student.layers=null"]
+    lists.append("fret={negative: all, fusion: ql+sim, scale: z-scores}")
+    embedded, fixed = run(folder, *lists), run(folder, *lists, "mixture.fixed_passages={}")
+    assert step(fixed, "mixture").inputs == ("student", "fret", "embeddings")
+    for name, changed in (("scores", False), ("fret", True), ("mixture", True)):
+        prints = [made.fingerprint(step(made, name)) for made in (embedded, fixed)]
+        assert (prints[0] != prints[1]) == changed
+    fewer = run(folder, *lists, "mixture.fixed_passages={max_passages: 7}")
+    assert fewer.fingerprint(step(fewer, "fret")) == fixed.fingerprint(step(fixed, "fret"))
+
+
 def test_missing_labelled_set_is_named_before_anything_runs(folder: Path) -> None:
     with pytest.raises(UserError, match=r"'faq': .*none\.jsonl does not exist"):
         run(folder, f"mixture.labelled=[{{name: faq, path: {folder}/none.jsonl}}]")

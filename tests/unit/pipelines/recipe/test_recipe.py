@@ -208,6 +208,52 @@ def test_lists_are_learnt_from_where_no_candidate_is_a_negative() -> None:
     assert load_recipe("laptop", [*LISTS, before]).prefinetuning is not None
 
 
+FIXED = [
+    *("mixture.fixed_passages={}", "fret={negative: all, fusion: sim}", "student.layers=null"),
+    "training.loss={contrastive_weight: 0, distillation_weight: 1}",
+]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["fret={negative: all, fusion: ql+sim, scale: z-scores}"],
+        ["student.layers=[0, 2, 5]", "embedding_distillation={}"],
+    ],
+)
+def test_passages_can_stay_where_the_student_begins_in_the_retrievers_space(
+    settings: list[str],
+) -> None:
+    assert load_recipe("laptop", [*FIXED, *settings]).mixture.fixed_passages is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["fret={negative: lowest, fusion: sim}"], "fret.negative: lowest given, and with mixture"),
+        (["fret.fusion=ql+sim"], "set it to z-scores"),
+        (["mixture.fret_weight=0"], "mixture.fret_weight: given, and with mixture.fixed_passages"),
+        (["mixture.labelled=[{name: faq, path: a}]"], "mixture.labelled"),
+        (["training.loss.contrastive_weight=0.1"], "contrastive_weight 0.1 and distill"),
+        (["student.layers=[0, 2, 5]"], "or let it learn the retriever's vectors first"),
+        (["student.model=embedded:other"], "set student.model to embedded:all-MiniLM-L6-v2"),
+        (["student.projection=8"], "retriever's space"),
+        (
+            ["student.layers=[0]", "embedding_distillation={teacher: {model: embedded:other}}"],
+            "retriever's space",
+        ),
+        (
+            ["prefinetuning.mixture.labelled=[{name: faq, path: faq.jsonl}]"],
+            "leave prefinetuning out",
+        ),
+    ],
+)
+def test_passages_that_cannot_stay_are_refused(settings: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_recipe("laptop", [*FIXED, *settings])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

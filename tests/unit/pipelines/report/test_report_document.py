@@ -341,10 +341,11 @@ def test_funnel_and_labels_leave_out_what_was_held_out_for_the_gate() -> None:
         "positive_is_seed": True,
         "query_likelihoods": [-1.0],
         "relevances": [-1.0],
+        "fused": [1.0],
         "candidate_ids": ["a"],
         "positive_id": "a",
     }
-    held_out = row | {"dropped_by": "held out for the gate", "query_likelihoods": []}
+    held_out = row | {"dropped_by": "held out for the gate", "query_likelihoods": [], "fused": []}
     fret: Any = SimpleNamespace(tables=lambda columns: [pa.Table.from_pylist([row, held_out])])
     labels = collect_labels(fret)
     assert labels is not None and labels["tasks"][0]["num_queries"] == 1

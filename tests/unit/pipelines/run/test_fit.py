@@ -72,6 +72,25 @@ def test_embedding_distillation_is_counted_by_hand() -> None:
     assert named.parts["weights"] == pytest.approx(4 * 22.7e6, rel=0.01)
 
 
+def test_training_with_fixed_passages_is_counted_by_hand() -> None:
+    settings = [
+        "training={batch_size: 64, max_query_tokens: 32, gradient_cache_tokens: null}",
+        "training.loss={contrastive_weight: 0, distillation_weight: 1}",
+        "fret={negative: all, fusion: sim}",
+        "candidates.num_candidates=30",
+        "mixture.fixed_passages={anchor_share: 0.25}",
+        "embedding_distillation={}",
+        "retriever.max_tokens=200",
+        "student.max_tokens=512",
+    ]
+    found = need(load_recipe("gpu", settings), "training")
+    # Queries, and whole passages beside them; of the lists nothing but vectors.
+    assert f"activations of {64 * 32 + 16 * 200:,} tokens" in found.parts
+    assert found.parts["loss"] == 4 * 2 * 64 * (2 + 29 + 0.25) * 768
+    (llm,) = [each for each in gpu_needs(load_recipe("gpu", settings)) if each.what == "LLM"]
+    assert llm.steps == ("queries",)
+
+
 def test_sharding_and_adapters_leave_less() -> None:
     def states(*settings: str) -> tuple[float, float]:
         parts = need(load_recipe("gpu", [FIXED, *settings]), "training").parts

@@ -74,30 +74,30 @@ def test_loss_and_its_gradient_are_those_of_numpy() -> None:
 
 
 def test_batches_of_texts_come_in_order_with_their_vectors(texts: str) -> None:
-    batches = list(iterate_batches(texts, contrastive=False))
+    batches = list(iterate_batches(texts))
     assert (
         [batch.number for batch in batches] == list(range(12)) == list(range(count_batches(texts)))
     )
-    assert {len(batch.queries) for batch in batches} == {4}
+    assert {len(batch.texts) for batch in batches} == {4}
     assert [batch.dataset for batch in batches[:3]] == ["queries", "passages", "passages"]
     found = np.concatenate([batch.embeddings for batch in batches if batch.embeddings is not None])
     np.testing.assert_array_equal(found, unit(54, 32)[:48])
-    (later, *_) = iterate_batches(texts, start=5, contrastive=False)
+    (later, *_) = iterate_batches(texts, start=5)
     assert later.embeddings is not None and later.number == 5
     np.testing.assert_array_equal(later.embeddings, unit(54, 32)[20:24])
-    assert later.num_tokens == sum(map(len, batches[5].queries))
-    held_out = list(iterate_validation(texts, contrastive=False))
-    assert [len(batch.queries) for batch in held_out] == [4, 2]
+    assert later.num_tokens == sum(map(len, batches[5].texts))
+    held_out = list(iterate_validation(texts))
+    assert [len(batch.texts) for batch in held_out] == [4, 2]
 
 
 def test_workers_have_shares_that_add_up(
     texts: str, student: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = next(iterate_batches(texts, contrastive=False))
+    batch = next(iterate_batches(texts))
     encoder = Encoder.load(student, device="cpu")
     alone = backward(encoder, slice_batch(batch, CONFIG), CONFIG)
     assert batch.embeddings is not None
-    vectors = encoder.embed_tokens(batch.queries).detach().numpy()
+    vectors = encoder.embed_tokens(batch.texts).detach().numpy()
     assert alone == pytest.approx(np.mean(1 - (vectors * batch.embeddings).sum(1)), abs=1e-5)
     assert alone == pytest.approx(evaluation_loss(encoder, slice_batch(batch, CONFIG), CONFIG))
     weights = [weight for weight in encoder.model.parameters() if weight.grad is not None]
@@ -106,7 +106,7 @@ def test_workers_have_shares_that_add_up(
     monkeypatch.setattr(gradients, "_add_up_gradients", lambda _: None)
     monkeypatch.setattr(gradients.dist, "all_reduce", lambda _: None)
     parts = [slice_batch(batch, CONFIG, Place(rank=rank, world=5)) for rank in range(5)]
-    assert [len(part.queries) for part in parts] == [1, 1, 1, 1, 0]
+    assert [len(part.texts) for part in parts] == [1, 1, 1, 1, 0]
     assert sum(backward(encoder, part, CONFIG) for part in parts) == pytest.approx(alone)
     for weight, gradient in zip(weights, expected, strict=True):
         torch.testing.assert_close(weight.grad, gradient, rtol=1e-4, atol=1e-6)
@@ -114,7 +114,7 @@ def test_workers_have_shares_that_add_up(
 
 @pytest.mark.parametrize("max_tokens", [64, 100_000])
 def test_gradient_cache_changes_nothing(texts: str, student: str, max_tokens: int) -> None:
-    part = slice_batch(next(iterate_batches(texts, contrastive=False)), CONFIG)
+    part = slice_batch(next(iterate_batches(texts)), CONFIG)
     found = []
     for tokens in (None, max_tokens):
         encoder = Encoder.load(student, device="cpu")
@@ -131,7 +131,7 @@ def test_gradient_cache_changes_nothing(texts: str, student: str, max_tokens: in
 def test_trial_for_memory_has_texts_of_the_longest_length_and_their_vectors(student: str) -> None:
     config = CONFIG.model_copy(update={"max_query_tokens": 24, "max_passage_tokens": 40})
     encoder = Encoder.load(student, device="cpu")
-    part = slice_batch(_longest_batch(encoder, config, num_negatives=1), config)
+    part = slice_batch(_longest_batch(encoder, config, None), config)
     assert (len(part.rows), len(part.rows[0])) == (4, 40)
     assert backward(encoder, part, config) == pytest.approx(1)  # of vectors of zeros
 

@@ -1,6 +1,7 @@
 """A gradient cache found by trial and halved where memory runs out; the memory is simulated."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -109,12 +110,13 @@ def test_whole_batch_that_fits_has_no_cache_and_a_card_for_no_text_is_refused(en
             fit(encoder, optimizer, CONFIG, memory=card)
 
 
-def test_more_hard_negatives_make_a_larger_batch(encoder: Encoder):
-    optimizer = make_optimizer(encoder, CONFIG)
+def test_more_hard_negatives_make_a_larger_batch(encoder: Encoder, examples: str):
+    optimizer, batch = make_optimizer(encoder, CONFIG), next(iterate_batches(examples))
     sizes = []
     for num_negatives in (1, 3):
         card = Card(encoder, 10**9, lambda: 0)
-        fit(encoder, optimizer, CONFIG, num_negatives=num_negatives, memory=card)
+        like = replace(batch, negatives=[[], [batch.queries[0]] * num_negatives])
+        fit(encoder, optimizer, CONFIG, like=like, memory=card)
         sizes.append(max(card.passes))
     assert sizes[1] == pytest.approx(sizes[0] * 5 / 3, rel=0.01)
 
