@@ -140,6 +140,16 @@ def test_seed_that_neither_finds_takes_the_last_place_with_its_own_scores() -> N
     assert (near["rows"], near["seed_rank"], near["dropped_by"]) == ([0, 1], 2, None)
 
 
+def test_seed_is_ranked_only_among_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "DEPTH", 1)
+    # The seed is third by either, and would be the first by the sum.
+    texts = ["a", "a", "x x", "a", "a", "a", "a", "a", "x x x", "x x x"]
+    config = CandidatesConfig(num_candidates=2, lexical=LexicalConfig(weight=1))
+    (row,) = search(config, texts, VECTORS, [("2", "x", TOWARDS)])
+    assert (row["rows"], row["seed_rank"]) == ([0, 2], 0)
+    assert row["hybrid"][1] > row["hybrid"][0]
+
+
 @pytest.mark.parametrize("query", ["", "unknown words"])
 def test_query_without_a_known_word_gets_the_retrievers_candidates(query: str) -> None:
     config = CandidatesConfig(num_candidates=4)
