@@ -148,7 +148,9 @@ class Judging:
         """
         num_scored = len(row["query_likelihoods"])
         if 0 < (row["seed_rank"] or 0) <= num_scored:
-            scores = {judge: row[column][:num_scored] for judge, column in JUDGES.items()}
+            scores = {
+                judge: row[column][:num_scored] for judge, column in JUDGES.items() if column in row
+            }
             self.add(scores, row["candidate_ids"].index(row["seed_id"]))
 
     def share(self, ranking: Ranking) -> float:
