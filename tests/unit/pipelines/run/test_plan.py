@@ -159,7 +159,7 @@ def test_plan_command_prints_what_is_unknown_and_why(nowhere: Path) -> None:
 def test_plan_says_what_it_cannot_look_at_without_a_hub(name: str, nowhere: Path) -> None:
     recipe = load_recipe(name)
     made = make_plan(recipe, str(nowhere / "run"))
-    assert "cannot be fetched" in made["unknown"]["states of the steps are"]
+    assert "corpus" in made["unknown"]["states of the steps are"]
     listed = made["unknown"]["rows and columns of the labelled sets from the hub are"]
     stages = recipe.stages.values()
     sets = [each for stage in stages for each in stage.mixture.labelled]
