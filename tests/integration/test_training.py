@@ -225,7 +225,7 @@ def test_lists_of_scored_passages_teach_their_order(
     assert mean_loss(told[NUM_BATCHES // 2 :]) < mean_loss(told[: NUM_BATCHES // 2])
 
 
-def test_lists_of_fixed_passages_teach_their_order_and_move_no_passage(
+def test_lists_of_fixed_passages_teach_their_order(
     ray_session: None, data_folder: Path, student: str, tmp_path: Path
 ):
     """As above, by two workers; the passages keep the student's own vectors of whole texts."""
@@ -264,16 +264,25 @@ def test_lists_of_fixed_passages_teach_their_order_and_move_no_passage(
     )
     after = Encoder.load(str(tmp_path / "output/encoder"), device="cpu")
 
-    def agreement(encoder: Encoder) -> float:
+    def similarities(encoder: Encoder) -> np.ndarray:
         queries = encoder.embed_tokens([row["tokens"] for row in rows]).detach().numpy()
-        found = np.einsum("qd,qpd->qp", queries, stored[np.array(places)])
+        return np.einsum("qd,qpd->qp", queries, stored[np.array(places)])
+
+    def log_softmax(scores: np.ndarray) -> np.ndarray:
+        return scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+
+    def agreement(found: np.ndarray) -> float:
         pairs = list(combinations(range(LIST_SIZE), 2))
         return float(np.mean([found[:, a] > found[:, b] for a, b in pairs]))
 
-    assert agreement(after) > agreement(before) + 0.05
+    start, wanted = similarities(before), log_softmax(np.linspace(2, -2, LIST_SIZE))
+    divergences = (np.exp(wanted) * (wanted - log_softmax(start[:size] / 0.05))).sum(1)
+    # At first no passage has moved, but for what float16 takes from its vector.
+    assert told[0]["loss"] == pytest.approx(divergences.mean(), abs=0.02)
+    assert agreement(similarities(after)) > agreement(start) + 0.05
     assert mean_loss(told[NUM_BATCHES // 2 :]) < mean_loss(told[: NUM_BATCHES // 2])
     kept = (after.embed_tokens(texts).detach().numpy() * stored).sum(1)
-    assert kept.mean() > 0.99
+    assert kept.mean() > 0.93
 
 
 PROGRAM = """

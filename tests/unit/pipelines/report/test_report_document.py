@@ -18,7 +18,7 @@ from cluster.errors import UserError
 from cluster.storage import open_storage
 from pipelines.fret.fret import FretConfig
 from pipelines.report.collect import collect_funnel
-from pipelines.report.examples import DROPPED
+from pipelines.report.examples import DROPPED, ORDERS, describe_examples
 from pipelines.report.inspection import inspect_run, print_examples
 from pipelines.report.labels import collect_labels
 from pipelines.report.run_folder import RunFolder
@@ -349,3 +349,36 @@ def test_funnel_and_labels_leave_out_what_was_held_out_for_the_gate() -> None:
     fret: Any = SimpleNamespace(tables=lambda columns: [pa.Table.from_pylist([row, held_out])])
     labels = collect_labels(fret)
     assert labels is not None and labels["tasks"][0]["num_queries"] == 1
+
+
+def test_candidate_that_the_llm_has_not_scored_has_neither_ql_nor_rc() -> None:
+    row = {
+        "id": "q",
+        "task": "t",
+        "query": "how do bees dance",
+        "dropped_by": None,
+        "positive_is_seed": False,
+        "seed_rank": 1,
+        "seed_id": "a",
+        "candidate_ids": ["a", "b", "c"],
+        "similarities": [0.9, 0.8, 0.7],
+        "query_likelihoods": [-1.0, -2.0],
+        "relevances": [-0.5, -0.25],
+        "fused": [0.5, -1.0, 0.75],
+        "positive_id": "c",
+        "negative_ids": ["b", "a"],
+    }
+    fret: Any = SimpleNamespace(manifest=SimpleNamespace(config={"negative": "all"}))
+    (example,) = describe_examples([row], fret, None)
+    found = [(each["id"], each["ql"], each["rc_rank"]) for each in example["candidates"]]
+    assert found == [("c", None, None), ("a", -1.0, 2), ("b", -2.0, 1)]
+    assert ORDERS["hardest"](row) == float("-inf")  # what the best explains is not known
+    assert ORDERS["hardest"](row | {"fused": [0.5, 1.0, 0.0]}) == 2
+    unscored = row | {"query_likelihoods": [], "relevances": []}
+    (example,) = describe_examples([unscored], fret, None)
+    assert {each["ql"] for each in example["candidates"]} == {None}
+    assert ORDERS["doubt"](unscored) == -1
+    tables: Any = SimpleNamespace(tables=lambda columns: [pa.Table.from_pylist([unscored])])
+    labels = collect_labels(tables)
+    assert labels is not None and labels["ql_rc_correlation"] is None
+    assert labels["rank_shifts"] == [{"rank": 3, "count": 1}]
