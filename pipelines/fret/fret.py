@@ -49,7 +49,7 @@ class FretConfig(Config):
     scale: Literal["ranks", "z-scores"] = Field(
         default="ranks",
         description="what of each judge is added up: 1 / rank, or its scores, standardised over a"
-        " query's scored candidates",
+        " query's scored candidates (hybrid's are standardised over the corpus already)",
     )
     positive: Literal["fused", "seed"] = Field(
         default="fused", description="the candidate that ranks highest, or the seed passage"

@@ -84,16 +84,20 @@ def fuse(
         scores: Of each judge, one a candidate.
         fusion: Keys of `scores`, joined by ``+``.
         scale: ``ranks``: R is the sum of 1 / rank, with `ql+rc` Gecko's R(q, p) (section 3);
-            ``z-scores``: the sum of scores, each judge's standardised over the candidates.
+            ``z-scores``: the sum of scores, each judge's standardised over the candidates; those
+            of `hybrid` stay as they are, standardised over the corpus.
 
     >>> fuse({"ql": [-2.0, -1.0, -3.0], "rc": [-0.1, -0.9, -2.0]}).round(2).tolist()
     [1.5, 1.5, 0.67]
     """
-    of_judges = [scores[judge] for judge in fusion.split("+")]
-    if scale == "z-scores":
-        parts = [z_scores(each) for each in of_judges]
-    else:
-        parts = [1.0 / ranks(each) for each in of_judges]
+    parts = []
+    for judge in fusion.split("+"):
+        if scale == "ranks":
+            parts.append(1.0 / ranks(scores[judge]))
+        elif judge == "hybrid":
+            parts.append(np.asarray(scores[judge], dtype=np.float64))
+        else:
+            parts.append(z_scores(scores[judge]))
     fused: np.ndarray = np.sum(parts, axis=0)
     return fused
 

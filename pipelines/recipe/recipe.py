@@ -200,7 +200,7 @@ class Recipe(Config):
             raise ValueError(
                 f"fret.negative: {fret.negative} {given} lists are learnt from: set it to all"
             )
-        if fret.asks_llm and fret.scale == "ranks":
+        if fret.asks_llm and fret.fusion != AUTO and fret.scale == "ranks":
             raise ValueError(
                 f"fret.scale: ranks {given} a candidate that the LLM has not scored has no rank:"
                 " set it to z-scores"

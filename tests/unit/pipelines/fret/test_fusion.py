@@ -105,6 +105,13 @@ def test_scores_are_standardised_over_the_scored_candidates_and_added_up() -> No
     assert np.argmax(fuse(scores, "ql+rc", "z-scores")) == 1
 
 
+def test_hybrid_is_standardised_over_the_corpus_already() -> None:
+    scores = {"ql": [-1.0, -3.0], "hybrid": [4.0, 3.5]}
+    np.testing.assert_allclose(fuse(scores, "hybrid", "z-scores"), [4.0, 3.5])
+    np.testing.assert_allclose(fuse(scores, "ql+hybrid", "z-scores"), [5.0, 2.5])
+    np.testing.assert_allclose(fuse(scores, "hybrid"), [1.0, 0.5])
+
+
 def test_judge_whose_scores_are_all_equal_says_nothing() -> None:
     # The mean of three times 0.1 is not 0.1.
     assert z_scores([0.1, 0.1, 0.1]).tolist() == [0.0, 0.0, 0.0]
