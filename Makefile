@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick fuzz mutate coverage gpu lint lock clean
+.PHONY: help install demo test chaos quick fuzz mutate coverage gpu lint lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,11 +34,14 @@ $(STAMP): requirements-cpu.txt requirements-cpu-torch.txt pyproject.toml
 demo: $(STAMP)  ## search the documentation of this Python environment, end to end (10 minutes)
 	@$(BIN)/tokay demo
 
-test: $(STAMP)  ## every test that needs no GPU (12 to 20 minutes)
-	@$(BIN)/pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder
+test: $(STAMP)  ## every test that needs no GPU, but for `make chaos` (12 to 20 minutes)
+	@$(BIN)/pytest -m "not gpu and not chaos" -n 2 --dist loadfile --no-loadscope-reorder
+
+chaos: $(STAMP)  ## storage and workers that fail again and again (some 5 minutes)
+	@$(BIN)/pytest -m "chaos and not gpu" -n 2
 
 quick: $(STAMP)  ## the tests that start no engine and do not fuzz (some 5 minutes)
-	@$(BIN)/pytest -m "not gpu and not slow" -n 2 --dist loadfile --ignore tests/fuzz
+	@$(BIN)/pytest -m "not gpu and not slow and not chaos" -n 2 --dist loadfile --ignore tests/fuzz
 
 fuzz: $(STAMP)  ## the readers against random input, ten times what `make test` tries (about 20 minutes)
 	@TOKAY_FUZZ=1 $(BIN)/pytest tests/fuzz -n 2

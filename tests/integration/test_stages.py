@@ -283,6 +283,7 @@ def drive(code: str, *arguments: str, environment: dict[str, str] | None = None)
     subprocess.run(command, check=True, timeout=500, env=os.environ | here)
 
 
+@pytest.mark.chaos
 def test_stage_on_a_faulty_s3_gives_the_rows_of_a_sound_one(
     faulty_bucket: str, tmp_path: Path
 ) -> None:

@@ -140,7 +140,11 @@ def test_training_lowers_the_loss_and_tells_its_progress(trained: Trained, stude
 
 
 @pytest.mark.parametrize(
-    "settings", [{"num_workers": 1, "min_workers": 1}, {"sharding": "fsdp2"}], ids=["one", "fsdp2"]
+    "settings",
+    [
+        pytest.param({"num_workers": 1, "min_workers": 1}, id="one"),
+        pytest.param({"sharding": "fsdp2"}, id="fsdp2", marks=pytest.mark.chaos),
+    ],
 )
 def test_one_worker_and_sharded_ones_train_as_two_do(
     settings: dict[str, object],
@@ -330,6 +334,7 @@ def test_killed_training_goes_on_and_ends_like_an_unkilled_one(
     assert (vectors(output) == vectors(trained.output)).all()
 
 
+@pytest.mark.chaos
 def test_training_goes_on_after_a_lost_worker(
     trained: Trained, examples: str, student: str, tmp_path: Path
 ):

@@ -128,7 +128,10 @@ def test_fused_prompts_over_the_cache_rank_as_separate_ones_without_it(engine: A
         own = [i for i, item in enumerate(PAIRS) if item.query == f" {query}"]
         fast = [by_query[order.index(i)] for i in own]
         slow = [reference[i] for i in own]
-        fused = [fuse([s.ql for s in scores], [s.rc for s in scores]) for scores in (fast, slow)]
+        fused = [
+            fuse({"ql": [s.ql for s in scores], "rc": [s.rc for s in scores]})
+            for scores in (fast, slow)
+        ]
         assert fused[0].tolist() == fused[1].tolist()
 
 

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from pipelines import words
+from actors import words
 from pipelines.corpus import cutting
 from pipelines.corpus.cutting import passages_of, reject_reason
 from pipelines.datasets import decontamination
