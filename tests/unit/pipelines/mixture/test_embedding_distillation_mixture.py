@@ -16,6 +16,7 @@ from cluster.errors import UserError
 from cluster.stages import Stage
 from cluster.steps import StepContext
 from cluster.storage import open_storage, read_table, write_table
+from pipelines.corpus.held_out import HELD_OUT
 from pipelines.datasets.decontamination import Decontamination
 from pipelines.mining.embeddings import column_vectors, vector_column
 from pipelines.mixture import embedding_distillation_mixture as mixture
@@ -42,6 +43,7 @@ QUERIES = pa.Table.from_pylist(
                 {"query": "", "dropped_by": "nothing"},
                 {"query": None, "dropped_by": "nothing"},
                 {"query": "who judges the runs of others"},  # as a test set does
+                {"query": "which query is held out", "dropped_by": HELD_OUT},
             ]
         )
     ],
