@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
@@ -221,6 +221,26 @@ class Artifact:
         return ArtifactError(
             f"artifact {self.uri}: {what}; delete this folder and run again to make it anew"
         )
+
+
+@dataclass(frozen=True)
+class Joined(Artifact):
+    """Artifacts of one schema, read as one: their shards in order, numbered anew."""
+
+    parts: tuple[Artifact, ...]
+
+    @classmethod
+    def of(cls, *parts: Artifact) -> "Joined":
+        """Joins one or more; storage and metrics are those of the first."""
+        shards = enumerate(shard for part in parts for shard in part.shards)
+        files = tuple(replace(shard, path=shard_path(number)) for number, shard in shards)
+        return cls(parts[0].storage, replace(parts[0].manifest, files=files), parts)
+
+    def shard(self, shard: FileEntry, columns: list[str] | None = None) -> pa.Table:
+        """Reads one shard where it lies; raises ArtifactError if it is missing or short."""
+        places = [(part, own) for part in self.parts for own in part.shards]
+        part, own = places[self.shards.index(shard)]
+        return part.shard(own, columns)
 
 
 def _refuse_links(storage: Storage) -> None:

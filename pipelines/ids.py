@@ -20,7 +20,7 @@ def document_name(source: str) -> str:
     return source.rpartition("#")[0]
 
 
-def query_id(seed_id: str, number: int = 0) -> str:
-    """Returns 16 hex digits that name a seed passage's query of that number."""
-    name = f"query of {seed_id}" + (f", {number}" if number else "")
+def query_id(seed_id: str, number: int = 0, kind: str = "query") -> str:
+    """Returns 16 hex digits that name a passage's query of that kind and number."""
+    name = f"{kind} of {seed_id}" + (f", {number}" if number else "")
     return sha256(name.encode()).hexdigest()[:16]

@@ -17,8 +17,8 @@ SEED = PASSAGE.append(pa.field("held_out", pa.bool_()))
 
 QUERY = pa.schema(
     [
-        ("id", pa.string()),  # hash of the seed passage's id and the sample's number
-        ("seed_id", pa.string()),
+        ("id", pa.string()),  # hash of the seed passage's id, the query's kind and its number
+        ("seed_id", pa.string()),  # the passage that it was written for or taken from
         ("task", pa.string()),
         ("query", pa.string()),
         ("dropped_by", pa.string()),  # why training may not use it; null: it may

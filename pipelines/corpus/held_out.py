@@ -11,6 +11,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import pyarrow as pa
@@ -96,6 +97,12 @@ class TrainingPassages(Artifact):
             yield self.shard(shard, columns).filter([name not in self.held_out for name in names])
 
 
+def read_passages(passages: Artifact) -> Iterator[Passage]:
+    """Yields the passages of a corpus, a shard in memory at a time."""
+    for table in passages.tables():
+        yield from (Passage(**row) for row in table.to_pylist())
+
+
 def repeated_titles(passages: Iterable[Passage]) -> frozenset[str]:
     """Returns the titles, without case, of more than one document: they name none of them."""
     documents = {(passage.title.casefold(), document_name(passage.source)) for passage in passages}
@@ -112,19 +119,36 @@ def own_queries(document: Sequence[Passage], repeated: frozenset[str]) -> list[O
     """
     found = []
     for number, passage in enumerate(document):
-        body = _behind_title(passage)
+        body = behind_title(passage)
         if number == 0 and passage.title.casefold() not in repeated:
             rest = replace(passage, title="", text=body)
             found.append(OwnQuery(kind="title", query=passage.title, passage=rest))
-        line = body.partition("\n")[0]
-        starts = sentence_starts(line)
-        end = starts[1] if len(starts) > 1 else len(line)
+        _, end = next(sentence_spans(body))
         rest = replace(passage, text=body[end:].strip())
-        found.append(OwnQuery(kind="first sentence", query=line[:end].strip(), passage=rest))
+        found.append(OwnQuery(kind="first sentence", query=body[:end].strip(), passage=rest))
     return [each for each in found if _is_fit(each)]
 
 
-def _behind_title(passage: Passage) -> str:
+def sentence_spans(text: str) -> Iterator[tuple[int, int]]:
+    """Yields the start and end of each sentence, and at least one; none goes beyond its line.
+
+    >>> list(sentence_spans("What bees do\\nThey dance. So it is."))
+    [(0, 12), (13, 25), (25, 34)]
+    """
+    line_start = 0
+    for line in text.split("\n"):
+        starts = [line_start + start for start in sentence_starts(line)]
+        line_end = line_start + len(line)
+        yield from pairwise([*starts, line_end])
+        line_start = line_end + 1
+
+
+def reads_as_query(text: str, min_words: int, max_words: int) -> bool:
+    """Whether a text is fit to be a query, by its number of words and its share of letters."""
+    return min_words <= num_words(text) <= max_words and letter_share(text) >= MIN_LETTER_SHARE
+
+
+def behind_title(passage: Passage) -> str:
     """Returns the text without the title, with which many corpora begin it."""
     title, text = passage.title, passage.text
     if title and text[: len(title)].casefold() == title.casefold():
@@ -135,8 +159,7 @@ def _behind_title(passage: Passage) -> str:
 def _is_fit(own: OwnQuery) -> bool:
     passage = own.passage
     return (
-        MIN_QUERY_WORDS <= num_words(own.query) <= MAX_QUERY_WORDS
-        and letter_share(own.query) >= MIN_LETTER_SHARE
+        reads_as_query(own.query, MIN_QUERY_WORDS, MAX_QUERY_WORDS)
         and num_words(passage.text) >= MIN_WORDS
         and _in_order(own.query) not in _in_order(f"{passage.title} {passage.text}")
     )

@@ -21,6 +21,7 @@ from cluster.storage import write_table
 from pipelines.corpus.near_duplicates import near_duplicates
 from pipelines.datasets.decontamination import Decontamination
 from pipelines.fingerprints import fingerprinted
+from pipelines.fret.corpus_queries import TASKS
 from pipelines.fret.fusion import JUDGES, asks_llm, choose_labels
 from pipelines.fret.judging import Judging
 from pipelines.fret.pairs import scored_candidates
@@ -158,7 +159,7 @@ def make_fret(
             if fixed:
                 row |= {"negative_titles": [], "negatives": []}
             rows.append(row)
-            if judging:
+            if judging and row["task"] not in TASKS:
                 judging.add_row(row)
         write_table(context.storage, shard.path, pa.Table.from_pylist(rows, schema=FRET))
         totals.update(_count(rows))

@@ -19,6 +19,7 @@ from cluster.config import Config
 from cluster.steps import Step, StepContext
 from cluster.storage import Storage, join, open_storage
 from pipelines.fingerprints import NotFingerprinted
+from pipelines.fret.corpus_queries import TASKS
 from pipelines.fret.judging import Judging
 from pipelines.fret.pairs import Queries, group_pairs
 from pipelines.fret.scored_queries import QueryScores, with_scores
@@ -87,13 +88,15 @@ def probe_teacher(recipe: Recipe, context: StepContext) -> dict[str, Json]:
 def draw_queries(candidates: Artifact, num_queries: int, num_scored: int) -> set[str]:
     """Returns ids of queries that were not dropped and whose seed is among those to be scored.
 
-    More queries contain the fewer.
+    Those taken from the corpus are left out: to recognise a passage by its own sentence takes no
+    judgement. More queries contain the fewer.
     """
 
     def fit() -> Iterator[str]:
-        for table in candidates.tables(["id", "dropped_by", "seed_rank"]):
+        for table in candidates.tables(["id", "task", "dropped_by", "seed_rank"]):
             for row in table.to_pylist():
-                if row["dropped_by"] is None and 0 < row["seed_rank"] <= num_scored:
+                written = row["dropped_by"] is None and row["task"] not in TASKS
+                if written and 0 < row["seed_rank"] <= num_scored:
                     yield row["id"]
 
     def draw(id_: str) -> bytes:

@@ -19,7 +19,7 @@ from actors.index_actor import INDEX_ACTORS, IndexActor
 from actors.lexical_index import LexicalIndexActor
 from actors.passage_index import IndexKind, merge_top_k
 from cluster.actor_health import clear_actors, report_waiting
-from cluster.artifacts import Artifact, FileEntry, Json
+from cluster.artifacts import Artifact, FileEntry, Joined, Json
 from cluster.config import Config
 from cluster.ray_errors import reported_error
 from cluster.stages import Stage, StageFunction, StageOutput, StageResources, run_stage
@@ -75,7 +75,11 @@ def step(recipe: Recipe) -> Step:
             "retriever": fingerprinted(recipe.retriever),
             **fingerprinted(recipe.candidates),
         },
-        inputs=("queries", "embeddings"),
+        inputs=(
+            "queries",
+            *(["corpus_queries"] if recipe.corpus_queries else []),
+            "embeddings",
+        ),
         work=lambda context: find_candidates(
             recipe.candidates,
             recipe.retriever,
@@ -316,7 +320,8 @@ def find_candidates(
         # They have their places before the encoders come: each of those would wait for all of them.
         with report_waiting(context, INDEX_ACTORS, len(actors), index_resources.needs):
             ray.get([actor.__ray_ready__.remote() for actor in actors])
-        metrics = run_stage(stage, context.input("queries"), context)
+        names = [name for name in ("queries", "corpus_queries") if name in context.inputs]
+        metrics = run_stage(stage, Joined.of(*map(context.input, names)), context)
         audits = ray.get([index.audit.remote() for index in indexes])
     except ray.exceptions.RayError as error:
         raise reported_error(str(error), "an actor failed") from error

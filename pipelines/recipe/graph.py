@@ -5,7 +5,7 @@ from pipelines.corpus import passages, seeds
 from pipelines.datasets.decontamination import Decontamination
 from pipelines.datasets.test_sets import evaluation_queries
 from pipelines.evaluation import evaluation, index
-from pipelines.fret import fret, pairs, probe, queries, scores
+from pipelines.fret import corpus_queries, fret, pairs, probe, queries, scores
 from pipelines.mining import candidates, embeddings
 from pipelines.mixture import embedding_distillation_mixture, mixture, prefinetuning_mixture
 from pipelines.recipe.recipe import Recipe
@@ -22,7 +22,8 @@ from pipelines.training import (
 TITLES = {
     step.__name__.rpartition(".")[2]: step.TITLE
     for step in (
-        *(passages, seeds, queries, embeddings, candidates, probe, pairs, scores),
+        *(passages, seeds, queries, corpus_queries, embeddings, candidates),
+        *(probe, pairs, scores),
         *(fret, student),
         *(embedding_distillation_mixture, embedding_distillation),
         *(prefinetuning_mixture, prefinetuning, mixture, training),
@@ -40,8 +41,10 @@ def build_run(recipe: Recipe, uri: str) -> Run:
     Raises:
         UserError: The corpus, a labelled set or a test set does not exist.
     """
-    first = (passages.step, seeds.step, queries.step, embeddings.step, candidates.step)
-    steps = [step(recipe) for step in first]
+    steps = [passages.step(recipe), seeds.step(recipe), queries.step(recipe)]
+    if recipe.corpus_queries:
+        steps.append(corpus_queries.step(recipe))
+    steps += [embeddings.step(recipe), candidates.step(recipe)]
     if recipe.has_probe:
         steps.append(probe.step(recipe))
     if recipe.probe.sample is not None:

@@ -14,6 +14,7 @@ from pipelines.datasets.decontamination import DecontaminationConfig
 from pipelines.datasets.test_sets import TestSet
 from pipelines.encoders import EncoderConfig
 from pipelines.fingerprints import NotFingerprinted
+from pipelines.fret.corpus_queries import CorpusQueriesConfig
 from pipelines.fret.fret import AUTO, FretConfig
 from pipelines.fret.probe import ProbeConfig
 from pipelines.fret.queries import QueriesConfig
@@ -88,6 +89,11 @@ class Recipe(Config):
         default=None, description="a file like pipelines/fret/prompts.yaml; null: that one"
     )
     queries: QueriesConfig = QueriesConfig()
+    corpus_queries: CorpusQueriesConfig | None = Field(
+        default=None,
+        description="titles and sentences of the corpus, which are queries beside the LLM's and"
+        " cost none of its time; null: none",
+    )
     retriever: EncoderConfig
     candidates: CandidatesConfig = CandidatesConfig()
     probe: ProbeConfig = ProbeConfig()

@@ -86,7 +86,10 @@ def collect_funnel(run: RunFolder) -> list[dict[str, Json]]:
         written = run.artifacts["queries"].num_rows - unusable
         rows.append(("queries written", written))
         if held_out := run.metrics("queries").get("num_held_out", 0):
-            rows.append((f"not {HELD_OUT}", written - held_out))
+            written -= held_out
+            rows.append((f"not {HELD_OUT}", written))
+        if own := _num_rows(run, "corpus_queries"):
+            rows.append(("with titles and sentences of the corpus", written + own))
     skipped = run.metrics("probe").get("fusion", "") is None or "scores" not in run.steps
     rows.append((f"queries {'labelled' if skipped else 'scored'}", fret.get("num_scored")))
     if fret:

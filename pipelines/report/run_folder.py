@@ -52,8 +52,7 @@ class RunFolder:
         for stage in OPTIONAL_STAGES:
             if not self.recipe.get(stage):
                 optional |= {f"{stage}_mixture", stage}
-        if not self.recipe.get("gate"):
-            optional.add("gate")
+        optional |= {key for key in ("corpus_queries", "gate") if not self.recipe.get(key)}
         fusion = _value(self.recipe, "fret", "fusion")
         if fusion != "auto":
             optional.add("probe")

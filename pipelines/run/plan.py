@@ -26,6 +26,7 @@ from cluster.storage import open_storage
 from pipelines.corpus.cutting import Passage, passages_of, reject_reason
 from pipelines.datasets.corpus import Corpus, Document
 from pipelines.datasets.labelled_sets import HUB
+from pipelines.fret.corpus_queries import draw_queries
 from pipelines.fret.prompts import PairPrompts, load_prompts
 from pipelines.fret.queries import query_prompts
 from pipelines.ids import query_id
@@ -198,7 +199,8 @@ def _states(
         unknown["states of the steps are"] = " ".join(str(error).split())
         without = tuple(stage for stage in OPTIONAL_STAGES if getattr(recipe, stage) is None)
         names = [name for name in TITLES if not name.startswith(without)]
-        names = [name for name in names if recipe.gate or name != "gate"]
+        for key in ("corpus_queries", "gate"):
+            names = [name for name in names if getattr(recipe, key) or name != key]
         names = [name for name in names if recipe.has_probe or name != "probe"]
         if not recipe.fret.asks_llm:
             names = [name for name in names if name not in ("pairs", "scores")]
@@ -278,7 +280,8 @@ def _llm_tokens(
         rest = len(tokens.ids(pair.context)) % tokens.block  # in a block that is not full
         pairs.append(rest + written + len(tokens.ids(pair.question)))
     num_actors = recipe.resources.llm.num_actors
-    scored = _num_pairs(recipe, done, num_queries, len(passages))
+    num_own = _num_own(recipe, done, passages)
+    scored = _num_pairs(recipe, done, num_queries, len(passages), num_own)
     return {
         "queries": {
             "prefill": round(num_written * fmean(reads) + num_actors * sum(shared.values())),
@@ -300,13 +303,17 @@ def _llm_tokens(
 
 
 def _num_pairs(
-    recipe: Recipe, done: dict[str, Artifact], num_queries: int, num_read: int
+    recipe: Recipe, done: dict[str, Artifact], num_queries: int, num_read: int, num_own: int = 0
 ) -> dict[str, tuple[int, int]]:
-    """Returns the number of pairs that each step scores, and of the passages in them."""
+    """Returns the number of pairs that each step scores, and of the passages in them.
+
+    The corpus' own queries are not probed; nearly all of them are fit.
+    """
     num_scored = min(recipe.scores.num_scored, recipe.candidates.num_candidates)
     num_fit = round(num_queries * recipe.estimate.scored_share)
     num_probed = min(recipe.probe.num_queries, num_fit) if recipe.has_probe else 0
-    num_pairs = {"probe": num_probed * num_scored, "scores": (num_fit - num_probed) * num_scored}
+    num_rest = num_fit - num_probed + num_own
+    num_pairs = {"probe": num_probed * num_scored, "scores": num_rest * num_scored}
     if "probe" in done and done["probe"].manifest.metrics["fusion"] is None:
         num_pairs["scores"] = 0
     num_passages = done["passages"].num_rows if "passages" in done else num_read
@@ -319,6 +326,18 @@ def _num_pairs(
     if "pairs" in done:
         counts["scores"] = (done["pairs"].manifest.metrics["num_pairs"], done["pairs"].num_rows)
     return counts
+
+
+def _num_own(recipe: Recipe, done: dict[str, Artifact], passages: list[Passage]) -> int:
+    """Returns the number of queries taken from the corpus, of which these passages were read."""
+    config = recipe.corpus_queries
+    if config is None:
+        return 0
+    if "corpus_queries" in done:
+        return done["corpus_queries"].num_rows
+    if len(passages) == NUM_READ:  # there are others
+        return config.max_titles + config.max_sentences
+    return len(draw_queries(passages, config))
 
 
 def _read_passages(recipe: Recipe) -> list[Passage]:

@@ -41,6 +41,7 @@ def probe_recipe(recipe: Recipe) -> Recipe:
         update={
             "seeds": seeds.model_copy(update={"num_seeds": num_seeds}),
             "probe": probe.model_copy(update={"sample": probe.max_passages}),
+            "corpus_queries": None,  # by which no teacher is judged
             "gate": None,  # which would have held-out queries written
         }
     )

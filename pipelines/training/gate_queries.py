@@ -21,6 +21,7 @@ from pipelines.corpus.held_out import (
     draw,
     held_out_documents,
     own_queries,
+    read_passages,
     repeated_titles,
 )
 from pipelines.ids import document_name
@@ -112,12 +113,6 @@ def read_known_items(
     others = [passage for passage in drawn if passage.id not in targets]
     pool = [*targets.values(), *others[: max(0, max_passages - len(targets))]]
     return KnownItems(queries=chosen, pool=pool)
-
-
-def read_passages(passages: Artifact) -> Iterator[Passage]:
-    """Yields the passages of a corpus, a shard in memory at a time."""
-    for table in passages.tables():
-        yield from (Passage(**row) for row in table.to_pylist())
 
 
 def held_out_queries(

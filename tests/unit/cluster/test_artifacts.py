@@ -1,5 +1,6 @@
 import json
 import math
+import pickle
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,7 @@ from cluster.artifacts import (
     MANIFEST,
     Artifact,
     FileEntry,
+    Joined,
     Manifest,
     fingerprint,
     library_versions,
@@ -73,6 +75,30 @@ def test_manifest_may_name_files_below_folders(folder: Path) -> None:
     entry = {"path": "validation/shards/x.parquet", "num_bytes": 1, "sha256": "", "num_rows": None}
     change(folder, lambda fields: fields["files"].append(entry))
     assert len(open_artifact(str(folder)).manifest.files) == 2
+
+
+def test_joined_artifacts_are_read_as_one_and_each_shard_where_it_lies(tmp_path: Path) -> None:
+    parts = []
+    for name, ids in (("few", ["a", "b", "c"]), ("none", []), ("more", ["d", "e"])):
+        storage = open_storage(tmp_path / name)
+        write_shards(storage, pa.table({"id": pa.array(ids, pa.string()), "x": ids}), 2)
+        files = list_files(storage)
+        manifest = Manifest(step=name, fingerprint="", config={}, inputs={}, files=files)
+        parts.append(Artifact(storage, manifest))
+    whole = pickle.loads(pickle.dumps(Joined.of(*parts)))  # as Ray hands it to its actors
+    assert [shard.path for shard in whole.shards] == [f"shards/0000{n}.parquet" for n in range(4)]
+    assert whole.num_rows == 5
+    assert [whole.shard(s)["id"].to_pylist() for s in whole.shards] == [
+        ["a", "b"],
+        ["c"],
+        [],
+        ["d", "e"],
+    ]
+    assert whole.shard(whole.shards[3], ["x"]).column_names == ["x"]
+    assert whole.read(["id"])["id"].to_pylist() == list("abcde")
+    (tmp_path / "more/shards/00000.parquet").unlink()
+    with pytest.raises(ArtifactError, match=r"more: shards/00000\.parquet is missing"):
+        whole.shard(whole.shards[3])
 
 
 NOT_OURS: dict[str, bytes] = {

@@ -15,6 +15,7 @@ from pipelines.corpus.held_out import (
     hold_out,
     own_queries,
     repeated_titles,
+    sentence_spans,
 )
 from pipelines.corpus.seeds import HoldOut, SeedsConfig, choose_seeds
 from pipelines.ids import document_name
@@ -42,6 +43,18 @@ def test_title_and_first_sentence_are_taken_out_of_the_passage_that_they_are_of(
 def test_first_line_ends_a_sentence_that_no_full_stop_ends() -> None:
     (own,) = own_queries([passage("d", "", f"What bees do\n{BEES}")], frozenset())
     assert (own.query, own.passage.text) == ("What bees do", BEES)
+
+
+def test_sentences_end_with_their_lines_and_lose_nothing() -> None:
+    text = "What bees do\nThey dance. So it is. \n\nアリは歩く。ハチは飛ぶ。"
+    spans = list(sentence_spans(text))
+    found = [text[start:end].strip() for start, end in spans]
+    assert [each for each in found if each] == [
+        *("What bees do", "They dance.", "So it is."),
+        *("アリは歩く。", "ハチは飛ぶ。"),
+    ]
+    assert sum(end - start for start, end in spans) == len(text) - text.count("\n")
+    assert list(sentence_spans("")) == [(0, 0)]
 
 
 @pytest.mark.parametrize(

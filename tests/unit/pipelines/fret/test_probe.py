@@ -67,6 +67,7 @@ def test_drawn_are_queries_that_can_tell_and_more_contain_the_fewer(tmp_path: Pa
     fit = [found(number, seed_rank=1 + number % 2) for number in range(20)]
     unfit = [found(20, seed_rank=3), found(21, 0), found(22, None, "query too short")]
     unfit.append(found(23, 2, "round trip failed"))
+    unfit += [found(24) | {"task": "title"}, found(25) | {"task": "sentence"}]
     artifact = candidates(tmp_path, [*unfit, *fit])
     drawn = [draw_queries(artifact, num, num_scored=2) for num in (0, 5, 12, 100)]
     assert [len(each) for each in drawn] == [0, 5, 12, 20]

@@ -118,6 +118,24 @@ def test_probe_comes_before_the_pairs_only_where_it_chooses(folder: Path) -> Non
         assert more.fingerprint(step(more, name)) != auto.fingerprint(step(auto, name))
 
 
+def test_queries_of_the_corpus_stand_beside_those_of_the_llm_which_stay_as_they_are(
+    folder: Path,
+) -> None:
+    alone, both = run(folder), run(folder, "corpus_queries={}")
+    assert "corpus_queries" not in {each.name for each in alone.steps}
+    assert step(alone, "candidates").inputs == ("queries", "embeddings")
+    assert step(both, "corpus_queries").inputs == ("passages",)
+    assert step(both, "candidates").inputs == ("queries", "corpus_queries", "embeddings")
+    gated = run(folder, "corpus_queries={}", "gate={}")
+    assert step(gated, "corpus_queries").inputs == ("passages", "seeds")
+    for name in ("seeds", "queries", "embeddings"):
+        assert alone.fingerprint(step(alone, name)) == both.fingerprint(step(both, name))
+    fewer = run(folder, "corpus_queries={max_sentences: 7}")
+    for name, changed in (("queries", False), ("corpus_queries", True), ("candidates", True)):
+        prints = [made.fingerprint(step(made, name)) for made in (both, fewer)]
+        assert (prints[0] != prints[1]) == changed
+
+
 def test_run_over_a_sample_ends_with_the_probe_and_has_other_passages(folder: Path) -> None:
     # A test set that does not exist is not in its way.
     missing = f"evaluation=[{{name: demo, path: {folder}/none}}]"

@@ -334,6 +334,10 @@ def test_funnel_and_labels_leave_out_what_was_held_out_for_the_gate() -> None:
         {"name": "queries written", "count": 40},
         {"name": "not held out for the gate", "count": 25},
     ]
+    artifacts["corpus_queries"] = SimpleNamespace(num_rows=7)
+    (*_, own) = collect_funnel(run)
+    assert own == {"name": "with titles and sentences of the corpus", "count": 32}
+    del artifacts["corpus_queries"]
     row = {
         "task": "t",
         "query": "how do bees dance",

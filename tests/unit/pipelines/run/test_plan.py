@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from actors.embedded import embedded_model
+from pipelines.corpus.cutting import Passage
 from pipelines.fret.prompts import PairPrompts, QueryPrompts, load_prompts
 from pipelines.recipe.read import load_recipe, recipe_names
 from pipelines.run import plan as planning
@@ -98,6 +99,28 @@ def test_pairs_are_parted_between_the_probe_and_the_scores() -> None:
     assert parted({}, *auto) == {"probe": (500, 99), "scores": (2000, 100)}
     skip = SimpleNamespace(manifest=SimpleNamespace(metrics={"fusion": None}))
     assert parted({"probe": skip}, *auto)["scores"] == (0, 0)
+
+
+def test_queries_of_the_corpus_cost_the_llm_nothing_until_it_judges_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    passages = [Passage(id=str(n), title="", text=f"{TEXT} {n}", source=f"{n}#1") for n in range(9)]
+
+    def counted(*settings: str, **done: Any) -> int:
+        return planning._num_own(load_recipe("laptop", list(settings)), done, passages)
+
+    assert counted() == 0
+    assert counted("corpus_queries={}") == 18  # two sentences of each; the number is none
+    assert counted("corpus_queries={max_sentences: 7}") == 7
+    assert counted("corpus_queries={}", corpus_queries=SimpleNamespace(num_rows=5)) == 5
+    monkeypatch.setattr(planning, "NUM_READ", 9)  # of a larger corpus
+    assert counted("corpus_queries={max_titles: 30, max_sentences: 7}") == 37
+    auto = load_recipe("laptop", ["fret.fusion=auto", "probe.num_queries=100"])
+    parted = planning._num_pairs(auto, {}, 1000, 100, 40)
+    assert {step: pairs for step, (pairs, _) in parted.items()} == {
+        "probe": 500,
+        "scores": (370 - 100 + 40) * 5,
+    }
 
 
 @pytest.fixture
