@@ -154,7 +154,7 @@ def written(document: str, query: str, dropped_by: str | None = None) -> dict[st
 def test_queries_of_the_corpus_become_lists_beside_those_of_the_llm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "ray", RAY)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "ray", RAY)
     for module in (index_actor, lexical_index):
         monkeypatch.setattr(module, "actor_begins", lambda *_: None)
     monkeypatch.setattr(candidates, "run_stage", run_here)
