@@ -247,10 +247,13 @@ def test_table_of_judges_is_of_all_scored_queries_that_the_retriever_has_the_see
         scored("q1", "what makes bread rise"),
         scored("q2", "why is the sky blue") | {"seed_id": "b", "seed_rank": 2},
         scored("q3", "how do bees dance") | {"seed_id": "c", "seed_rank": 0},
+        # Taken from the corpus: whoever knows a sentence again has not judged.
+        scored("q4", "owls fly by night") | {"task": "sentence"},
+        scored("q5", "the weather of the north") | {"task": "title"},
     ]
     rows[1]["query_likelihoods"] = [-2.0, -1.0, -3.0]
     metrics = fret(rows).manifest.metrics
-    assert metrics["num_judged"] == 2
+    assert (metrics["num_kept"], metrics["num_judged"]) == (5, 2)
     first = {row["ranking"]: row["seed_first"] for row in metrics["judges"]}
     assert (first["the retriever"], first["QL"], first["RC"]) == (0.5, 1.0, 0.5)
 
