@@ -260,25 +260,6 @@ def _difference(mean: float, drawn: np.ndarray) -> Difference:
     return Difference(mean, float(low), float(high), p)
 
 
-class Figures(NamedTuple):
-    """What the lines of one variant and number of layers come to, by set.
-
-    Attributes:
-        trained: The trained student minus its start.
-        retriever: The trained student minus the retriever.
-        exported: What the gate chose minus the start; None without a gate.
-        lost: What queries lose by training that the start answers perfectly; nan without any.
-        share: The trained student's mean of the retriever's.
-    """
-
-    trained: dict[str, np.ndarray]
-    retriever: dict[str, np.ndarray]
-    exported: dict[str, np.ndarray] | None
-    lost: dict[str, float]
-    share: dict[str, float]
-    mean_share: float
-
-
 def score(line: Line, model: str) -> np.ndarray:
     """Returns a model's score of each query, ``[queries]``; an exported start is the start."""
     if model == "exported" and line["gate"] and line["gate"]["weight"] == START:
@@ -297,20 +278,21 @@ def over_seeds(lines: Iterable[Line], model: str, minus: str | None = None) -> d
     return {name: np.mean(each, axis=0) for name, each in grouped.items()}
 
 
-def figures(lines: Sequence[Line]) -> Figures:
-    """Gathers the lines of one variant and number of layers."""
-    start, trained = over_seeds(lines, "start"), over_seeds(lines, "trained", "start")
-    own = {name: each.mean() for name, each in over_seeds(lines, "trained").items()}
-    theirs = {name: each.mean() for name, each in over_seeds(lines, "retriever").items()}
-    perfect = {name: trained[name][start[name] >= PERFECT] for name in trained}
-    return Figures(
-        trained=trained,
-        retriever=over_seeds(lines, "trained", "retriever"),
-        exported=over_seeds(lines, "exported", "start") if all(e["gate"] for e in lines) else None,
-        lost={n: float(-each.mean()) if each.size else np.nan for n, each in perfect.items()},
-        share={name: float(own[name] / theirs[name]) for name in own},
-        mean_share=float(sum(own.values()) / sum(theirs.values())),
+def lost(lines: Sequence[Line]) -> dict[str, float]:
+    """Returns what queries lose that the start answers perfectly, of each set that has such."""
+    starts, gains = over_seeds(lines, "start"), over_seeds(lines, "trained", "start")
+    perfect = {name: gains[name][starts[name] >= PERFECT] for name in starts}
+    return {name: -float(each.mean()) for name, each in perfect.items() if each.size}
+
+
+def shares(lines: Sequence[Line]) -> tuple[float, dict[str, float]]:
+    """Returns the student's mean over sets as a share of the retriever's, and each set's."""
+    own, theirs = (
+        {name: float(each.mean()) for name, each in over_seeds(lines, model).items()}
+        for model in ("trained", "retriever")
     )
+    of_sets = {name: own[name] / theirs[name] for name in own}
+    return sum(own.values()) / sum(theirs.values()), of_sets
 
 
 def by_variant(lines: Iterable[Line]) -> dict[tuple[str, int], list[Line]]:
@@ -348,38 +330,33 @@ def summary(lines: Sequence[Line]) -> Iterator[Section]:
     sets = list(dict.fromkeys(line["set"] for line in lines))
     rows, gated, of_sets = [], [], []
     for (variant, layers), own in by_variant(lines).items():
-        found, name = figures(own), [variant, str(layers)]
-        gain, gains = bootstrap(found.trained)
-        against = bootstrap(found.retriever)[0]
-        lost = (
-            np.nanmean([*found.lost.values()]) if np.isfinite([*found.lost.values()]).any() else 0
-        )
-        lowest = min(found.share, key=lambda each: found.share[each])
-        per_set = Counter(line["set"] for line in own)
-        seeds = "-".join(str(n) for n in sorted({*per_set.values()}))
+        name = [variant, str(layers)]
+        gain, gains = bootstrap(over_seeds(own, "trained", "start"))
+        against, _ = bootstrap(over_seeds(own, "trained", "retriever"))
+        (share, each_share), losses = shares(own), lost(own)
+        lowest = min(each_share, key=lambda each: each_share[each])
+        seeds = sorted({*Counter(line["set"] for line in own).values()})
         rows.append(
             [
-                *(*name, seeds, str(gain), f"{gain.p:.2g}", *falls(gains)),
-                *(f"{100 * lost:.2f}", str(against), f"{against.p:.2g}"),
-                *(f"{found.mean_share:.1%}", f"{lowest} {found.share[lowest]:.1%}"),
+                *(*name, "-".join(map(str, seeds)), str(gain), f"{gain.p:.2g}", *falls(gains)),
+                f"{100 * np.mean([*losses.values()]):.2f}" if losses else "",
+                *(str(against), f"{against.p:.2g}"),
+                *(f"{share:.1%}", f"{lowest} {each_share[lowest]:.1%}"),
             ]
         )
-        shown = {"trained": gains}
-        if found.exported is not None:
-            gain, shown["exported"] = bootstrap(found.exported)
-            gated.append([*name, str(gain), f"{gain.p:.2g}", *falls(shown["exported"])])
-        for model, each in shown.items():
-            of_sets.append([*name, model, *(str(each.get(s, "")) for s in sets)])
-        lost_of_sets = [f"{-100 * found.lost[s]:+.2f}" if s in found.lost else "" for s in sets]
-        of_sets.append([*name, "perfect queries", *lost_of_sets])
+        of_sets.append([*name, "trained", *(str(gains.get(each, "")) for each in sets)])
+        if all(line["gate"] for line in own):
+            gain, gains = bootstrap(over_seeds(own, "exported", "start"))
+            gated.append([*name, str(gain), f"{gain.p:.2g}", *falls(gains)])
+            of_sets.append([*name, "exported", *(str(gains.get(each, "")) for each in sets)])
+        shown = [f"{-100 * losses[each]:+.2f}" if each in losses else "" for each in sets]
+        of_sets.append([*name, "trained, perfect queries", *shown])
     head = ["variant", "layers"]
     gain_head = ["over the start", "p", "sets that fall", "worst"]
+    share_head = ["over the retriever", "p", "of the retriever", "lowest"]
     yield Section(
         "Trained, without the gate",
-        [
-            *(*head, "seeds", *gain_head, "perfect queries lose"),
-            *("over the retriever", "p", "of the retriever", "lowest"),
-        ],
+        [*head, "seeds", *gain_head, "perfect queries lose", *share_head],
         rows,
     )
     yield Section("Exported, by the gate", [*head, *gain_head], gated)
@@ -400,12 +377,8 @@ def decisions(lines: Iterable[Line]) -> Iterator[Section]:
             continue
         student = gate["candidates"][-1]
         said = f"{100 * student['difference']:+.2f}, p {student['p']:.2g}"
-        rows.append(
-            [
-                *map(str, key(line)),
-                *(said, gate["exported"], str(trained), str(exported), verdict),
-            ]
-        )
+        shown = (said, gate["exported"], str(trained), str(exported), verdict)
+        rows.append([*map(str, key(line)), *shown])
         if gate["weight"] == START:
             done, erred, told = "start exported", "winner rejected", trained
             wrong = trained.mean > 0
@@ -419,7 +392,7 @@ def decisions(lines: Iterable[Line]) -> Iterator[Section]:
                 happened.append(f"significant {erred}")
         for group in ((line["variant"], str(line["layers"])), ("all", "")):
             counts[group].update(happened)
-    head = ["held-out queries", "exported", "trained", "exported", "verdict"]
+    head = ["student, held out", "exported", "trained, test set", "exported, test set", "verdict"]
     yield Section("The gate's decisions", [*CELL, *head], rows)
     columns = [
         *("decisions", "student or mixture exported", "loser shipped", "significant loser shipped"),

@@ -14,12 +14,13 @@ from benchmarks.distil import (
     compared,
     current,
     decisions,
-    figures,
     keys_of,
+    lost,
     merge,
     over_seeds,
     recipe_of,
     run_cell,
+    shares,
     stands,
     summary,
 )
@@ -179,11 +180,10 @@ def test_what_perfect_queries_lose_and_the_share_of_the_retriever():
         line(start=[1.0, 0.999, 0.6, 0.2], trained=[0.9, 0.999, 1, 0.1], retriever=[1.0] * 4),
         line(set="b", trained=[0.4, 0.4]),
     ]
-    found = figures(lines)
-    assert found.lost["a"] == pytest.approx(0.05)
-    assert np.isnan(found.lost["b"])
-    assert found.share == pytest.approx({"a": 0.74975, "b": 0.8})
-    assert found.mean_share == pytest.approx((0.74975 + 0.4) / 1.5)
+    assert lost(lines) == pytest.approx({"a": 0.05})
+    share, each = shares(lines)
+    assert each == pytest.approx({"a": 0.74975, "b": 0.8})
+    assert share == pytest.approx((0.74975 + 0.4) / 1.5)
 
 
 def test_an_exported_start_gains_nothing_and_a_mixture_what_it_is():
@@ -191,11 +191,11 @@ def test_an_exported_start_gains_nothing_and_a_mixture_what_it_is():
         line(trained=[0.1, 0.1], exported=[0.4, 0.4], gate=gate(0.0)),
         line(set="b", trained=[0.1, 0.1], exported=[0.6, 0.6], gate=gate(0.5)),
     ]
-    exported = figures(lines).exported
-    assert exported is not None
+    exported = over_seeds(lines, "exported", "start")
     assert exported["a"].tolist() == [0, 0]
     assert exported["b"] == pytest.approx([0.1, 0.1])
-    assert figures([line(), lines[1]]).exported is None
+    assert [len(each.rows) for each in summary(lines)] == [1, 1, 3]
+    assert [len(each.rows) for each in summary([line(), lines[1]])] == [1, 0, 2]
 
 
 def test_summary_counts_sets_that_fall_and_names_the_worst():
