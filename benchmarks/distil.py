@@ -53,7 +53,7 @@ SETS = ("cranfield", "scifact", "stackexchange-answers", "cosqa", "liveqa-med")
 VARIANTS = Path(__file__).with_suffix(".yaml")
 CELL = ("variant", "set", "layers", "seed")
 METRIC = "ndcg_at_10"
-TIMED = ("embedding_distillation", "training", "gate")
+TIMED = ("embedding_distillation", "training", "linear_adapter", "gate")
 OF_VERDICT = ("verdict", "reason", "fusion", "scale", "num_judged")
 PERFECT = 0.999
 NUM_DRAWS, DRAWS_AT_ONCE = 10_000, 500
@@ -161,7 +161,7 @@ def measure(recipe: Recipe, storage: Path, results: Path) -> Line:
         "retriever": recipe.retriever,
         "before": before,
         "start": saved_encoder(distilled, student, TRAINED) if distilled else before,
-        "trained": saved_encoder(steps["training"], student, TRAINED),
+        "trained": saved_encoder(steps[recipe.trained_by], student, TRAINED),
         "exported": saved_encoder(steps["export"], student, MODEL),
     }
     (test_set,) = recipe.evaluation

@@ -71,7 +71,7 @@ def make_fixed_mixture(
     fixed = config.fixed_passages
     assert fixed is not None
     places: dict[str, int] = {}  # of the passages in lists, by id
-    lists = _read_lists(context.input("fret"), config, formatter.encoder, places)
+    lists = read_lists(context.input("fret"), config, formatter.encoder, places)
     lists = draw_rows(lists, config.fret_max_rows, "fret", config.seed)
     uniform = config.fret_tasks == "uniform"
     source = Source(name="fret", weight=lists.num_rows, texts=lists, uniform_tasks=uniform)
@@ -87,7 +87,9 @@ def make_fixed_mixture(
     num_beside = round(fixed.anchor_share * batch_size)
     embeddings = context.input("embeddings")
     draw = Draw.of(embeddings, fixed.max_passages, config.seed) if num_beside else None
-    vectors, passages = _read_vectors(embeddings, places, draw, formatter)
+    vectors, passages = read_vectors(
+        embeddings, places, draw, formatter.encoder, formatter.max_passage_tokens
+    )
     batches = draw_batches([source.rows()], batch_size, num_batches, config.seed)
     beside = [np.empty(0, np.int64)] * num_batches
     if num_beside:
@@ -108,7 +110,7 @@ def make_fixed_mixture(
     }
 
 
-def _read_lists(
+def read_lists(
     fret: Artifact, config: MixtureConfig, encoder: Encoder, places: dict[str, int]
 ) -> pa.Table:
     """Returns the kept queries with their lists, and adds the passages' ids to `places`."""
@@ -134,11 +136,18 @@ def _read_lists(
     return pa.concat_tables(tables)
 
 
-def _read_vectors(
-    embeddings: Artifact, places: dict[str, int], draw: Draw | None, formatter: Formatter
+def read_vectors(
+    embeddings: Artifact,
+    places: dict[str, int],
+    draw: Draw | None,
+    encoder: Encoder,
+    max_tokens: int = 0,
 ) -> tuple[np.ndarray, Texts]:
-    """Returns float16 ``[passages in lists, dimensions]``, and the passages that are drawn."""
-    encoder = formatter.encoder
+    """Returns float16 ``[passages in lists, dimensions]``, and the passages that are drawn.
+
+    Raises:
+        UserError: The encoder's vectors have another length.
+    """
     vectors = np.empty((len(places), encoder.dimensions), np.float16)
     texts: list[str] = []
     of_texts = [np.empty((0, encoder.dimensions), np.float32)]
@@ -160,7 +169,7 @@ def _read_vectors(
         name="passages",
         texts=texts,
         vectors=np.concatenate(of_texts),
-        max_tokens=formatter.max_passage_tokens,
+        max_tokens=max_tokens,
     )
     return vectors, passages
 

@@ -13,6 +13,7 @@ from pipelines.training import (
     embedding_distillation,
     export,
     gate,
+    linear_adapter,
     prefinetuning,
     student,
     training,
@@ -26,7 +27,7 @@ TITLES = {
         *(probe, pairs, scores),
         *(fret, student),
         *(embedding_distillation_mixture, embedding_distillation),
-        *(prefinetuning_mixture, prefinetuning, mixture, training),
+        *(prefinetuning_mixture, prefinetuning, mixture, training, linear_adapter),
         *(gate, export, index, evaluation),
     )
 }
@@ -59,6 +60,8 @@ def build_run(recipe: Recipe, uri: str) -> Run:
     if recipe.prefinetuning:
         steps += [prefinetuning_mixture.step(recipe, decontamination), prefinetuning.step(recipe)]
     steps += [mixture.step(recipe, decontamination), training.step(recipe)]
+    if recipe.linear_adapter:
+        steps.append(linear_adapter.step(recipe))
     if recipe.gate:
         steps.append(gate.step(recipe))
     steps += [export.step(recipe), index.step(recipe)]

@@ -27,6 +27,7 @@ from pipelines.recipe.variables import OWN
 from pipelines.training.config import TrainingConfig
 from pipelines.training.embedding_distillation import TEACHER, EmbeddingDistillation
 from pipelines.training.gate import GateConfig
+from pipelines.training.linear_adapter import LinearAdapterConfig
 from pipelines.training.prefinetuning import Prefinetuning
 from pipelines.training.student import StudentConfig
 
@@ -111,6 +112,11 @@ class Recipe(Config):
         default=None, description="a stage before the fine-tuning, which then starts from it"
     )
     training: TrainingConfig = TrainingConfig()
+    linear_adapter: LinearAdapterConfig | None = Field(
+        default=None,
+        description="after the training, one matrix behind the pooling learns the lists of"
+        " mixture.fixed_passages, for queries and passages alike; null: none",
+    )
     gate: GateConfig | None = Field(
         default=None,
         description="export the trained student only if held-out queries show it to be better than"
@@ -137,6 +143,11 @@ class Recipe(Config):
             "": self,
         }
         return {prefix: stage for prefix, stage in stages.items() if stage is not None}
+
+    @property
+    def trained_by(self) -> str:
+        """The step whose encoder is the trained student."""
+        return "linear_adapter" if self.linear_adapter else "training"
 
     @property
     def models(self) -> "dict[str, LlmConfig | EncoderConfig]":
@@ -188,6 +199,15 @@ class Recipe(Config):
                     f"{key}training.validation.test_set: {name!r} is no retrieval set of the"
                     f" recipe's evaluation; accepted are {', '.join(retrieval) or 'none'}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _linear_adapter_has_lists(self) -> "Recipe":
+        if self.linear_adapter and self.mixture.fixed_passages is None:
+            raise ValueError(
+                "linear_adapter: given, and mixture.fixed_passages is off, whose lists it learns:"
+                " set mixture.fixed_passages to {}, or leave linear_adapter out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -52,7 +52,9 @@ class RunFolder:
         for stage in OPTIONAL_STAGES:
             if not self.recipe.get(stage):
                 optional |= {f"{stage}_mixture", stage}
-        optional |= {key for key in ("corpus_queries", "gate") if not self.recipe.get(key)}
+        optional |= {
+            key for key in ("corpus_queries", "linear_adapter", "gate") if not self.recipe.get(key)
+        }
         fusion = _value(self.recipe, "fret", "fusion")
         if fusion != "auto":
             optional.add("probe")

@@ -199,7 +199,7 @@ def _states(
         unknown["states of the steps are"] = " ".join(str(error).split())
         without = tuple(stage for stage in OPTIONAL_STAGES if getattr(recipe, stage) is None)
         names = [name for name in TITLES if not name.startswith(without)]
-        for key in ("corpus_queries", "gate"):
+        for key in ("corpus_queries", "linear_adapter", "gate"):
             names = [name for name in names if getattr(recipe, key) or name != key]
         names = [name for name in names if recipe.has_probe or name != "probe"]
         if not recipe.fret.asks_llm:

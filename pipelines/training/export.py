@@ -36,6 +36,7 @@ def step(recipe: Recipe) -> Step:
     more = {
         "embedding_distillation_mixture": recipe.embedding_distillation,
         "prefinetuning_mixture": recipe.prefinetuning,
+        "linear_adapter": recipe.linear_adapter,
         "gate": recipe.gate,
     }
     return Step(
@@ -60,7 +61,7 @@ def export_student(
     from actors.parity import DIFFICULT, ParityText, check_parity
 
     gate = context.inputs.get("gate")
-    chosen = gate or context.input("training")
+    chosen = gate or context.inputs.get("linear_adapter") or context.input("training")
     trust = student.trust_remote_code
     encoder = Encoder.load(join(chosen.uri, TRAINED), device="cpu", trust_remote_code=trust)
     decided = gate.manifest.metrics if gate else {}

@@ -93,7 +93,7 @@ def step(recipe: Recipe) -> Step:
     assert config is not None
     test_set = next((each for each in recipe.evaluation if each.name == config.test_set), None)
     _, before = training.step(recipe).inputs  # what training starts from is said there
-    folders = {before: MODEL if before == "student" else TRAINED, "training": TRAINED}
+    folders = {before: MODEL if before == "student" else TRAINED, recipe.trained_by: TRAINED}
 
     def run(context: StepContext) -> dict[str, Json]:
         judge = _held_out(config, context) if test_set is None else _test_set(test_set)
@@ -215,6 +215,7 @@ def run_gate(
     from actors.encoder import Encoder
     from actors.vectors import BrokenVectors
     from pipelines.training.interpolation import interpolate
+    from pipelines.training.layers import add_linear_adapter
 
     start, trained = (
         Encoder.load(
@@ -224,8 +225,10 @@ def run_gate(
         )
         for name, folder in folders.items()
     )
-    before = start.model.state_dict()
     after = {name: tensor.clone() for name, tensor in trained.model.state_dict().items()}
+    if start.model.state_dict().keys() != after.keys():  # what the linear adapter is mixed with
+        add_linear_adapter(start, torch.eye(start.dimensions))
+    before = start.model.state_dict()
     weights = (START, *config.interpolations, STUDENT)
     scores, notes = {}, list(judge.notes)
 

@@ -63,6 +63,16 @@ def add_projection(encoder: Encoder, dimensions: int, seed: int = 0) -> None:
     encoder.model.add_module("projection", projection.to(weights.device, weights.dtype))
 
 
+def add_linear_adapter(encoder: Encoder, matrix: torch.Tensor) -> None:
+    """Puts ``[dimensions, dimensions]`` of a linear layer behind all that the encoder has."""
+    weights = next(encoder.model.parameters())
+    layer = torch.nn.Linear(*matrix.shape, bias=False)
+    layer.weight.data.copy_(matrix)
+    before = getattr(encoder.model, "projection", None) or ()
+    projection = torch.nn.Sequential(*before, layer, torch.nn.Identity())
+    encoder.model.add_module("projection", projection.to(weights.device, weights.dtype))
+
+
 def make_bidirectional(encoder: Encoder) -> None:
     """Lets every token of a decoder see those behind it too; its configuration says so from now on.
 

@@ -38,7 +38,7 @@ def test_overview_lists_the_steps_in_their_order() -> None:
 def test_picture_of_the_data_flow_has_every_step() -> None:
     picture = ElementTree.parse(ROOT / "docs/data-flow.svg")
     steps = {each.text for each in picture.iter() if each.get("class") == "name"}
-    names = (*OPTIONAL_STAGES, "corpus_queries", "gate", "probe")
+    names = (*OPTIONAL_STAGES, "corpus_queries", "linear_adapter", "gate", "probe")
     optional = {step for step in TITLES if step.startswith(names)}
     assert steps == TITLES.keys() - optional
 
