@@ -99,6 +99,8 @@ def recipe_of(keys: Tree, folder: Path, seed: int) -> Tree:
     cell |= seeds
     if keys.get("embedding_distillation") is not None:
         cell["embedding_distillation"] = seeds
+    if keys.get("linear_adapter") is not None:
+        cell["linear_adapter"] = {"seed": seed}
     return merge(keys, cell)
 
 
