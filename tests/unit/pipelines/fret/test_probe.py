@@ -13,11 +13,11 @@ from pipelines.fret import probe
 from pipelines.fret.pairs import Queries, pairs_to_score
 from pipelines.fret.probe import draw_queries
 from pipelines.recipe.read import load_recipe
-from pipelines.records import CANDIDATES, PASSAGE
 from pipelines.run.console import JsonLines
 
 IDS = ["a", "b", "c"]
 Row = dict[str, Any]
+Mined = Callable[[list[Row]], list[Step]]
 
 
 def found(number: int, seed_rank: int | None = 1, dropped_by: str | None = None) -> Row:
@@ -33,41 +33,13 @@ def found(number: int, seed_rank: int | None = 1, dropped_by: str | None = None)
     }
 
 
-def writes(table: pa.Table) -> Callable[[StepContext], dict[str, Json]]:
-    def work(context: StepContext) -> dict[str, Json]:
-        write_shards(context.storage, table, 4)
-        return {}
-
-    return work
-
-
-def inputs(rows: list[Row]) -> list[Step]:
-    passages = [{"id": i, "title": "", "text": f"text {i}", "source": i} for i in IDS]
-    return [
-        Step(
-            name="passages",
-            config={},
-            inputs=(),
-            work=writes(pa.Table.from_pylist(passages, schema=PASSAGE)),
-        ),
-        Step(
-            name="candidates",
-            config={},
-            inputs=("passages",),
-            work=writes(pa.Table.from_pylist(rows, schema=CANDIDATES)),
-        ),
-    ]
-
-
-def candidates(folder: Path, rows: list[Row]) -> Artifact:
-    return Run(str(folder), inputs(rows)).execute(JsonLines())["candidates"]
-
-
-def test_drawn_are_queries_that_can_tell_and_more_contain_the_fewer(tmp_path: Path) -> None:
+def test_drawn_are_queries_that_can_tell_and_more_contain_the_fewer(
+    tmp_path: Path, mined: Mined
+) -> None:
     fit = [found(number, seed_rank=1 + number % 2) for number in range(20)]
     unfit = [found(20, seed_rank=3), found(21, 0), found(22, None, "query too short")]
     unfit.append(found(23, 2, "round trip failed"))
-    artifact = candidates(tmp_path, [*unfit, *fit])
+    artifact = Run(str(tmp_path), mined([*unfit, *fit])).execute(JsonLines())["candidates"]
     drawn = [draw_queries(artifact, num, num_scored=2) for num in (0, 5, 12, 100)]
     assert [len(each) for each in drawn] == [0, 5, 12, 20]
     assert drawn[1] < drawn[2] < drawn[3] == {row["id"] for row in fit}
@@ -83,7 +55,11 @@ def test_queries_are_those_named_or_all_the_others() -> None:
 
 @pytest.mark.parametrize("ql", [[-3.0, -1.0, -2.0], [-1.0, -2.0, -3.0]])
 def test_probe_scores_the_drawn_queries_alone_and_says_how_the_teacher_did(
-    tmp_path: Path, by_passage: Any, monkeypatch: pytest.MonkeyPatch, ql: list[float]
+    tmp_path: Path,
+    mined: Mined,
+    by_passage: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    ql: list[float],
 ) -> None:
     rows = [found(number, seed_rank=2) for number in range(40)]
     asked: list[Queries] = []
@@ -108,7 +84,7 @@ def test_probe_scores_the_drawn_queries_alone_and_says_how_the_teacher_did(
         "laptop", ["fret.fusion=auto", "probe.num_queries=20", "scores.num_scored=3"]
     )
     step = probe.step(recipe)
-    run = Run(str(tmp_path), [*inputs(rows), step])
+    run = Run(str(tmp_path), [*mined(rows), step])
     artifact = run.execute(JsonLines())["probe"]
     assert asked[0].only and len(asked[0].ids) == 20
     assert sources[0].num_rows == 2 and sources[0].manifest.metrics["num_pairs"] == 60
@@ -124,12 +100,12 @@ def test_probe_scores_the_drawn_queries_alone_and_says_how_the_teacher_did(
     assert artifact.read().column_names[0] == "passage_id"
 
 
-def test_nothing_is_left_to_score_after_a_skip(tmp_path: Path) -> None:
+def test_nothing_is_left_to_score_after_a_skip(tmp_path: Path, mined: Mined) -> None:
     def skip(context: StepContext) -> dict[str, Json]:
         return {"fusion": None}
 
     steps = [
-        *inputs([found(0)]),
+        *mined([found(0)]),
         Step(name="probe", config={}, inputs=(), work=skip),
         Step(
             name="pairs",
