@@ -48,7 +48,7 @@ def label(
         evaluation_queries: Sequence[str],
         config: dict[str, Any],
         probe: tuple[pa.Table, dict[str, Json]] | None = None,
-        fixed: bool = False,
+        **options: Any,
     ) -> Artifact:
         steps = mined(rows)
         if probe:
@@ -61,7 +61,7 @@ def label(
             config={},
             inputs=tuple(step.name for step in steps),
             work=lambda context: make_fret(
-                FretConfig(**config), Decontamination(evaluation_queries), context, fixed=fixed
+                FretConfig(**config), Decontamination(evaluation_queries), context, **options
             ),
         )
         return Run(str(folder), [*steps, fret]).execute(JsonLines())["fret"]
@@ -76,9 +76,13 @@ def fret(
     """Runs the step on queries with their scores."""
 
     def run(
-        rows: list[dict[str, Any]], evaluation_queries: Sequence[str] = (), **config: Any
+        rows: list[dict[str, Any]],
+        evaluation_queries: Sequence[str] = (),
+        ordered_by: str = "sim",
+        **config: Any,
     ) -> Artifact:
-        return label(tmp_path, rows, by_passage(rows), evaluation_queries, config)
+        scores = by_passage(rows)
+        return label(tmp_path, rows, scores, evaluation_queries, config, ordered_by=ordered_by)
 
     return run
 
@@ -273,7 +277,7 @@ def test_after_a_skip_the_seed_is_the_positive_and_the_retriever_judges_the_rest
     ]
     rows[0]["query_likelihoods"] = [-3.0, -2.0, -1.0]  # were it asked, c would be the positive
     nothing = by_passage([])
-    skip = probed(by_passage, rows[:1], fusion=None, scale=None)
+    skip = probed(by_passage, rows[:1], fusion=None, scale=None, judges=[{"fusion": "sim"}])
     for number, negative in enumerate(("lowest", "all")):
         folder, config = tmp_path / str(number), {"fusion": "auto", "negative": negative}
         artifact = label(folder, rows, nothing, [], config, skip)
@@ -289,3 +293,24 @@ def test_after_a_skip_the_seed_is_the_positive_and_the_retriever_judges_the_rest
         metrics = artifact.manifest.metrics
         assert (metrics["num_scored"], metrics["num_kept"]) == (2, 2)
         assert metrics["num_positive_is_not_seed"] == 0
+
+
+def test_after_a_skip_the_order_with_bm25_judges_the_rest(
+    tmp_path: Path, label: MakeFret, by_passage: Callable[[list[dict[str, Any]]], pa.Table]
+) -> None:
+    query = scored("q1", "what makes bread rise")
+    query |= {"similarities": [0.7, 0.8, 0.9], "lexical": [9.0, 1.0, 0.0], "hybrid": [3, 2.5, 1]}
+    skip = by_passage([query]), {"num_scored": 2, "fusion": None, "scale": None}
+    skip[1]["judges"] = [{"fusion": "hybrid"}]
+    config = {"fusion": "auto", "negative": "all"}
+    (row,) = label(tmp_path, [query], by_passage([]), [], config, skip).read().to_pylist()
+    assert (row["positive_id"], row["negative_ids"]) == ("a", ["c", "b"])
+    assert row["fused"] == [3, 2.5, 1]
+
+
+def test_table_of_judges_is_against_the_order_with_bm25(fret: MakeFret) -> None:
+    query = scored("q1", "what makes bread rise") | {"lexical": [9.0, 1.0, 0.0]}
+    query |= {"similarities": [0.7, 0.8, 0.9], "hybrid": [3, 2.5, 1]}
+    metrics = fret([query], ordered_by="hybrid").manifest.metrics
+    assert metrics["judges"][0]["ranking"] == "the retriever with BM25"
+    assert metrics["judges"][0]["seed_first"] == 1.0

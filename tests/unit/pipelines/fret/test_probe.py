@@ -100,6 +100,28 @@ def test_probe_scores_the_drawn_queries_alone_and_says_how_the_teacher_did(
     assert artifact.read().column_names[0] == "passage_id"
 
 
+def test_probe_compares_with_the_order_that_bm25_had_a_part_in(
+    tmp_path: Path, mined: Mined, by_passage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # By similarity the seed is the second, with BM25 and by QL the first.
+    hybrid = {"seed_rank": 1, "similarities": [0.8, 0.9, 0.7], "hybrid": [3.0, 2.0, 1.0]}
+    rows = [found(number) | hybrid | {"lexical": [9.0, 1.0, 0.0]} for number in range(9)]
+    scores = {"query_likelihoods": [-1.0, -2.0, -3.0], "relevances": [-1.0, -2.0, -3.0]}
+
+    def score(_: Any, pairs: Artifact, context: StepContext) -> Any:
+        write_shards(context.storage, by_passage([row | scores for row in rows]), 2)
+        return {"num_pairs": 27}
+
+    monkeypatch.setattr(probe, "group_pairs", lambda *_, **__: {"num_passages": 3, "num_pairs": 27})
+    monkeypatch.setattr(probe, "score_pairs", score)
+    settings = ["fret.fusion=auto", "candidates.lexical.weight=0.25", "scores.num_scored=3"]
+    run = Run(str(tmp_path), [*mined(rows), probe.step(load_recipe("laptop", settings))])
+    metrics = run.execute(JsonLines())["probe"].manifest.metrics
+    assert (metrics["verdict"], metrics["fusion"]) == ("SKIP", None)
+    retriever = metrics["judges"][0]
+    assert (retriever["fusion"], retriever["seed_first"]) == ("hybrid", 1.0)
+
+
 def test_nothing_is_left_to_score_after_a_skip(tmp_path: Path, mined: Mined) -> None:
     def skip(context: StepContext) -> dict[str, Json]:
         return {"fusion": None}
