@@ -300,8 +300,8 @@ def test_after_a_skip_the_order_with_bm25_judges_the_rest(
 ) -> None:
     query = scored("q1", "what makes bread rise")
     query |= {"similarities": [0.7, 0.8, 0.9], "lexical": [9.0, 1.0, 0.0], "hybrid": [3, 2.5, 1]}
-    skip = by_passage([query]), {"num_scored": 2, "fusion": None, "scale": None}
-    skip[1]["judges"] = [{"fusion": "hybrid"}]
+    found = {"num_scored": 3, "fusion": None, "scale": None, "judges": [{"fusion": "hybrid"}]}
+    skip = by_passage([query]), found
     config = {"fusion": "auto", "negative": "all"}
     (row,) = label(tmp_path, [query], by_passage([]), [], config, skip).read().to_pylist()
     assert (row["positive_id"], row["negative_ids"]) == ("a", ["c", "b"])
