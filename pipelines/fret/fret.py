@@ -110,7 +110,13 @@ def step(recipe: Recipe, decontamination: Decontamination) -> Step:
             *(["scores"] if recipe.fret.asks_llm else []),
             "passages",
         ),
-        work=lambda context: make_fret(recipe.fret, decontamination, context, fixed=fixed),
+        work=lambda context: make_fret(
+            recipe.fret,
+            decontamination,
+            context,
+            fixed=fixed,
+            ordered_by=recipe.candidates.ordered_by,
+        ),
     )
 
 
@@ -120,20 +126,21 @@ def make_fret(
     context: StepContext,
     *,
     fixed: bool = False,
+    ordered_by: str = "sim",
 ) -> dict[str, Json]:
     """Chooses each query's positive and hard negatives, and applies the filters.
 
     Where passages are `fixed`, all candidates are labelled, also those that the LLM has not scored,
     and the negatives' texts, which nobody reads, are left out. Where a probe found the teacher to
-    be no better than the retriever, nothing but its own queries was scored: then the retriever's
-    nearest are labelled, as many as would have been scored.
+    be no better than the order of the candidates, nothing but its own queries was scored: then the
+    first are labelled, as many as would have been scored. That order is by the judge `ordered_by`.
     """
     candidates, probe = context.input("candidates"), context.inputs.get("probe")
     scores = QueryScores(
         *(context.inputs[name] for name in ("probe", "scores") if name in context.inputs)
     )
     dropped, metrics = _filter(config, decontamination, candidates, scores)
-    judging = Judging() if config.asks_llm and not probe else None
+    judging = Judging(ordered_by) if config.asks_llm and not probe else None
     label_all = fixed or not config.asks_llm
     num_unscored = 0 if config.asks_llm else sys.maxsize
     if probe:
@@ -168,10 +175,14 @@ def make_fret(
 
 
 def as_chosen(config: FretConfig, probe: Artifact) -> FretConfig:
-    """Returns the configuration with what a probe chose: with SKIP the seed, and the retriever."""
+    """Returns the configuration with what a probe chose: with SKIP the seed, and the retriever.
+
+    The retriever is the first of the probe's rankings: the judge that ordered the candidates.
+    """
     chosen = probe.manifest.metrics
     if chosen["fusion"] is None:
-        update = {"fusion": "sim", "scale": "z-scores", "positive": "seed"}
+        retriever = chosen["judges"][0]["fusion"]
+        update = {"fusion": retriever, "scale": "z-scores", "positive": "seed"}
     else:
         update = {"fusion": chosen["fusion"], "scale": chosen["scale"]}
     return config.model_copy(update=update)

@@ -3,7 +3,9 @@
 The seed is the passage that a query was written from, so it is known to answer it. Only queries
 whose seed the retriever has among the candidates that are scored are counted: of the others the
 retriever's order says nothing, since the seed was put into their lists. Every ranking is compared
-with the retriever's own order on the same queries.
+with the order in which the candidates came, on the same queries: the retriever's similarity or,
+with `candidates.lexical`, its sum with BM25. A teacher has to do better than that order, or it
+teaches nothing that is not had without it.
 
 The measure flatters the LLM: it wrote the query from that very passage. A teacher that does not
 pass cannot be trusted; one that passes may still teach nothing new.
@@ -12,7 +14,7 @@ pass cannot be trusted; one that passes may still teach nothing new.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from pipelines.fret.fusion import JUDGES, fuse
 
 SIGNIFICANT = 0.05
 _NAMES = {"ql": "QL", "rc": "RC"}
+_ORDERS = {"sim": "the retriever", "hybrid": "the retriever with BM25"}
 _EQUAL = 1e-9  # sums of the same parts in another order differ by rounding
 
 
@@ -38,15 +41,19 @@ class Ranking:
     @property
     def title(self) -> str:
         """How it is called in a table and a sentence."""
-        judges = self.fusion.split("+")
-        if judges == ["sim"]:
-            return "the retriever"
-        names = [_NAMES.get(judge, judge) for judge in judges]
+        if self.fusion in _ORDERS:
+            return _ORDERS[self.fusion]
+        names = [_NAMES.get(judge, judge) for judge in self.fusion.split("+")]
         if len(names) == 1:
             return names[0]
         if self.scale == "ranks":
             return f"{' + '.join(names)} by ranks"
-        return " + ".join(f"z({name})" for name in names)
+        # The hybrid score is standardised already; see `fuse`.
+        return " + ".join(name if name == "hybrid" else f"z({name})" for name in names)
+
+    def ordered_by(self, judge: str) -> Ranking:
+        """Returns the same ranking where `judge` ordered the candidates in place of `sim`."""
+        return replace(self, fusion=self.fusion.replace("sim", judge))
 
 
 RETRIEVER = Ranking(fusion="sim")
@@ -122,7 +129,11 @@ class Verdict:
 class Judging:
     """Counts, query by query, where each of `RANKINGS` puts the seed."""
 
-    def __init__(self) -> None:
+    def __init__(self, ordered_by: str = "sim") -> None:
+        """Takes the judge that ordered the candidates, `sim` or `hybrid`."""
+        self.rankings = tuple(each.ordered_by(ordered_by) for each in RANKINGS)
+        self.preference = tuple(each.ordered_by(ordered_by) for each in PREFERENCE)
+        self.retriever = RETRIEVER.ordered_by(ordered_by)
         self.num_queries = 0
         self._firsts = np.zeros(len(RANKINGS))
         self._better = np.zeros((len(RANKINGS), len(RANKINGS)), dtype=np.int64)
@@ -131,11 +142,14 @@ class Judging:
         """Counts a query.
 
         Args:
-            scores: Of each of `JUDGES`, one a candidate, in the retriever's order.
+            scores: Of each of `JUDGES`, one a candidate, in their order.
             seed_place: Where the seed stands among the candidates.
         """
         firsts = np.array(
-            [seed_first(fuse(scores, each.fusion, each.scale), seed_place) for each in RANKINGS]
+            [
+                seed_first(fuse(scores, each.fusion, each.scale), seed_place)
+                for each in self.rankings
+            ]
         )
         self.num_queries += 1
         self._firsts += firsts
@@ -155,17 +169,17 @@ class Judging:
 
     def share(self, ranking: Ranking) -> float:
         """Returns the share of the queries whose seed it ranks first; 0 without queries."""
-        return float(self._firsts[RANKINGS.index(ranking)] / max(1, self.num_queries))
+        return float(self._firsts[self.rankings.index(ranking)] / max(1, self.num_queries))
 
-    def p(self, ranking: Ranking, other: Ranking = RETRIEVER) -> float:
-        """Returns the two-sided p of the exact sign test between two rankings."""
-        return sign_test(*self._compared(ranking, other))
+    def p(self, ranking: Ranking, other: Ranking | None = None) -> float:
+        """Returns the two-sided p of the exact sign test with another ranking, or the retriever."""
+        return sign_test(*self._compared(ranking, other or self.retriever))
 
     def table(self) -> list[Row]:
         """Returns a row of each ranking, the retriever's first."""
         rows = []
-        for ranking in RANKINGS:
-            better, worse = self._compared(ranking, RETRIEVER)
+        for ranking in self.rankings:
+            better, worse = self._compared(ranking, self.retriever)
             rows.append(
                 Row(
                     ranking=ranking.title,
@@ -184,10 +198,10 @@ class Judging:
 
         A few hundred queries cannot tell near equals apart, and the best of several looks better
         than it is. So of those that beat the retriever significantly, or else of those that beat
-        it at all, the first in `PREFERENCE` is taken that is not significantly worse than the best.
+        it at all, the first in `preference` is taken that is not significantly worse than the best.
         """
-        retriever = self.share(RETRIEVER) + _EQUAL
-        better = [each for each in PREFERENCE if self.share(each) > retriever]
+        retriever = self.share(self.retriever) + _EQUAL
+        better = [each for each in self.preference if self.share(each) > retriever]
         fit = [each for each in better if self.p(each) < SIGNIFICANT] or better
         if not fit:
             return None
@@ -196,19 +210,19 @@ class Judging:
 
     def verdict(self) -> Verdict:
         """Says whether the teacher is worth its labels, and why."""
-        retriever, chosen = f"{self.share(RETRIEVER):.0%}".replace("%", " %"), self.choose()
+        retriever, chosen = self._percent(self.retriever), self.choose()
         if self.num_queries == 0:
             reason = "SKIP: the retriever has no seed among its nearest candidates, so that there"
             return Verdict(
                 verdict="SKIP", reason=f"{reason} is nothing to judge the teacher by", chosen=None
             )
         if chosen is None:
-            best = max(PREFERENCE, key=self.share)
+            best = max(self.preference, key=self.share)
             return Verdict(
                 verdict="SKIP",
-                reason="SKIP: no fusion ranks the seed first more often than the retriever, which"
-                f" does for {retriever} of {self.num_queries:,} queries; the best, {best.title},"
-                f" does for {self._percent(best)}",
+                reason="SKIP: no fusion ranks the seed first more often than"
+                f" {self.retriever.title}, which does for {retriever} of {self.num_queries:,}"
+                f" queries; the best, {best.title}, does for {self._percent(best)}",
                 chosen=None,
             )
         p, verdict, chance = self.p(chosen), "GO", ""
@@ -217,7 +231,8 @@ class Judging:
         return Verdict(
             verdict=verdict,
             reason=f"{verdict}: {chosen.title} ranks the seed first for {self._percent(chosen)} of"
-            f" {self.num_queries:,} queries, the retriever for {retriever}{chance} ({_shown(p)})",
+            f" {self.num_queries:,} queries, {self.retriever.title} for {retriever}{chance}"
+            f" ({_shown(p)})",
             chosen=chosen,
         )
 
@@ -235,7 +250,7 @@ class Judging:
         }
 
     def _compared(self, ranking: Ranking, other: Ranking) -> tuple[int, int]:
-        left, right = RANKINGS.index(ranking), RANKINGS.index(other)
+        left, right = self.rankings.index(ranking), self.rankings.index(other)
         return int(self._better[left, right]), int(self._better[right, left])
 
     def _percent(self, ranking: Ranking) -> str:

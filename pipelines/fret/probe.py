@@ -81,7 +81,7 @@ def probe_teacher(recipe: Recipe, context: StepContext) -> dict[str, Json]:
         )
     metrics |= score_pairs(recipe, _artifact(storage, metrics), context)
     scores = QueryScores(_artifact(context.storage, {}))
-    judging = judge(candidates, drawn, scores)
+    judging = judge(candidates, drawn, scores, recipe.candidates.ordered_by)
     return {**metrics, "num_queries": len(drawn), "num_scored": num_scored, **judging.metrics()}
 
 
@@ -105,9 +105,9 @@ def draw_queries(candidates: Artifact, num_queries: int, num_scored: int) -> set
     return set(heapq.nsmallest(num_queries, fit(), key=draw))
 
 
-def judge(candidates: Artifact, drawn: set[str], scores: QueryScores) -> Judging:
+def judge(candidates: Artifact, drawn: set[str], scores: QueryScores, ordered_by: str) -> Judging:
     """Counts the drawn queries; one with a pair that could not be scored is left out."""
-    judging = Judging()
+    judging = Judging(ordered_by)
     for table in candidates.tables():
         for row in table.to_pylist():
             if row["id"] in drawn:

@@ -65,6 +65,11 @@ class CandidatesConfig(Config):
         " the corpus; BM25 reads the query alone, and titles with their texts. Gecko has none",
     )
 
+    @property
+    def ordered_by(self) -> str:
+        """Whose scores order the candidates, as `fret.fusion` names its judges."""
+        return "hybrid" if self.lexical else "sim"
+
 
 def step(recipe: Recipe) -> Step:
     """Returns the step."""

@@ -93,10 +93,10 @@ def print_judged(found: dict[str, Any], console: Console) -> None:
     table.add_column("how well the teacher judges")
     for heading in ("seed first", "better", "worse", "p"):
         table.add_column(heading, justify="right")
-    for row in found["judges"]:
+    for place, row in enumerate(found["judges"]):
         chosen = (row["fusion"], row["scale"]) == (found["fusion"], found["scale"])
         against = [f"{row['better']:,}", f"{row['worse']:,}", f"{row['p']:.2g}"]
-        if row["fusion"] == "sim":
+        if place == 0:  # the retriever itself
             against = [""] * 3
         share = f"{row['seed_first']:.1%}".replace("%", " %")
         table.add_row(row["ranking"], share, *against, style="bold" if chosen else "")

@@ -1,4 +1,4 @@
-"""The whole loop through every real engine, killed twice and finished as a job of a cluster."""
+"""The whole loop through every real engine, killed and finished as a job of a cluster."""
 
 import contextlib
 import inspect
@@ -113,35 +113,12 @@ def run_as_job(submit: list[str], job_server: str) -> str:
     return logs.stdout
 
 
-def test_run_killed_twice_gives_every_row_once_and_a_trained_student(
-    corpus: Path, job_server: str, tmp_path: Path
-) -> None:
-    run, arguments = tmp_path / "run", command("run", corpus, tmp_path / "run")
-    kill_when(run, "queries/shards/*.parquet", arguments)
-    assert not (run / "queries" / "manifest.json").exists()
-    written = {f: f.stat().st_mtime_ns for f in run.glob("queries/shards/*.parquet")}
-    engine = kill_engine_when(run, "scores/shards/*.parquet")
-    kill_when(run, "training/metrics.jsonl", arguments)
-    engine.join()
-    assert (run / "engine-killed").exists()
-    finished = {f: f.stat().st_mtime_ns for f in run.glob("*/manifest.json")}
-    assert {f: f.stat().st_mtime_ns for f in written} == written
-    assert (run / "fret" / "manifest.json") in finished
-
-    printed = run_as_job(command("submit", corpus, run), job_server)
-    assert "done before" in printed and "report:" in printed
-    assert {f: f.stat().st_mtime_ns for f in finished} == finished  # no finished step is repeated
-
-    def artifact(name: str) -> Artifact:
-        found = open_artifact(str(run / name))
-        found.verify()
-        return found
-
-    seeds = artifact("seeds").read()["id"].to_pylist()
-    queries = artifact("queries")
-    fret = artifact("fret").read()
+def check_labels(run: Path) -> None:
+    """Every seed has one row, in its order, and every scored query its labels."""
+    seeds = artifact(run, "seeds").read()["id"].to_pylist()
+    fret = artifact(run, "fret").read()
     assert len(seeds) == NUM_SEEDS
-    assert queries.read()["seed_id"].to_pylist() == seeds
+    assert artifact(run, "queries").read()["seed_id"].to_pylist() == seeds
     assert fret["seed_id"].to_pylist() == seeds
     assert len(set(fret["id"].to_pylist())) == fret.num_rows
     scored = [row for row in fret.to_pylist() if row["query_likelihoods"]]
@@ -149,16 +126,54 @@ def test_run_killed_twice_gives_every_row_once_and_a_trained_student(
     for row in scored:
         assert row["seed_id"] in row["candidate_ids"][: len(row["query_likelihoods"])]
         assert not {row["positive_id"], row["seed_id"]} & set(row["negative_ids"])
-    reasons = artifact("passages").rejects()["reason"].to_pylist()
+
+
+def artifact(run: Path, name: str) -> Artifact:
+    found = open_artifact(str(run / name))
+    found.verify()
+    return found
+
+
+@pytest.mark.chaos
+def test_run_killed_in_a_step_and_an_engine_that_dies_give_every_row_once(
+    corpus: Path, tmp_path: Path
+) -> None:
+    run, arguments = tmp_path / "run", command("run", corpus, tmp_path / "run")
+    kill_when(run, "queries/shards/*.parquet", arguments)
+    assert not (run / "queries" / "manifest.json").exists()
+    written = {f: f.stat().st_mtime_ns for f in run.glob("queries/shards/*.parquet")}
+    engine = kill_engine_when(run, "scores/shards/*.parquet")
+    subprocess.run([*arguments, "--until", "fret"], check=True, timeout=900)
+    engine.join()
+    assert (run / "engine-killed").exists()
+    assert {f: f.stat().st_mtime_ns for f in written} == written
+    check_labels(run)
+
+
+def test_run_killed_in_training_is_finished_as_a_job_and_not_run_again(
+    corpus: Path, job_server: str, tmp_path: Path
+) -> None:
+    run, arguments = tmp_path / "run", command("run", corpus, tmp_path / "run")
+    kill_when(run, "training/metrics.jsonl", arguments)
+    finished = {f: f.stat().st_mtime_ns for f in run.glob("*/manifest.json")}
+    assert (run / "fret" / "manifest.json") in finished
+    assert (run / "training" / "manifest.json") not in finished
+
+    printed = run_as_job(command("submit", corpus, run), job_server)
+    assert "done before" in printed and "report:" in printed
+    assert {f: f.stat().st_mtime_ns for f in finished} == finished  # no finished step is repeated
+
+    check_labels(run)
+    reasons = artifact(run, "passages").rejects()["reason"].to_pylist()
     assert {"malformed JSON", "empty"} <= set(reasons)
-    mixture = artifact("mixture").manifest.metrics
-    assert artifact("training").manifest.metrics["num_batches"] == mixture["num_batches"]
-    assert artifact("export").manifest.metrics["parity_cosine"] > 0.9999
+    mixture = artifact(run, "mixture").manifest.metrics
+    assert artifact(run, "training").manifest.metrics["num_batches"] == mixture["num_batches"]
+    assert artifact(run, "export").manifest.metrics["parity_cosine"] > 0.9999
     report = json.loads((run / "report.json").read_text())
     for model in ("retriever", "student_before", "student_after"):
         assert 0 <= report[model]["ndcg_at_10"] <= 1
     before, after = (
-        {file.path: file.sha256 for file in artifact(step).manifest.files}[
+        {file.path: file.sha256 for file in artifact(run, step).manifest.files}[
             "model/model.safetensors"
         ]
         for step in ("student", "export")

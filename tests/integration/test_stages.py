@@ -205,7 +205,9 @@ def test_engine_that_dies_again_and_again_fails_the_step(ray_session: None, tmp_
         make_run(tmp_path, stage).execute(Silent())
 
 
-@pytest.mark.parametrize("fail_with", ["kill always", "kill at load"])
+@pytest.mark.parametrize(
+    "fail_with", ["kill always", pytest.param("kill at load", marks=pytest.mark.chaos)]
+)
 def test_actor_that_dies_again_and_again_ends_the_step_with_one_line(
     fail_with: str, ray_session: None, tmp_path: Path
 ) -> None:
@@ -374,6 +376,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.chaos
 def test_stage_outlives_the_loss_of_a_node(tmp_path: Path) -> None:
     checks = {"initial_delay_ms": 1000, "period_ms": 1000, "timeout_ms": 2000}
     checks["failure_threshold"] = 3

@@ -306,6 +306,7 @@ train(job, scratch=scratch)
 """
 
 
+@pytest.mark.chaos
 def test_killed_training_goes_on_and_ends_like_an_unkilled_one(
     trained: Trained,
     examples: str,

@@ -3,6 +3,7 @@ import random
 import numpy as np
 import pytest
 
+from pipelines.datasets import decontamination
 from pipelines.datasets.decontamination import Decontamination, DecontaminationConfig, words
 
 QUERIES = ["How do bees talk to each other?", "the quick brown fox jumps over the lazy dog today"]
@@ -85,6 +86,42 @@ def test_shared_run_of_words_is_found_whatever_surrounds_it() -> None:
     assert index.shared_run("please copy quickly a LARGE one") is not None
     assert index.shared_run("copy a large file quickly") is None
     assert index.shared_run("copy") is None
+
+
+def test_runs_are_told_apart_where_their_hashes_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decontamination, "hash", lambda run: 0, raising=False)
+    index = Decontamination(
+        ["a b c d", "b c d e", "x y z"], DecontaminationConfig(max_shared_words=3)
+    )
+    assert index.shared_run("it is a b c") == "a b c d"
+    assert index.shared_run("it is b c d") == "b c d e"  # of two the last
+    assert index.shared_run("c b a") is None
+
+
+def test_run_of_a_word_that_no_query_has_is_none() -> None:
+    index = Decontamination(["a b c d"], DecontaminationConfig(max_shared_words=3))
+    assert index.shared_run("a b unknown c d") is None
+
+
+def test_texts_are_judged_alike_when_they_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decontamination, "_MAX_REMEMBERED", 2)
+    index = Decontamination(QUERIES)
+    texts = [QUERIES[0], "how do wasps talk", "why is the sky blue", QUERIES[1]]
+    first, again = ([index.repeated(text) for text in texts] for _ in range(2))
+    assert first == again
+    assert [found is not None for found in first] == [True, False, False, True]
+    assert len(index._judged) <= 2
+
+
+def test_index_holds_numbers_of_few_bytes_a_word() -> None:
+    draw = random.Random(2)
+    vocabulary = [f"w{number}" for number in range(2000)]
+    queries = [" ".join(draw.choices(vocabulary, k=40)) for _ in range(500)]
+    index = Decontamination(queries)
+    num_bytes = sum(held.nbytes for held in vars(index).values() if isinstance(held, np.ndarray))
+    num_words, num_runs = sum(len(words(query)) for query in queries), 500 * 33
+    # Of each query and each word of the vocabulary a few more.
+    assert num_bytes <= 8 * num_words + 12 * num_runs + 12 * 500 + 8 * 2001
 
 
 def test_highest_overlap_is_that_of_any_text() -> None:

@@ -7,11 +7,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from cluster.artifacts import Artifact, Json, write_shards
-from cluster.steps import Run, Step, StepContext
+from cluster.artifacts import Artifact, Json
+from cluster.steps import Run, Step
 from pipelines.datasets.decontamination import Decontamination
 from pipelines.fret.fret import FretConfig, make_fret
-from pipelines.records import CANDIDATES, PASSAGE
 from pipelines.run.console import JsonLines
 
 IDS = ["a", "b", "c"]
@@ -37,65 +36,55 @@ MakeFret = Callable[..., Artifact]
 
 
 @pytest.fixture
-def fret(tmp_path: Path, by_passage: Callable[[list[dict[str, Any]]], pa.Table]) -> MakeFret:
-    """Runs the step on queries with their scores."""
+def label(
+    mined: Callable[[list[dict[str, Any]]], list[Step]], written: Callable[..., Step]
+) -> MakeFret:
+    """Runs the step in a folder, after the steps that it reads."""
 
     def run(
-        rows: list[dict[str, Any]], evaluation_queries: Sequence[str] = (), **config: Any
+        folder: Path,
+        rows: list[dict[str, Any]],
+        scores: pa.Table | None,
+        evaluation_queries: Sequence[str],
+        config: dict[str, Any],
+        probe: tuple[pa.Table, dict[str, Json]] | None = None,
+        **options: Any,
     ) -> Artifact:
-        return _fret(tmp_path, rows, by_passage(rows), list(evaluation_queries), config)
-
-    return run
-
-
-def _fret(
-    folder: Path,
-    rows: list[dict[str, Any]],
-    scores: pa.Table | None,
-    evaluation_queries: list[str],
-    config: dict[str, Any],
-    probe: tuple[pa.Table, dict[str, Json]] | None = None,
-    fixed: bool = False,
-) -> Artifact:
-    def writes(table: pa.Table, metrics: dict[str, Json] | None = None) -> Any:
-        def work(context: StepContext) -> dict[str, Json]:
-            write_shards(context.storage, table, 2)
-            return metrics or {}
-
-        return work
-
-    passages = [{"id": i, "title": "", "text": f"text {i}", "source": i} for i in IDS]
-    steps = [
-        Step(
-            name="passages",
-            config={},
-            inputs=(),
-            work=writes(pa.Table.from_pylist(passages, schema=PASSAGE)),
-        ),
-        Step(
-            name="candidates",
-            config={},
-            inputs=("passages",),
-            work=writes(pa.Table.from_pylist(rows, schema=CANDIDATES)),
-        ),
-    ]
-    if probe:
-        steps.append(Step(name="probe", config={}, inputs=("candidates",), work=writes(*probe)))
-    if scores is not None:
-        steps.append(
-            Step(name="scores", config={}, inputs=("candidates",), work=writes(scores)),
-        )
-    steps.append(
-        Step(
+        steps = mined(rows)
+        if probe:
+            table, metrics = probe
+            steps.append(written("probe", table, ("candidates",), metrics))
+        if scores is not None:
+            steps.append(written("scores", scores, ("candidates",)))
+        fret = Step(
             name="fret",
             config={},
             inputs=tuple(step.name for step in steps),
             work=lambda context: make_fret(
-                FretConfig(**config), Decontamination(evaluation_queries), context, fixed=fixed
+                FretConfig(**config), Decontamination(evaluation_queries), context, **options
             ),
-        ),
-    )
-    return Run(str(folder), steps).execute(JsonLines())["fret"]
+        )
+        return Run(str(folder), [*steps, fret]).execute(JsonLines())["fret"]
+
+    return run
+
+
+@pytest.fixture
+def fret(
+    tmp_path: Path, label: MakeFret, by_passage: Callable[[list[dict[str, Any]]], pa.Table]
+) -> MakeFret:
+    """Runs the step on queries with their scores."""
+
+    def run(
+        rows: list[dict[str, Any]],
+        evaluation_queries: Sequence[str] = (),
+        ordered_by: str = "sim",
+        **config: Any,
+    ) -> Artifact:
+        scores = by_passage(rows)
+        return label(tmp_path, rows, scores, evaluation_queries, config, ordered_by=ordered_by)
+
+    return run
 
 
 def test_every_query_keeps_its_row_and_the_first_rule_that_drops_it(fret: MakeFret) -> None:
@@ -129,13 +118,13 @@ def test_every_query_keeps_its_row_and_the_first_rule_that_drops_it(fret: MakeFr
 
 
 def test_scores_join_their_queries_and_a_low_seed_moves_up(
-    tmp_path: Path, by_passage: Callable[[list[dict[str, Any]]], pa.Table]
+    tmp_path: Path, label: MakeFret, by_passage: Callable[[list[dict[str, Any]]], pa.Table]
 ) -> None:
     low = scored("q1", "what makes bread rise") | {"seed_id": "c"}
     # b was not scored.
     low |= {"query_likelihoods": [-1.0, -3.0], "relevances": [-0.1, -0.3]}
     scores = by_passage([{**low, "candidate_ids": ["a", "c"]}])
-    row = _fret(tmp_path, [low], scores, [], {"num_negatives": 2}).read().to_pylist()[0]
+    row = label(tmp_path, [low], scores, [], {"num_negatives": 2}).read().to_pylist()[0]
     assert row["candidate_ids"] == ["a", "c", "b"]
     assert row["query_likelihoods"] == [-1.0, -3.0]
     assert (row["positive_id"], row["positive"]) == ("a", "text a")
@@ -148,7 +137,7 @@ def test_several_negatives_come_worst_first(fret: MakeFret) -> None:
 
 
 def test_list_is_every_scored_candidate_with_its_fused_score(
-    tmp_path: Path, by_passage: Callable[[list[dict[str, Any]]], pa.Table]
+    tmp_path: Path, label: MakeFret, by_passage: Callable[[list[dict[str, Any]]], pa.Table]
 ) -> None:
     # The retriever names b twice, and c, which is nearer than the seed a, was not scored.
     query = scored("q1", "what makes bread rise")
@@ -156,7 +145,7 @@ def test_list_is_every_scored_candidate_with_its_fused_score(
     judged = {**query, "candidate_ids": ["b", "a"], "query_likelihoods": [-2.0, -1.0]}
     scores = by_passage([judged])
     config = {"negative": "all", "fusion": "ql+sim", "scale": "z-scores"}
-    row = _fret(tmp_path, [query], scores, [], config).read().to_pylist()[0]
+    row = label(tmp_path, [query], scores, [], config).read().to_pylist()[0]
     assert row["candidate_ids"] == ["b", "a", "c"]
     assert row["similarities"] == pytest.approx([0.9, 0.7, 0.8])
     assert row["query_likelihoods"] == [-2.0, -1.0]
@@ -166,21 +155,21 @@ def test_list_is_every_scored_candidate_with_its_fused_score(
 
 
 def test_hybrid_judges_and_its_scores_move_with_their_candidates(
-    tmp_path: Path, by_passage: Callable[[list[dict[str, Any]]], pa.Table]
+    tmp_path: Path, label: MakeFret, by_passage: Callable[[list[dict[str, Any]]], pa.Table]
 ) -> None:
     query = scored("q1", "what makes bread rise") | {"lexical": [1.0, 9.0, 3.0]}
     query |= {"hybrid": [3.0, 2.0, 2.5], "seed_id": "c"}
     scores = by_passage([{**query, "candidate_ids": ["a", "c"]}])  # b was not scored
     for fusion, positive in (("hybrid", "a"), ("lex", "b")):
         folder = tmp_path / fusion
-        row = _fret(folder, [query], scores, [], {"fusion": fusion}).read().to_pylist()[0]
+        row = label(folder, [query], scores, [], {"fusion": fusion}).read().to_pylist()[0]
         assert row["candidate_ids"] == ["a", "c", "b"]
         assert (row["lexical"], row["hybrid"]) == ([1, 3, 9], [3, 2.5, 2])
         assert row["positive_id"] == positive
 
 
 def test_fixed_passages_are_all_candidates_and_an_unscored_one_gets_the_mean(
-    tmp_path: Path, by_passage: Callable[[list[dict[str, Any]]], pa.Table]
+    tmp_path: Path, label: MakeFret, by_passage: Callable[[list[dict[str, Any]]], pa.Table]
 ) -> None:
     # The retriever names b twice, and c was not scored.
     query = scored("q1", "what makes bread rise")
@@ -189,7 +178,7 @@ def test_fixed_passages_are_all_candidates_and_an_unscored_one_gets_the_mean(
     rows = [query, scored("q2", "x", dropped_by="query too short")]
     config = {"negative": "all", "fusion": "ql+sim", "scale": "z-scores"}
     row, dropped = (
-        _fret(tmp_path, rows, by_passage([judged]), [], config, fixed=True).read().to_pylist()
+        label(tmp_path, rows, by_passage([judged]), [], config, fixed=True).read().to_pylist()
     )
     assert row["candidate_ids"] == ["b", "a", "c"]
     assert row["query_likelihoods"] == [-2.0, -1.0]
@@ -201,11 +190,11 @@ def test_fixed_passages_are_all_candidates_and_an_unscored_one_gets_the_mean(
     assert dropped["positive_id"] is None and dropped["fused"] == []
 
 
-def test_without_the_llm_all_candidates_are_judged(tmp_path: Path) -> None:
+def test_without_the_llm_all_candidates_are_judged(tmp_path: Path, label: MakeFret) -> None:
     rows = [scored("q1", "what makes bread rise"), scored("q2", "x", dropped_by="too short")]
     rows[0] |= {"seed_id": "c"}
     config = {"negative": "all", "fusion": "sim", "scale": "z-scores"}
-    made = _fret(tmp_path, rows, None, [], config)
+    made = label(tmp_path, rows, None, [], config)
     row, dropped = made.read().to_pylist()
     assert (row["query_likelihoods"], row["relevances"]) == ([], [])
     assert row["fused"] == pytest.approx([1.5**0.5, 0, -(1.5**0.5)], abs=1e-5)
@@ -263,13 +252,13 @@ def probed(by_passage: Any, rows: list[dict[str, Any]], **metrics: Json) -> Any:
 
 
 def test_probe_gives_its_scores_and_what_it_chose(
-    tmp_path: Path, by_passage: Callable[[list[dict[str, Any]]], pa.Table]
+    tmp_path: Path, label: MakeFret, by_passage: Callable[[list[dict[str, Any]]], pa.Table]
 ) -> None:
     rows = [scored("q1", "what makes bread rise"), scored("q2", "why is the sky blue")]
     rows[0]["query_likelihoods"] = [-2.0, -3.0, -1.0]
     rows[1] |= {"query_likelihoods": [-3.0, -2.0, -1.0], "similarities": [0.9, 0.9, 0.3]}
     chosen = probed(by_passage, rows[:1], fusion="ql+sim", scale="z-scores")
-    artifact = _fret(tmp_path, rows, by_passage(rows[1:]), [], {"fusion": "auto"}, chosen)
+    artifact = label(tmp_path, rows, by_passage(rows[1:]), [], {"fusion": "auto"}, chosen)
     first, second = artifact.read().to_pylist()
     assert first["query_likelihoods"] == [-2.0, -3.0, -1.0]
     assert first["fused"] == pytest.approx([1.2247, -1.2247, 0], abs=1e-3)
@@ -281,7 +270,7 @@ def test_probe_gives_its_scores_and_what_it_chose(
 
 
 def test_after_a_skip_the_seed_is_the_positive_and_the_retriever_judges_the_rest(
-    tmp_path: Path, by_passage: Callable[[list[dict[str, Any]]], pa.Table]
+    tmp_path: Path, label: MakeFret, by_passage: Callable[[list[dict[str, Any]]], pa.Table]
 ) -> None:
     rows = [
         scored("q1", "what makes bread rise"),
@@ -291,10 +280,10 @@ def test_after_a_skip_the_seed_is_the_positive_and_the_retriever_judges_the_rest
     ]
     rows[0]["query_likelihoods"] = [-3.0, -2.0, -1.0]  # were it asked, c would be the positive
     nothing = by_passage([])
-    skip = probed(by_passage, rows[:1], fusion=None, scale=None)
+    skip = probed(by_passage, rows[:1], fusion=None, scale=None, judges=[{"fusion": "sim"}])
     for number, negative in enumerate(("lowest", "all")):
         folder, config = tmp_path / str(number), {"fusion": "auto", "negative": negative}
-        artifact = _fret(folder, rows, nothing, [], config, skip)
+        artifact = label(folder, rows, nothing, [], config, skip)
         first, second, *others = artifact.read().to_pylist()
         assert (first["positive_id"], second["positive_id"]) == ("a", "c")
         assert first["fused"] == pytest.approx([1.2247, 0, -1.2247], abs=1e-3)
@@ -307,3 +296,24 @@ def test_after_a_skip_the_seed_is_the_positive_and_the_retriever_judges_the_rest
         metrics = artifact.manifest.metrics
         assert (metrics["num_scored"], metrics["num_kept"]) == (2, 2)
         assert metrics["num_positive_is_not_seed"] == 0
+
+
+def test_after_a_skip_the_order_with_bm25_judges_the_rest(
+    tmp_path: Path, label: MakeFret, by_passage: Callable[[list[dict[str, Any]]], pa.Table]
+) -> None:
+    query = scored("q1", "what makes bread rise")
+    query |= {"similarities": [0.7, 0.8, 0.9], "lexical": [9.0, 1.0, 0.0], "hybrid": [3, 2.5, 1]}
+    found = {"num_scored": 3, "fusion": None, "scale": None, "judges": [{"fusion": "hybrid"}]}
+    skip = by_passage([query]), found
+    config = {"fusion": "auto", "negative": "all"}
+    (row,) = label(tmp_path, [query], by_passage([]), [], config, skip).read().to_pylist()
+    assert (row["positive_id"], row["negative_ids"]) == ("a", ["c", "b"])
+    assert row["fused"] == [3, 2.5, 1]
+
+
+def test_table_of_judges_is_against_the_order_with_bm25(fret: MakeFret) -> None:
+    query = scored("q1", "what makes bread rise") | {"lexical": [9.0, 1.0, 0.0]}
+    query |= {"similarities": [0.7, 0.8, 0.9], "hybrid": [3, 2.5, 1]}
+    metrics = fret([query], ordered_by="hybrid").manifest.metrics
+    assert metrics["judges"][0]["ranking"] == "the retriever with BM25"
+    assert metrics["judges"][0]["seed_first"] == 1.0

@@ -100,6 +100,51 @@ def test_no_query_to_judge_by_is_said() -> None:
     assert verdict.verdict == "SKIP" and "nothing to judge the teacher by" in verdict.reason
 
 
+def test_order_with_bm25_is_what_the_teacher_has_to_beat_and_is_fused_with() -> None:
+    judging = Judging("hybrid")
+    # By similarity alone the seed is never first; with BM25 it is, for three of four queries.
+    for number in range(40):
+        hybrid = [2.0, 2.5] if number % 4 else [2.5, 2.0]
+        scores = {"sim": [0.9, 0.1], "hybrid": hybrid, "ql": [-9.0, -1.0], "rc": [-1.0, -2.0]}
+        judging.add(scores, 1)
+    table = judging.table()
+    assert [row.ranking for row in table] == [
+        "the retriever with BM25",
+        "QL",
+        "RC",
+        "QL + RC by ranks",
+        "z(QL) + z(RC)",
+        "QL + hybrid by ranks",
+        "z(QL) + hybrid",
+        "QL + RC + hybrid by ranks",
+        "z(QL) + z(RC) + hybrid",
+    ]
+    assert (table[0].fusion, table[0].seed_first, table[1].better) == ("hybrid", 0.75, 10)
+    # Of QL -1 and 1, of the hybrid scores 2 and 2.5 as they are: the seed is first even where
+    # those say otherwise.
+    assert judging.share(Ranking(fusion="ql+hybrid")) == 1.0
+    verdict = judging.verdict()
+    assert verdict.chosen == Ranking(fusion="ql+hybrid")
+    assert verdict.reason == (
+        "GO: z(QL) + hybrid ranks the seed first for 100 % of 40 queries, the retriever with BM25"
+        " for 75 % (p = 0.002)"
+    )
+
+
+def test_teacher_that_beats_the_similarity_but_not_the_order_with_bm25_is_skipped() -> None:
+    judging = Judging("hybrid")
+    for _ in range(20):
+        row = {"seed_id": "b", "seed_rank": 1, "candidate_ids": ["b", "a"]}
+        row |= {"similarities": [0.1, 0.9], "hybrid": [2.5, 2.0], "lexical": [9.0, 1.0]}
+        judging.add_row({**row, "query_likelihoods": [-1.0, -2.0], "relevances": [-1.0, -2.0]})
+    verdict = judging.verdict()
+    assert verdict.chosen is None
+    assert verdict.reason.startswith(
+        "SKIP: no fusion ranks the seed first more often than the retriever with BM25, which does"
+        " for 100 % of 20 queries"
+    )
+
+
 @pytest.mark.parametrize(("seed_rank", "counted"), [(1, 1), (2, 1), (3, 0), (0, 0), (None, 0)])
 def test_query_counts_where_the_retriever_has_its_seed_among_the_scored(
     seed_rank: int | None, counted: int

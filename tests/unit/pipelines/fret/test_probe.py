@@ -13,11 +13,11 @@ from pipelines.fret import probe
 from pipelines.fret.pairs import Queries, pairs_to_score
 from pipelines.fret.probe import draw_queries
 from pipelines.recipe.read import load_recipe
-from pipelines.records import CANDIDATES, PASSAGE
 from pipelines.run.console import JsonLines
 
 IDS = ["a", "b", "c"]
 Row = dict[str, Any]
+Mined = Callable[[list[Row]], list[Step]]
 
 
 def found(number: int, seed_rank: int | None = 1, dropped_by: str | None = None) -> Row:
@@ -33,42 +33,14 @@ def found(number: int, seed_rank: int | None = 1, dropped_by: str | None = None)
     }
 
 
-def writes(table: pa.Table) -> Callable[[StepContext], dict[str, Json]]:
-    def work(context: StepContext) -> dict[str, Json]:
-        write_shards(context.storage, table, 4)
-        return {}
-
-    return work
-
-
-def inputs(rows: list[Row]) -> list[Step]:
-    passages = [{"id": i, "title": "", "text": f"text {i}", "source": i} for i in IDS]
-    return [
-        Step(
-            name="passages",
-            config={},
-            inputs=(),
-            work=writes(pa.Table.from_pylist(passages, schema=PASSAGE)),
-        ),
-        Step(
-            name="candidates",
-            config={},
-            inputs=("passages",),
-            work=writes(pa.Table.from_pylist(rows, schema=CANDIDATES)),
-        ),
-    ]
-
-
-def candidates(folder: Path, rows: list[Row]) -> Artifact:
-    return Run(str(folder), inputs(rows)).execute(JsonLines())["candidates"]
-
-
-def test_drawn_are_queries_that_can_tell_and_more_contain_the_fewer(tmp_path: Path) -> None:
+def test_drawn_are_queries_that_can_tell_and_more_contain_the_fewer(
+    tmp_path: Path, mined: Mined
+) -> None:
     fit = [found(number, seed_rank=1 + number % 2) for number in range(20)]
     unfit = [found(20, seed_rank=3), found(21, 0), found(22, None, "query too short")]
     unfit.append(found(23, 2, "round trip failed"))
     unfit += [found(24) | {"task": "title"}, found(25) | {"task": "sentence"}]
-    artifact = candidates(tmp_path, [*unfit, *fit])
+    artifact = Run(str(tmp_path), mined([*unfit, *fit])).execute(JsonLines())["candidates"]
     drawn = [draw_queries(artifact, num, num_scored=2) for num in (0, 5, 12, 100)]
     assert [len(each) for each in drawn] == [0, 5, 12, 20]
     assert drawn[1] < drawn[2] < drawn[3] == {row["id"] for row in fit}
@@ -84,7 +56,11 @@ def test_queries_are_those_named_or_all_the_others() -> None:
 
 @pytest.mark.parametrize("ql", [[-3.0, -1.0, -2.0], [-1.0, -2.0, -3.0]])
 def test_probe_scores_the_drawn_queries_alone_and_says_how_the_teacher_did(
-    tmp_path: Path, by_passage: Any, monkeypatch: pytest.MonkeyPatch, ql: list[float]
+    tmp_path: Path,
+    mined: Mined,
+    by_passage: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    ql: list[float],
 ) -> None:
     rows = [found(number, seed_rank=2) for number in range(40)]
     asked: list[Queries] = []
@@ -109,7 +85,7 @@ def test_probe_scores_the_drawn_queries_alone_and_says_how_the_teacher_did(
         "laptop", ["fret.fusion=auto", "probe.num_queries=20", "scores.num_scored=3"]
     )
     step = probe.step(recipe)
-    run = Run(str(tmp_path), [*inputs(rows), step])
+    run = Run(str(tmp_path), [*mined(rows), step])
     artifact = run.execute(JsonLines())["probe"]
     assert asked[0].only and len(asked[0].ids) == 20
     assert sources[0].num_rows == 2 and sources[0].manifest.metrics["num_pairs"] == 60
@@ -125,12 +101,34 @@ def test_probe_scores_the_drawn_queries_alone_and_says_how_the_teacher_did(
     assert artifact.read().column_names[0] == "passage_id"
 
 
-def test_nothing_is_left_to_score_after_a_skip(tmp_path: Path) -> None:
+def test_probe_compares_with_the_order_that_bm25_had_a_part_in(
+    tmp_path: Path, mined: Mined, by_passage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # By similarity the seed is the second, with BM25 and by QL the first.
+    hybrid = {"seed_rank": 1, "similarities": [0.8, 0.9, 0.7], "hybrid": [3.0, 2.0, 1.0]}
+    rows = [found(number) | hybrid | {"lexical": [9.0, 1.0, 0.0]} for number in range(9)]
+    scores = {"query_likelihoods": [-1.0, -2.0, -3.0], "relevances": [-1.0, -2.0, -3.0]}
+
+    def score(_: Any, pairs: Artifact, context: StepContext) -> Any:
+        write_shards(context.storage, by_passage([row | scores for row in rows]), 2)
+        return {"num_pairs": 27}
+
+    monkeypatch.setattr(probe, "group_pairs", lambda *_, **__: {"num_passages": 3, "num_pairs": 27})
+    monkeypatch.setattr(probe, "score_pairs", score)
+    settings = ["fret.fusion=auto", "candidates.lexical.weight=0.25", "scores.num_scored=3"]
+    run = Run(str(tmp_path), [*mined(rows), probe.step(load_recipe("laptop", settings))])
+    metrics = run.execute(JsonLines())["probe"].manifest.metrics
+    assert (metrics["verdict"], metrics["fusion"]) == ("SKIP", None)
+    retriever = metrics["judges"][0]
+    assert (retriever["fusion"], retriever["seed_first"]) == ("hybrid", 1.0)
+
+
+def test_nothing_is_left_to_score_after_a_skip(tmp_path: Path, mined: Mined) -> None:
     def skip(context: StepContext) -> dict[str, Json]:
         return {"fusion": None}
 
     steps = [
-        *inputs([found(0)]),
+        *mined([found(0)]),
         Step(name="probe", config={}, inputs=(), work=skip),
         Step(
             name="pairs",

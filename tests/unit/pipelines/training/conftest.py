@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,11 @@ from cluster.artifacts import Artifact, shard_path
 from cluster.steps import StepContext
 from cluster.storage import open_storage, write_table
 from pipelines.records import EXAMPLE
+from pipelines.training.examples import count_batches
+from pipelines.training.metrics import read_metrics
+from pipelines.training.place import Place
+from pipelines.training.trainer import Job
+from pipelines.training.worker import run_training
 
 BATCH_SIZE, NUM_BATCHES = 16, 12
 
@@ -74,6 +80,42 @@ def examples(data_folder: Path, student: str, tmp_path_factory: pytest.TempPathF
     held_out = pa.Table.from_pylist([row(0, number) for number in range(96, 112)], schema=EXAMPLE)
     write_table(open_storage(folder / "validation"), shard_path(0), held_out)
     return str(folder)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def run(student: str, request: pytest.FixtureRequest) -> Callable[..., list[dict[str, Any]]]:
+    """Trains the student in this process by the module's CONFIG, maybe broken off at a checkpoint.
+
+    Returns the rows of its metrics.
+    """
+
+    def train(
+        examples: str, output: Path, *, kill_after: int | None = None, **settings: Any
+    ) -> list[dict[str, Any]]:
+        job = Job(
+            config=request.module.CONFIG.model_copy(update=settings),
+            examples=examples,
+            student=student,
+            output=str(output),
+            num_batches=count_batches(examples),
+        )
+
+        def report(row: dict[str, Any]) -> None:
+            if kill_after is not None and row["batch"] + 1 >= kill_after:
+                raise Killed
+
+        if kill_after is None:
+            run_training(job, Place(device="cpu"), report=report)
+        else:
+            with pytest.raises(Killed):
+                run_training(job, Place(device="cpu"), report=report)
+        return read_metrics(open_storage(output))
+
+    return train
 
 
 class Quiet:

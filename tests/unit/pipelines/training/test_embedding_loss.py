@@ -1,5 +1,6 @@
 """Embedding distillation: its loss, gradients and batches; and a training that is broken off."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,13 @@ from pipelines.training.embedding_loss import embedding_loss
 from pipelines.training.examples import count_batches, iterate_batches, iterate_validation
 from pipelines.training.gradients import backward, evaluation_loss, slice_batch
 from pipelines.training.memory import _longest_batch
-from pipelines.training.metrics import read_metrics
 from pipelines.training.place import Place
-from pipelines.training.trainer import Job
-from pipelines.training.worker import run_training
 
 CONFIG = EmbeddingTrainingConfig(
     batch_size=4, learning_rate=3e-3, checkpoint_every_batches=2, tracking=()
 )
 NUM_BATCHES = 12
+Run = Callable[..., list[dict[str, Any]]]
 
 
 def unit(*shape: int, seed: int = 0) -> np.ndarray:
@@ -136,40 +135,13 @@ def test_trial_for_memory_has_texts_of_the_longest_length_and_their_vectors(stud
     assert backward(encoder, part, config) == pytest.approx(1)  # of vectors of zeros
 
 
-class Killed(Exception):
-    pass
-
-
-def train(
-    texts: str, student: str, output: Path, *, kill_after: int | None = None, **settings: Any
-) -> list[dict[str, Any]]:
-    job = Job(
-        config=CONFIG.model_copy(update=settings),
-        examples=texts,
-        student=student,
-        output=str(output),
-        num_batches=NUM_BATCHES,
-    )
-
-    def report(row: dict[str, Any]) -> None:
-        if kill_after is not None and row["batch"] + 1 >= kill_after:
-            raise Killed
-
-    if kill_after is None:
-        run_training(job, Place(device="cpu"), report=report)
-    else:
-        with pytest.raises(Killed):
-            run_training(job, Place(device="cpu"), report=report)
-    return read_metrics(open_storage(output))
-
-
 @pytest.mark.parametrize("settings", [{}, {"precision": "bfloat16", "dropout": True}])
 def test_resumed_training_equals_an_undisturbed_one_to_the_last_bit(
-    texts: str, student: str, tmp_path: Path, settings: dict[str, Any]
+    texts: str, run: Run, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    whole = train(texts, student, tmp_path / "whole", **settings)
-    train(texts, student, tmp_path / "cut", kill_after=4, **settings)
-    resumed = train(texts, student, tmp_path / "cut", **settings)
+    whole = run(texts, tmp_path / "whole", **settings)
+    run(texts, tmp_path / "cut", kill_after=4, **settings)
+    resumed = run(texts, tmp_path / "cut", **settings)
     assert [row["batch"] for row in resumed] == list(range(NUM_BATCHES))
     assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
     assert all(row["examples_per_s"] > 0 for row in whole)
@@ -180,7 +152,9 @@ def test_resumed_training_equals_an_undisturbed_one_to_the_last_bit(
     assert all(map(torch.equal, one, other))
 
 
-def test_student_learns_the_vectors_it_is_given(texts: str, student: str, tmp_path: Path) -> None:
+def test_student_learns_the_vectors_it_is_given(
+    texts: str, student: str, run: Run, tmp_path: Path
+) -> None:
     watched = {"learning_rate": 1e-2, "validation": ValidationConfig(every_batches=4)}
     teacher = Encoder.load(student, device="cpu")
     # Vectors that this student can learn: those of other weights of its own kind.
@@ -193,7 +167,7 @@ def test_student_learns_the_vectors_it_is_given(texts: str, student: str, tmp_pa
         for path in open_storage(texts).list(folder):
             table = _taught(texts, path, teacher)
             write_table(open_storage(learnable), path, table)
-    rows = train(str(learnable), student, tmp_path / "run", **watched)
+    rows = run(str(learnable), tmp_path / "run", **watched)
     losses = [row["validation_loss"] for row in rows if "validation_loss" in row]
     assert len(losses) == 3
     assert losses[-1] < losses[0]

@@ -1,6 +1,6 @@
 """Training with fixed passages: its batches, loss and gradients; and a training broken off."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,10 @@ from pipelines.training.config import LossConfig, TrainingConfig, ValidationConf
 from pipelines.training.examples import Batch, count_batches, iterate_batches, iterate_validation
 from pipelines.training.gradients import backward, batch_loss, evaluation_loss, slice_batch
 from pipelines.training.memory import _longest_batch
-from pipelines.training.metrics import read_metrics
 from pipelines.training.place import Place
-from pipelines.training.trainer import Job
-from pipelines.training.worker import run_training
 
 DIMENSIONS, NUM_BATCHES = 32, 8
+Run = Callable[..., list[dict[str, Any]]]
 LOSS = LossConfig(
     contrastive_weight=0,
     distillation_weight=0.5,
@@ -201,39 +199,13 @@ def test_trial_for_memory_reads_the_passages_beside_lists_in_full(
     assert backward(encoder, part, config) > 0
 
 
-class Killed(Exception):
-    pass
-
-
-def train(
-    examples: str, student: str, output: Path, *, kill_after: int = 99, **settings: Any
-) -> list[dict[str, Any]]:
-    job = Job(
-        config=CONFIG.model_copy(update=settings),
-        examples=examples,
-        student=student,
-        output=str(output),
-        num_batches=NUM_BATCHES,
-    )
-
-    def report(row: dict[str, Any]) -> None:
-        if row["batch"] + 1 >= kill_after:
-            raise Killed
-
-    try:
-        run_training(job, Place(device="cpu"), report=report)
-    except Killed:
-        assert kill_after < 99
-    return read_metrics(open_storage(output))
-
-
 def test_resumed_training_equals_an_undisturbed_one_to_the_last_bit(
-    examples: str, student: str, tmp_path: Path
+    examples: str, run: Run, tmp_path: Path
 ) -> None:
     watched = {"validation": ValidationConfig(every_batches=4)}
-    whole = train(examples, student, tmp_path / "whole", **watched)
-    train(examples, student, tmp_path / "cut", kill_after=4, **watched)
-    resumed = train(examples, student, tmp_path / "cut", **watched)
+    whole = run(examples, tmp_path / "whole", **watched)
+    run(examples, tmp_path / "cut", kill_after=4, **watched)
+    resumed = run(examples, tmp_path / "cut", **watched)
     assert [row["batch"] for row in resumed] == list(range(NUM_BATCHES))
     for name in ("loss", "validation_loss"):
         values = [[row.get(name) for row in rows] for rows in (resumed, whole)]

@@ -1,6 +1,7 @@
 """The training loop in this process, without Ray: its steps, its end, and going on."""
 
 import struct
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,9 @@ from pipelines.training.config import LoraConfig, LossConfig, TrainingConfig, Va
 from pipelines.training.examples import iterate_batches, iterate_validation
 from pipelines.training.gradients import Slice, _chunks, backward, evaluation_loss, slice_batch
 from pipelines.training.metrics import TENSORBOARD, read_metrics
-from pipelines.training.place import Place
-from pipelines.training.trainer import Job
-from pipelines.training.worker import run_training
 
 NUM_BATCHES = 12
+Run = Callable[..., list[dict[str, Any]]]
 CONFIG = TrainingConfig(
     batch_size=16,
     max_query_tokens=32,
@@ -43,36 +42,16 @@ EVERY_TERM = LossConfig(
 )
 
 
-class Killed(Exception):
-    pass
+@pytest.fixture(scope="module")
+def plain(run: Run, examples: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a training that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("plain")
+    run(examples, folder)
+    return folder
 
 
-def run(
-    examples: str, student: str, output: Path, *, kill_after: int | None = None, **settings: Any
-) -> list[dict[str, Any]]:
-    """Trains in this process, perhaps broken off at a checkpoint, and returns the rows."""
-    job = Job(
-        config=CONFIG.model_copy(update=settings),
-        examples=examples,
-        student=student,
-        output=str(output),
-        num_batches=NUM_BATCHES,
-    )
-
-    def report(row: dict[str, Any]) -> None:
-        if kill_after is not None and row["batch"] + 1 >= kill_after:
-            raise Killed
-
-    if kill_after is None:
-        run_training(job, Place(device="cpu"), report=report)
-    else:
-        with pytest.raises(Killed):
-            run_training(job, Place(device="cpu"), report=report)
-    return read_metrics(open_storage(output))
-
-
-def test_trained_student_takes_texts_as_long_as_before(examples: str, student: str, tmp_path: Path):
-    run(examples, student, tmp_path, max_query_tokens=16, max_passage_tokens=32)
+def test_trained_student_takes_texts_as_long_as_before(examples: str, run: Run, tmp_path: Path):
+    run(examples, tmp_path, max_query_tokens=16, max_passage_tokens=32)
     assert Encoder.load(str(tmp_path / "encoder")).max_tokens == 64
 
 
@@ -122,11 +101,11 @@ def losses(rows: list[dict[str, Any]]) -> list[float]:
     ids=["plain", "bfloat16, every term", "adapters, gradient cache"],
 )
 def test_resumed_training_equals_an_undisturbed_one_to_the_last_bit(
-    examples: str, student: str, tmp_path: Path, settings: dict[str, Any], falls_to: float
+    examples: str, run: Run, tmp_path: Path, settings: dict[str, Any], falls_to: float
 ):
-    whole = run(examples, student, tmp_path / "whole", **settings)
-    run(examples, student, tmp_path / "cut", kill_after=6, **settings)
-    resumed = run(examples, student, tmp_path / "cut", **settings)
+    whole = run(examples, tmp_path / "whole", **settings)
+    run(examples, tmp_path / "cut", kill_after=6, **settings)
+    resumed = run(examples, tmp_path / "cut", **settings)
     assert [row["batch"] for row in resumed] == list(range(NUM_BATCHES))
     assert losses(resumed) == losses(whole)
     for expected, found in zip(weights(tmp_path / "whole"), weights(tmp_path / "cut"), strict=True):
@@ -176,11 +155,11 @@ def test_chunk_holds_as_many_tokens_as_its_passes():
 
 
 def test_gradient_cache_and_validation_see_each_batchs_weights(
-    examples: str, student: str, tmp_path: Path
+    examples: str, run: Run, tmp_path: Path
 ):
     settings: dict[str, Any] = {"dropout": False, "validation": ValidationConfig(every_batches=6)}
-    plain = run(examples, student, tmp_path / "plain", **settings)
-    cached = run(examples, student, tmp_path / "cached", gradient_cache_tokens=700, **settings)
+    plain = run(examples, tmp_path / "plain", **settings)
+    cached = run(examples, tmp_path / "cached", gradient_cache_tokens=700, **settings)
     assert losses(cached) == pytest.approx(losses(plain), rel=1e-4)
     encoder = Encoder.load(str(tmp_path / "plain/encoder"), device="cpu")
     parts = [slice_batch(batch, CONFIG) for batch in iterate_validation(examples)]
@@ -188,10 +167,12 @@ def test_gradient_cache_and_validation_see_each_batchs_weights(
     assert plain[-1]["validation_loss"] == pytest.approx(found, rel=1e-4)
 
 
-def test_gradient_checkpointing_changes_nothing(examples: str, student: str, tmp_path: Path):
-    plain = run(examples, student, tmp_path / "plain")
-    checkpointed = run(examples, student, tmp_path / "less", gradient_checkpointing=True)
-    assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-5)
+def test_gradient_checkpointing_changes_nothing(
+    examples: str, run: Run, plain: Path, tmp_path: Path
+):
+    checkpointed = run(examples, tmp_path / "less", gradient_checkpointing=True)
+    expected = read_metrics(open_storage(plain))
+    assert losses(checkpointed) == pytest.approx(losses(expected), rel=1e-5)
 
 
 def test_gradient_cache_repeats_its_dropout(examples: str, student: str):
@@ -220,31 +201,29 @@ def test_gradient_cache_repeats_its_dropout(examples: str, student: str):
     assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope, rel=0.05)
 
 
-def test_soup_averages_the_last_checkpoints(examples: str, student: str, tmp_path: Path):
+def test_soup_averages_the_last_checkpoints(examples: str, run: Run, plain: Path, tmp_path: Path):
     settings = {"soup_checkpoints": 3, "soup_every_batches": 2}
-    run(examples, student, tmp_path / "soup", **settings)
-    run(examples, student, tmp_path / "cut", kill_after=9, **settings)
-    run(examples, student, tmp_path / "cut", **settings)
-    run(examples, student, tmp_path / "plain")
+    run(examples, tmp_path / "soup", **settings)
+    run(examples, tmp_path / "cut", kill_after=9, **settings)
+    run(examples, tmp_path / "cut", **settings)
     changed = 0
-    for soup, cut, plain in zip(
-        *(weights(tmp_path / name) for name in ("soup", "cut", "plain")), strict=True
-    ):
+    folders = (tmp_path / "soup", tmp_path / "cut", plain)
+    for soup, cut, last in zip(*map(weights, folders), strict=True):
         assert torch.equal(soup, cut)
-        changed += not torch.equal(soup, plain)
+        changed += not torch.equal(soup, last)
     assert changed > 10
 
 
-def test_early_stopping_takes_the_best_weights(examples: str, student: str, tmp_path: Path):
+def test_early_stopping_takes_the_best_weights(examples: str, run: Run, tmp_path: Path):
     # So high a rate that the held-out loss soon rises.
     settings = {"learning_rate": 0.02, "checkpoint_every_batches": 1}
     validation = ValidationConfig(every_batches=1, patience=2)
-    rows = run(examples, student, tmp_path / "early", validation=validation, **settings)
+    rows = run(examples, tmp_path / "early", validation=validation, **settings)
     looks = {row["batch"] + 1: row["validation_loss"] for row in rows if "validation_loss" in row}
     best = min(looks, key=lambda done: looks[done])
     assert len(rows) == best + 2 < NUM_BATCHES
 
-    run(examples, student, tmp_path / "cut", kill_after=best, **settings)
+    run(examples, tmp_path / "cut", kill_after=best, **settings)
     (checkpoint,) = (tmp_path / "cut" / FOLDER).iterdir()
     stored = load_file(checkpoint)
     model = Encoder.load(str(tmp_path / "early/encoder"), device="cpu").model
@@ -253,13 +232,12 @@ def test_early_stopping_takes_the_best_weights(examples: str, student: str, tmp_
             assert torch.equal(weight, stored[f"model/{name}"])
 
 
-def test_validation_of_nothing_is_refused(examples: str, student: str, tmp_path: Path):
+def test_validation_of_nothing_is_refused(examples: str, run: Run, tmp_path: Path):
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples/shards").symlink_to(Path(examples) / "shards")
     with pytest.raises(UserError, match="nothing to look at"):
         run(
             str(tmp_path / "examples"),
-            student,
             tmp_path / "output",
             validation=ValidationConfig(),
         )
@@ -276,10 +254,10 @@ def read_events(folder: Path) -> list[event_pb2.Event]:
     return events
 
 
-def test_metrics_and_tensorboard_hold_every_batch_once(examples: str, student: str, tmp_path: Path):
+def test_metrics_and_tensorboard_hold_every_batch_once(examples: str, run: Run, tmp_path: Path):
     settings: dict[str, Any] = {"tracking": ("tensorboard",)}
-    run(examples, student, tmp_path, kill_after=6, **settings)
-    rows = run(examples, student, tmp_path, **settings)
+    run(examples, tmp_path, kill_after=6, **settings)
+    rows = run(examples, tmp_path, **settings)
     assert {row["dataset"] for row in rows} == {"titles", "more-titles"}
     assert all(row["gradient_norm"] > 0 and row["tokens_per_s"] > 0 for row in rows)
     assert all(0 <= row["padding_share"] <= 1 / 16 for row in rows)  # packed
