@@ -212,3 +212,22 @@ def test_titles_of_held_out_documents_are_kept_out_of_a_mixture_of_passages(fold
     titles = "mixture.labelled=[{name: titles, kind: title-body, path: run:passages}]"
     made = run(folder, titles, "mixture.fret_weight=0", "gate={}")
     assert set(step(made, "mixture").inputs) == {"student", "passages", "seeds"}
+
+
+def test_a_linear_adapter_stands_between_training_and_gate_and_needs_lists(folder: Path) -> None:
+    fixed = "mixture={fixed_passages: {}}"
+    lists = [
+        "candidates.lexical.weight=0.25",
+        "fret={fusion: hybrid, scale: z-scores, negative: all}",
+        "training.loss={contrastive_weight: 0, distillation_weight: 1, hard_negatives: false}",
+        "student.layers=null",
+    ]
+    made = run(folder, fixed, *lists, "linear_adapter={}", "gate={}")
+    names = [each.name for each in made.steps]
+    place = names.index("linear_adapter")
+    assert names[place - 1 : place + 2] == ["training", "linear_adapter", "gate"]
+    assert step(made, "gate").inputs[:2] == ("student", "linear_adapter")
+    ungated = run(folder, fixed, *lists, "linear_adapter={}")
+    assert "linear_adapter" in step(ungated, "export").inputs
+    with pytest.raises(UserError, match=r"mixture\.fixed_passages is off"):
+        run(folder, "linear_adapter={}")

@@ -22,7 +22,7 @@ from pipelines.training.gate import (
     explain,
     run_gate,
 )
-from pipelines.training.layers import add_projection
+from pipelines.training.layers import add_linear_adapter, add_projection
 from pipelines.training.lora import add_adapters, merge_adapters
 from pipelines.training.student import StudentConfig
 
@@ -229,3 +229,13 @@ def test_student_that_diverged_leaves_the_start(
     assert metrics["weight"] == 0.0
     assert metrics["notes"][0].startswith("the trained student counts as finding nothing")
     Encoder.load(str(tmp_path / "gate/encoder"), device="cpu").encode(["a text"])
+
+
+def test_start_without_the_linear_adapter_is_mixed_with_it_and_stays_what_it_was(
+    gate: Gate, models: tuple[Encoder, Encoder]
+) -> None:
+    before = models[0].encode(["a text"])
+    add_linear_adapter(models[1], torch.randn(16, 16))
+    metrics, chosen = gate(START, START, START)
+    assert metrics["exported"] == "the start"
+    assert np.allclose(chosen.encode(["a text"]), before, atol=1e-6)
