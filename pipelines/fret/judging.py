@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from cluster.artifacts import Json
-from pipelines.fret.fusion import JUDGES, fuse
+from pipelines.fret.fusion import JUDGES, asks_cross_encoder, asks_llm, fuse
 
 SIGNIFICANT = 0.05
-_NAMES = {"ql": "QL", "rc": "RC"}
+_NAMES = {"ql": "QL", "rc": "RC", "ce": "CE"}
 _EQUAL = 1e-9  # sums of the same parts in another order differ by rounding
 
 
@@ -120,12 +120,18 @@ class Verdict:
 
 
 class Judging:
-    """Counts, query by query, where each of `RANKINGS` puts the seed."""
+    """Counts, query by query, where each of the rankings puts the seed."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        rankings: Sequence[Ranking] = RANKINGS,
+        preference: Sequence[Ranking] = PREFERENCE,
+    ) -> None:
+        """Begins with no query; `preference` is what may be chosen, the first of equals."""
+        self.rankings, self.preference = rankings, preference
         self.num_queries = 0
-        self._firsts = np.zeros(len(RANKINGS))
-        self._better = np.zeros((len(RANKINGS), len(RANKINGS)), dtype=np.int64)
+        self._firsts = np.zeros(len(self.rankings))
+        self._better = np.zeros((len(self.rankings), len(self.rankings)), dtype=np.int64)
 
     def add(self, scores: Mapping[str, Sequence[float]], seed_place: int) -> None:
         """Counts a query.
@@ -135,7 +141,10 @@ class Judging:
             seed_place: Where the seed stands among the candidates.
         """
         firsts = np.array(
-            [seed_first(fuse(scores, each.fusion, each.scale), seed_place) for each in RANKINGS]
+            [
+                seed_first(fuse(scores, each.fusion, each.scale), seed_place)
+                for each in self.rankings
+            ]
         )
         self.num_queries += 1
         self._firsts += firsts
@@ -146,7 +155,7 @@ class Judging:
 
         Its first candidates are those that were scored; see `records.FRET`.
         """
-        num_scored = len(row["query_likelihoods"])
+        num_scored = max(len(row["query_likelihoods"]), len(row.get("cross_scores") or []))
         if 0 < (row["seed_rank"] or 0) <= num_scored:
             scores = {
                 judge: row[column][:num_scored] for judge, column in JUDGES.items() if column in row
@@ -155,7 +164,7 @@ class Judging:
 
     def share(self, ranking: Ranking) -> float:
         """Returns the share of the queries whose seed it ranks first; 0 without queries."""
-        return float(self._firsts[RANKINGS.index(ranking)] / max(1, self.num_queries))
+        return float(self._firsts[self.rankings.index(ranking)] / max(1, self.num_queries))
 
     def p(self, ranking: Ranking, other: Ranking = RETRIEVER) -> float:
         """Returns the two-sided p of the exact sign test between two rankings."""
@@ -164,7 +173,7 @@ class Judging:
     def table(self) -> list[Row]:
         """Returns a row of each ranking, the retriever's first."""
         rows = []
-        for ranking in RANKINGS:
+        for ranking in self.rankings:
             better, worse = self._compared(ranking, RETRIEVER)
             rows.append(
                 Row(
@@ -184,10 +193,10 @@ class Judging:
 
         A few hundred queries cannot tell near equals apart, and the best of several looks better
         than it is. So of those that beat the retriever significantly, or else of those that beat
-        it at all, the first in `PREFERENCE` is taken that is not significantly worse than the best.
+        it at all, the first in `preference` is taken that is not significantly worse than the best.
         """
         retriever = self.share(RETRIEVER) + _EQUAL
-        better = [each for each in PREFERENCE if self.share(each) > retriever]
+        better = [each for each in self.preference if self.share(each) > retriever]
         fit = [each for each in better if self.p(each) < SIGNIFICANT] or better
         if not fit:
             return None
@@ -203,7 +212,7 @@ class Judging:
                 verdict="SKIP", reason=f"{reason} is nothing to judge the teacher by", chosen=None
             )
         if chosen is None:
-            best = max(PREFERENCE, key=self.share)
+            best = max(self.preference, key=self.share)
             return Verdict(
                 verdict="SKIP",
                 reason="SKIP: no fusion ranks the seed first more often than the retriever, which"
@@ -235,11 +244,27 @@ class Judging:
         }
 
     def _compared(self, ranking: Ranking, other: Ranking) -> tuple[int, int]:
-        left, right = RANKINGS.index(ranking), RANKINGS.index(other)
+        left, right = self.rankings.index(ranking), self.rankings.index(other)
         return int(self._better[left, right]), int(self._better[right, left])
 
     def _percent(self, ranking: Ranking) -> str:
         return f"{self.share(ranking):.0%}".replace("%", " %")
+
+
+def judging_of(fusion: str, scale: str) -> Judging:
+    """Returns what counts for a fusion: with a cross-encoder in it, those of the LLM only if asked.
+
+    A cross-encoder has written no query, so that the measure does not flatter it: it may be chosen
+    alone.
+    """
+    if not asks_cross_encoder(fusion):
+        return Judging()
+    own, both = Ranking(fusion=fusion, scale=scale), ("z-scores", "ranks")
+    with_retriever = [Ranking(fusion="ce+sim", scale=each) for each in both]
+    llm = asks_llm(fusion)
+    rankings = (*(RANKINGS if llm else (RETRIEVER,)), Ranking(fusion="ce"), *with_retriever, own)
+    preference = (own, *with_retriever, *(PREFERENCE if llm else ()))
+    return Judging(tuple(dict.fromkeys(rankings)), tuple(dict.fromkeys(preference)))
 
 
 def seed_first(fused: np.ndarray, seed_place: int) -> float:

@@ -14,6 +14,7 @@ from pipelines.datasets.decontamination import DecontaminationConfig
 from pipelines.datasets.test_sets import TestSet
 from pipelines.encoders import EncoderConfig
 from pipelines.fingerprints import NotFingerprinted
+from pipelines.fret.cross_scores import CrossEncoderConfig
 from pipelines.fret.fret import AUTO, FretConfig
 from pipelines.fret.probe import ProbeConfig
 from pipelines.fret.queries import QueriesConfig
@@ -92,6 +93,9 @@ class Recipe(Config):
     candidates: CandidatesConfig = CandidatesConfig()
     probe: ProbeConfig = ProbeConfig()
     scores: ScoresConfig = ScoresConfig()
+    cross_encoder: CrossEncoderConfig | None = Field(
+        default=None, description="the judge ce of fret.fusion; null: there is none"
+    )
     fret: FretConfig = FretConfig()
     decontamination: DecontaminationConfig = DecontaminationConfig()
     mixture: MixtureConfig = MixtureConfig()
@@ -133,12 +137,13 @@ class Recipe(Config):
         return {prefix: stage for prefix, stage in stages.items() if stage is not None}
 
     @property
-    def models(self) -> "dict[str, LlmConfig | EncoderConfig]":
+    def models(self) -> "dict[str, LlmConfig | EncoderConfig | CrossEncoderConfig]":
         """The models that a run loads, by the keys that name them."""
         stage = self.embedding_distillation
         teacher = {TEACHER: stage.teacher} if stage and stage.teacher else {}
         own = {"retriever": self.retriever, "student": self.student}
-        return {"llm": self.llm, **own, **teacher}
+        asked = self.cross_encoder if self.fret.asks_cross_encoder else None
+        return {"llm": self.llm, **own, **teacher, **({"cross_encoder": asked} if asked else {})}
 
     @property
     def has_probe(self) -> bool:
@@ -163,6 +168,11 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _judges_have_scores(self) -> "Recipe":
         judges = self.fret.fusion.split("+")
+        if self.fret.asks_cross_encoder and self.cross_encoder is None:
+            raise ValueError(
+                f"fret.fusion: {self.fret.fusion} given, and there is no cross_encoder, whose"
+                " scores ce are: set cross_encoder.model to a folder or hub id, or judge by others"
+            )
         if self.candidates.lexical is None and not {"lex", "hybrid"}.isdisjoint(judges):
             raise ValueError(
                 f"fret.fusion: {self.fret.fusion} given, and candidates.lexical is off, which lex"
@@ -200,9 +210,9 @@ class Recipe(Config):
             raise ValueError(
                 f"fret.negative: {fret.negative} {given} lists are learnt from: set it to all"
             )
-        if fret.asks_llm and fret.fusion != AUTO and fret.scale == "ranks":
+        if fret.scores_pairs and fret.fusion != AUTO and fret.scale == "ranks":
             raise ValueError(
-                f"fret.scale: ranks {given} a candidate that the LLM has not scored has no rank:"
+                f"fret.scale: ranks {given} a candidate that was not scored has no rank:"
                 " set it to z-scores"
             )
         if loss.contrastive_weight or not loss.distillation_weight:

@@ -87,7 +87,7 @@ def collect_funnel(run: RunFolder) -> list[dict[str, Json]]:
         rows.append(("queries written", written))
         if held_out := run.metrics("queries").get("num_held_out", 0):
             rows.append((f"not {HELD_OUT}", written - held_out))
-    skipped = run.metrics("probe").get("fusion", "") is None or "scores" not in run.steps
+    skipped = run.metrics("probe").get("fusion", "") is None or "pairs" not in run.steps
     rows.append((f"queries {'labelled' if skipped else 'scored'}", fret.get("num_scored")))
     if fret:
         left = fret["num_scored"]

@@ -6,7 +6,9 @@ from cluster.artifacts import Json
 from pipelines.report.run_folder import RunFolder
 
 # The steps that make examples, in their order.
-STEPS = ("queries", "embeddings", "candidates", "probe", "pairs", "scores", "fret")
+STEPS = (
+    *("queries", "embeddings", "candidates", "probe", "pairs", "scores", "cross_scores", "fret"),
+)
 LLM_STEPS = ("queries", "probe", "scores")
 
 

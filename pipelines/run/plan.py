@@ -26,6 +26,7 @@ from cluster.storage import open_storage
 from pipelines.corpus.cutting import Passage, passages_of, reject_reason
 from pipelines.datasets.corpus import Corpus, Document
 from pipelines.datasets.labelled_sets import HUB
+from pipelines.fret.fusion import steps_unasked
 from pipelines.fret.prompts import PairPrompts, load_prompts
 from pipelines.fret.queries import query_prompts
 from pipelines.ids import query_id
@@ -200,8 +201,8 @@ def _states(
         names = [name for name in TITLES if not name.startswith(without)]
         names = [name for name in names if recipe.gate or name != "gate"]
         names = [name for name in names if recipe.has_probe or name != "probe"]
-        if not recipe.fret.asks_llm:
-            names = [name for name in names if name not in ("pairs", "scores")]
+        unasked = steps_unasked(recipe.fret.fusion)
+        names = [name for name in names if name not in unasked]
         return {name: "unknown" for name in names if recipe.evaluation or name != "evaluation"}, {}
     done = {name: artifact for name, artifact in artifacts.items() if artifact is not None}
     return states, {name: done[name] for name in done if states[name] == "done"}
