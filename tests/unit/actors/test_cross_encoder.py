@@ -35,8 +35,8 @@ def direct(folder: Path, pairs: list[tuple[str, str]], max_tokens: int) -> list[
     with torch.inference_mode():
         return [
             model(
-                **tokenizer(
-                    query, passage, truncation=True, max_length=max_tokens, return_tensors="pt"
+                **tokenizer(  # lists: an empty passage alone would be none
+                    [query], [passage], truncation=True, max_length=max_tokens, return_tensors="pt"
                 )
             ).logits.item()
             for query, passage in pairs
