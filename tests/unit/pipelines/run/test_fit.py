@@ -42,7 +42,7 @@ def test_llm_is_its_weights_beside_its_share_of_the_gpu() -> None:
 
 def test_cross_encoder_is_counted_where_it_judges() -> None:
     settings = ["cross_encoder.model=big/judge", "cross_encoder.dtype=bfloat16"]
-    settings += ["sizes={big/judge: {parameters: 30e9}}", "resources.encoder.num_gpus=1"]
+    settings += ["sizes={big/judge: {parameters: 30000000000}}", "resources.encoder.num_gpus=1"]
     assert "cross_scores" not in {each.steps[0] for each in gpu_needs(load_recipe("gpu", settings))}
     recipe = load_recipe("gpu", [*settings, "fret.fusion=ce+sim"])
     found = need(recipe, "cross_scores")
