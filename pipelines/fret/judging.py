@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from cluster.artifacts import Json
-from pipelines.fret.fusion import JUDGES, fuse
+from pipelines.fret.fusion import JUDGES, asks_cross_encoder, asks_llm, fuse
 
 SIGNIFICANT = 0.05
-_NAMES = {"ql": "QL", "rc": "RC"}
+_NAMES = {"ql": "QL", "rc": "RC", "ce": "CE"}
 _ORDERS = {"sim": "the retriever", "hybrid": "the retriever with BM25"}
 _EQUAL = 1e-9  # sums of the same parts in another order differ by rounding
 
@@ -127,16 +127,27 @@ class Verdict:
 
 
 class Judging:
-    """Counts, query by query, where each of `RANKINGS` puts the seed."""
+    """Counts, query by query, where each of the rankings puts the seed."""
 
-    def __init__(self, ordered_by: str = "sim") -> None:
-        """Takes the judge that ordered the candidates, `sim` or `hybrid`."""
-        self.rankings = tuple(each.ordered_by(ordered_by) for each in RANKINGS)
-        self.preference = tuple(each.ordered_by(ordered_by) for each in PREFERENCE)
+    def __init__(
+        self,
+        ordered_by: str = "sim",
+        rankings: Sequence[Ranking] | None = None,
+        preference: Sequence[Ranking] | None = None,
+    ) -> None:
+        """Begins with no query.
+
+        Args:
+            ordered_by: The judge that ordered the candidates, `sim` or `hybrid`.
+            rankings: What is counted, that order among it; `RANKINGS` with that order if None.
+            preference: What of it may be chosen, the first of equals; `PREFERENCE` if None.
+        """
+        self.rankings = tuple(rankings or _ordered_by(ordered_by, RANKINGS))
+        self.preference = tuple(preference or _ordered_by(ordered_by, PREFERENCE))
         self.retriever = RETRIEVER.ordered_by(ordered_by)
         self.num_queries = 0
-        self._firsts = np.zeros(len(RANKINGS))
-        self._better = np.zeros((len(RANKINGS), len(RANKINGS)), dtype=np.int64)
+        self._firsts = np.zeros(len(self.rankings))
+        self._better = np.zeros((len(self.rankings), len(self.rankings)), dtype=np.int64)
 
     def add(self, scores: Mapping[str, Sequence[float]], seed_place: int) -> None:
         """Counts a query.
@@ -160,7 +171,7 @@ class Judging:
 
         Its first candidates are those that were scored; see `records.FRET`.
         """
-        num_scored = len(row["query_likelihoods"])
+        num_scored = max(len(row["query_likelihoods"]), len(row.get("cross_scores") or []))
         if 0 < (row["seed_rank"] or 0) <= num_scored:
             scores = {
                 judge: row[column][:num_scored] for judge, column in JUDGES.items() if column in row
@@ -255,6 +266,30 @@ class Judging:
 
     def _percent(self, ranking: Ranking) -> str:
         return f"{self.share(ranking):.0%}".replace("%", " %")
+
+
+def judging_of(fusion: str, scale: str, ordered_by: str = "sim") -> Judging:
+    """Returns what counts for a fusion: with a cross-encoder in it, those of the LLM only if asked.
+
+    `ordered_by` is the judge that ordered the candidates, `sim` or `hybrid`.
+
+    A cross-encoder has written no query, so that the measure does not flatter it: it may be chosen
+    alone.
+    """
+    if not asks_cross_encoder(fusion):
+        return Judging(ordered_by)
+    alone, llm = Ranking(fusion="ce"), asks_llm(fusion)
+    own = Ranking(fusion=fusion, scale=scale) if fusion != alone.fusion else alone
+    with_order = [Ranking(fusion="ce+sim", scale=each) for each in ("z-scores", "ranks")]
+    rankings = _ordered_by(ordered_by, (*(RANKINGS if llm else (RETRIEVER,)), alone, *with_order))
+    preference = _ordered_by(ordered_by, (*with_order, *(PREFERENCE if llm else ())))
+    return Judging(
+        ordered_by, tuple(dict.fromkeys((*rankings, own))), tuple(dict.fromkeys((own, *preference)))
+    )
+
+
+def _ordered_by(judge: str, rankings: Sequence[Ranking]) -> list[Ranking]:
+    return [each.ordered_by(judge) for each in rankings]
 
 
 def seed_first(fused: np.ndarray, seed_place: int) -> float:

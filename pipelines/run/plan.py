@@ -27,6 +27,7 @@ from pipelines.corpus.cutting import Passage, passages_of, reject_reason
 from pipelines.datasets.corpus import Corpus, Document
 from pipelines.datasets.labelled_sets import HUB
 from pipelines.fret.corpus_queries import draw_queries
+from pipelines.fret.fusion import steps_unasked
 from pipelines.fret.prompts import PairPrompts, load_prompts
 from pipelines.fret.queries import query_prompts
 from pipelines.ids import query_id
@@ -202,8 +203,8 @@ def _states(
         for key in ("corpus_queries", "linear_adapter", "gate"):
             names = [name for name in names if getattr(recipe, key) or name != key]
         names = [name for name in names if recipe.has_probe or name != "probe"]
-        if not recipe.fret.asks_llm:
-            names = [name for name in names if name not in ("pairs", "scores")]
+        unasked = steps_unasked(recipe.fret.fusion)
+        names = [name for name in names if name not in unasked]
         return {name: "unknown" for name in names if recipe.evaluation or name != "evaluation"}, {}
     done = {name: artifact for name, artifact in artifacts.items() if artifact is not None}
     return states, {name: done[name] for name in done if states[name] == "done"}
