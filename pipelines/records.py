@@ -48,6 +48,7 @@ PAIRS = pa.schema(
         ("text", pa.string()),
         ("query_ids", pa.list_(pa.string())),
         ("queries", pa.list_(pa.string())),
+        ("tasks", pa.list_(pa.string())),  # of the queries: their prompts depend on them
     ]
 )
 
@@ -56,8 +57,8 @@ SCORES = pa.schema(
         ("passage_id", pa.string()),
         ("query_ids", pa.list_(pa.string())),
         # One of each per query, in their order.
-        ("query_likelihoods", pa.list_(pa.float32())),  # null: there is an error
-        ("relevances", pa.list_(pa.float32())),  # null: there is an error
+        ("query_likelihoods", pa.list_(pa.float32())),  # null: there is an error, or not asked for
+        ("relevances", pa.list_(pa.float32())),  # null: there is an error, or not asked for
         ("errors", pa.list_(pa.string())),  # null: there is none
     ]
 )
@@ -66,7 +67,7 @@ FRET = pa.schema(
     [
         *CANDIDATES,
         # Of the first candidates, which were scored; empty for a query dropped before, and QL and
-        # RC where the retriever alone judged.
+        # RC where the retriever alone judged; one of the two where it was not asked for.
         ("query_likelihoods", pa.list_(pa.float32())),
         ("relevances", pa.list_(pa.float32())),
         ("fused", pa.list_(pa.float32())),

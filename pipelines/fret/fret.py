@@ -21,7 +21,7 @@ from cluster.storage import write_table
 from pipelines.corpus.near_duplicates import near_duplicates
 from pipelines.datasets.decontamination import Decontamination
 from pipelines.fingerprints import fingerprinted
-from pipelines.fret.fusion import JUDGES, asks_llm, choose_labels
+from pipelines.fret.fusion import JUDGES, LLM_JUDGES, asks_llm, choose_labels
 from pipelines.fret.judging import Judging
 from pipelines.fret.pairs import scored_candidates
 from pipelines.fret.scored_queries import QueryScores, judged_first, with_scores
@@ -91,6 +91,12 @@ class FretConfig(Config):
     def asks_llm(self) -> bool:
         """Whether a judge is the LLM, for which pairs are scored."""
         return asks_llm(self.fusion)
+
+    @property
+    def llm_judges(self) -> tuple[str, ...]:
+        """The judges that are the LLM; with `auto` all that there are."""
+        named = LLM_JUDGES if self.fusion == AUTO else self.fusion.split("+")
+        return tuple(judge for judge in LLM_JUDGES if judge in named)
 
 
 def step(recipe: Recipe, decontamination: Decontamination) -> Step:
@@ -254,7 +260,7 @@ def _judged(
         return {}, 0
     if scored:
         columns = with_scores(row, scored)
-        return columns, len(columns["query_likelihoods"])
+        return columns, len(columns["query_likelihoods"] or columns["relevances"])
     nearest = set(scored_candidates(row, num_unscored))
     return judged_first(row, nearest), len(nearest)
 

@@ -124,6 +124,7 @@ class Judging:
 
     def __init__(self) -> None:
         self.num_queries = 0
+        self._judges = set(JUDGES)
         self._firsts = np.zeros(len(RANKINGS))
         self._better = np.zeros((len(RANKINGS), len(RANKINGS)), dtype=np.int64)
 
@@ -131,12 +132,15 @@ class Judging:
         """Counts a query.
 
         Args:
-            scores: Of each of `JUDGES`, one a candidate, in the retriever's order.
+            scores: Of the judges that were asked, the same for each query, one a candidate, in the
+                retriever's order.
             seed_place: Where the seed stands among the candidates.
         """
-        firsts = np.array(
-            [seed_first(fuse(scores, each.fusion, each.scale), seed_place) for each in RANKINGS]
-        )
+        firsts = np.zeros(len(RANKINGS))
+        self._judges = set(scores)
+        for place, each in enumerate(RANKINGS):
+            if self._is_judged(each):
+                firsts[place] = seed_first(fuse(scores, each.fusion, each.scale), seed_place)
         self.num_queries += 1
         self._firsts += firsts
         self._better += firsts[:, None] > firsts[None, :] + _EQUAL
@@ -146,10 +150,12 @@ class Judging:
 
         Its first candidates are those that were scored; see `records.FRET`.
         """
-        num_scored = len(row["query_likelihoods"])
+        num_scored = len(row["query_likelihoods"] or row["relevances"])
         if 0 < (row["seed_rank"] or 0) <= num_scored:
             scores = {
-                judge: row[column][:num_scored] for judge, column in JUDGES.items() if column in row
+                judge: row[column][:num_scored]
+                for judge, column in JUDGES.items()
+                if row.get(column)
             }
             self.add(scores, row["candidate_ids"].index(row["seed_id"]))
 
@@ -162,9 +168,9 @@ class Judging:
         return sign_test(*self._compared(ranking, other))
 
     def table(self) -> list[Row]:
-        """Returns a row of each ranking, the retriever's first."""
+        """Returns a row of each ranking whose judges were asked, the retriever's first."""
         rows = []
-        for ranking in RANKINGS:
+        for ranking in filter(self._is_judged, RANKINGS):
             better, worse = self._compared(ranking, RETRIEVER)
             rows.append(
                 Row(
@@ -203,7 +209,8 @@ class Judging:
                 verdict="SKIP", reason=f"{reason} is nothing to judge the teacher by", chosen=None
             )
         if chosen is None:
-            best = max(PREFERENCE, key=self.share)
+            judged = filter(self._is_judged, (*PREFERENCE, *RANKINGS[1:]))
+            best = max(judged, key=lambda each: (each in PREFERENCE, self.share(each)))
             return Verdict(
                 verdict="SKIP",
                 reason="SKIP: no fusion ranks the seed first more often than the retriever, which"
@@ -233,6 +240,9 @@ class Judging:
             "fusion": chosen.fusion if chosen else None,
             "scale": chosen.scale if chosen else None,
         }
+
+    def _is_judged(self, ranking: Ranking) -> bool:
+        return self._judges.issuperset(ranking.fusion.split("+"))
 
     def _compared(self, ranking: Ranking, other: Ranking) -> tuple[int, int]:
         left, right = RANKINGS.index(ranking), RANKINGS.index(other)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.artifacts import Artifact
+from pipelines.fret.fusion import JUDGES, LLM_JUDGES
 from pipelines.records import CANDIDATES
 
 _PAIR = pa.schema(
@@ -61,6 +62,8 @@ def judged_first(row: dict[str, Any], judged: Collection[str]) -> dict[str, Any]
 def with_scores(row: dict[str, Any], scored: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Returns a row's columns of candidates, and `query_likelihoods` and `relevances`.
 
+    One that was not asked for is empty.
+
     Args:
         row: Of CANDIDATES.
         scored: What `QueryScores.of` returned for it, without an error; these come first.
@@ -69,8 +72,10 @@ def with_scores(row: dict[str, Any], scored: dict[str, dict[str, Any]]) -> dict[
     ids = [id_ for id_ in columns["candidate_ids"] if id_ in scored]
     return {
         **columns,
-        "query_likelihoods": [scored[id_]["ql"] for id_ in ids],
-        "relevances": [scored[id_]["rc"] for id_ in ids],
+        **{
+            JUDGES[judge]: [scored[id_][judge] for id_ in ids if scored[id_][judge] is not None]
+            for judge in LLM_JUDGES
+        },
     }
 
 
