@@ -142,7 +142,8 @@ class PairScorer:
         # Requests reach the engine in this order; a pair finds its context in the cache even
         # when both run in one step.
         for pair in pairs:
-            context, head, wanted = pair.context, self._head(pair), []
+            context, head = pair.context, self._head(pair)
+            wanted: list[tuple[int, ...]] = []
             if pair.likelihood and not self._on_v2:
                 # V1 would compute the log-probabilities of the whole context with its first pair.
                 wanted.append(context)

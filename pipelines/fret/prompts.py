@@ -124,6 +124,7 @@ class Prompts(Config):
     @model_validator(mode="after")
     def _known_passages(self) -> "Prompts":
         named = {name for task in self.tasks.values() for name in task.examples}
+        named |= {name for t in self.tasks.values() if t.judged for name in t.judged.examples}
         named |= {example.passage for example in self.written.examples}
         named |= {e.passage for prompt in self.scores.values() for e in prompt.examples}
         if unknown := sorted(named - self.passages.keys()):

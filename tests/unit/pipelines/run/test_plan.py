@@ -81,12 +81,11 @@ def test_plan_counts_a_passage_in_each_prompt_that_holds_it(corpus: Path, tmp_pa
     actors = prefill(positive, "fret.fusion=ql+sim", "resources.llm.num_actors=2") - ql
     assert both == pytest.approx(ql + rc, abs=2)
     assert prefill() == prefill("fret.fusion=ql+sim") == rc  # one prompt, with the question
-    assert ql < rc < both
+    assert max(ql, rc) < both
     assert actors > 8 * BLOCK  # every actor reads the examples
 
 
-@pytest.mark.slow
-def test_plan_counts_a_passage_once_for_each_wording(corpus: Path, tmp_path: Path) -> None:
+def test_plan_counts_a_passage_once_for_each_wording() -> None:
     recipe = load_recipe("laptop", [])
     counts = {
         num: planning._num_pairs(recipe, {}, 1000, 100, num)["scores"][1] for num in (1, 2, 500)
