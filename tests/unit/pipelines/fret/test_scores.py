@@ -15,6 +15,7 @@ from actors.pair_scores import PairScore, ScoringPrompt
 from cluster.stages import StageOutput
 from pipelines.fret.fusion import LLM_JUDGES
 from pipelines.fret.prompts import QueryPrompts, load_prompts
+from pipelines.fret.queries import step as queries_step
 from pipelines.fret.scores import ScorePairs, pair_prompts, scoring_config
 from pipelines.fret.scores import step as scores_step
 from pipelines.recipe.read import load_recipe
@@ -146,8 +147,6 @@ def test_fusion_says_who_is_asked(fusion: str, judges: tuple[str, ...]) -> None:
 
 def test_what_pairs_are_shown_is_in_the_fingerprint_of_scores_alone(tmp_path: Path) -> None:
     def configs(change: dict[str, Any]) -> tuple[Any, Any]:
-        from pipelines.fret.queries import step as queries_step
-
         tree = load_prompts().model_dump(mode="json")
         tree["tasks"][TASKS[0]] |= change
         (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree))
@@ -156,9 +155,8 @@ def test_what_pairs_are_shown_is_in_the_fingerprint_of_scores_alone(tmp_path: Pa
         return scoring_config(read), queries_step(read).config
 
     before = configs({})
-    judged = load_prompts().tasks[TASKS[0]].judged
-    assert judged is not None
-    other = replace_question(judged.model_dump(mode="json"))
+    judged = load_prompts().model_dump(mode="json")["tasks"][TASKS[0]]["judged"]
+    other = judged | {"questions": judged["questions"] | {"yes-no": "Is it so?"}}
     assert [a == b for a, b in zip(before, configs({"judged": other}), strict=True)] == [
         False,
         True,
@@ -168,10 +166,6 @@ def test_what_pairs_are_shown_is_in_the_fingerprint_of_scores_alone(tmp_path: Pa
         False,
     ]
     assert [a == b for a, b in zip(before, configs({"cue": "Q:"}), strict=True)] == [False, False]
-
-
-def replace_question(judged: dict[str, Any]) -> dict[str, Any]:
-    return judged | {"questions": judged["questions"] | {"yes-no": "Is it so?"}}
 
 
 def test_prompts_apart_are_in_the_fingerprint() -> None:
