@@ -49,6 +49,7 @@ PAIRS = pa.schema(
         ("text", pa.string()),
         ("query_ids", pa.list_(pa.string())),
         ("queries", pa.list_(pa.string())),
+        ("tasks", pa.list_(pa.string())),  # of the queries: their prompts depend on them
     ]
 )
 
@@ -57,8 +58,8 @@ SCORES = pa.schema(
         ("passage_id", pa.string()),
         ("query_ids", pa.list_(pa.string())),
         # One of each per query, in their order.
-        ("query_likelihoods", pa.list_(pa.float32())),  # null: there is an error
-        ("relevances", pa.list_(pa.float32())),  # null: there is an error
+        ("query_likelihoods", pa.list_(pa.float32())),  # null: there is an error, or not asked for
+        ("relevances", pa.list_(pa.float32())),  # null: there is an error, or not asked for
         ("errors", pa.list_(pa.string())),  # null: there is none
     ]
 )

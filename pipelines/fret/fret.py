@@ -22,7 +22,7 @@ from pipelines.corpus.near_duplicates import near_duplicates
 from pipelines.datasets.decontamination import Decontamination
 from pipelines.fingerprints import fingerprinted
 from pipelines.fret.corpus_queries import TASKS
-from pipelines.fret.fusion import JUDGES, asks_cross_encoder, asks_llm, choose_labels
+from pipelines.fret.fusion import JUDGES, LLM_JUDGES, asks_cross_encoder, asks_llm, choose_labels
 from pipelines.fret.judging import judging_of
 from pipelines.fret.pairs import scored_candidates
 from pipelines.fret.scored_queries import QueryScores, judged_first, with_scores
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 TITLE = "choose positives and hard negatives"
 MAX_LISTED = 100
 AUTO = "auto"
-SCORED = ("probe", "scores", "cross_scores")  # the steps that may have scored pairs
+_SCORING = ("probe", "scores", "cross_scores")  # the steps that may have scored pairs
 
 
 class FretConfig(Config):
@@ -96,6 +96,12 @@ class FretConfig(Config):
         return asks_llm(self.fusion)
 
     @property
+    def llm_judges(self) -> tuple[str, ...]:
+        """The judges that are the LLM; with `auto` all that there are."""
+        named = LLM_JUDGES if self.fusion == AUTO else self.fusion.split("+")
+        return tuple(judge for judge in LLM_JUDGES if judge in named)
+
+    @property
     def asks_cross_encoder(self) -> bool:
         """Whether a judge is the cross-encoder, for which pairs are scored too."""
         return asks_cross_encoder(self.fusion)
@@ -149,7 +155,7 @@ def make_fret(
     are labelled, as many as would have been scored. That order is by the judge `ordered_by`.
     """
     candidates, probe = context.input("candidates"), context.inputs.get("probe")
-    scores = QueryScores(*(context.inputs[name] for name in SCORED if name in context.inputs))
+    scores = QueryScores(*(context.inputs[name] for name in _SCORING if name in context.inputs))
     dropped, metrics = _filter(config, decontamination, candidates, scores)
     judged = config.scores_pairs and not probe
     judging = judging_of(config.fusion, config.scale, ordered_by) if judged else None

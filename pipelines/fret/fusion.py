@@ -33,6 +33,8 @@ JUDGES = {
 
 LLM_JUDGES = ("ql", "rc")
 CROSS_ENCODER = "ce"
+# Those of pairs that were scored for them, with the columns.
+SCORED = {judge: JUDGES[judge] for judge in (*LLM_JUDGES, CROSS_ENCODER)}
 
 
 def asks_llm(fusion: str) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from cluster.artifacts import Json
-from pipelines.fret.fusion import JUDGES, asks_cross_encoder, asks_llm, fuse
+from pipelines.fret.fusion import JUDGES, SCORED, asks_cross_encoder, asks_llm, fuse
 
 SIGNIFICANT = 0.05
 _NAMES = {"ql": "QL", "rc": "RC", "ce": "CE"}
@@ -146,6 +146,7 @@ class Judging:
         self.preference = tuple(preference or _ordered_by(ordered_by, PREFERENCE))
         self.retriever = RETRIEVER.ordered_by(ordered_by)
         self.num_queries = 0
+        self._judges = set(JUDGES)
         self._firsts = np.zeros(len(self.rankings))
         self._better = np.zeros((len(self.rankings), len(self.rankings)), dtype=np.int64)
 
@@ -153,15 +154,15 @@ class Judging:
         """Counts a query.
 
         Args:
-            scores: Of each of `JUDGES`, one a candidate, in their order.
+            scores: Of the judges that were asked, the same for each query, one a candidate, in
+                their order.
             seed_place: Where the seed stands among the candidates.
         """
-        firsts = np.array(
-            [
-                seed_first(fuse(scores, each.fusion, each.scale), seed_place)
-                for each in self.rankings
-            ]
-        )
+        firsts = np.zeros(len(self.rankings))
+        self._judges = set(scores)
+        for place, each in enumerate(self.rankings):
+            if self._is_judged(each):
+                firsts[place] = seed_first(fuse(scores, each.fusion, each.scale), seed_place)
         self.num_queries += 1
         self._firsts += firsts
         self._better += firsts[:, None] > firsts[None, :] + _EQUAL
@@ -171,10 +172,12 @@ class Judging:
 
         Its first candidates are those that were scored; see `records.FRET`.
         """
-        num_scored = max(len(row["query_likelihoods"]), len(row.get("cross_scores") or []))
+        num_scored = max(len(row.get(column) or []) for column in SCORED.values())
         if 0 < (row["seed_rank"] or 0) <= num_scored:
             scores = {
-                judge: row[column][:num_scored] for judge, column in JUDGES.items() if column in row
+                judge: row[column][:num_scored]
+                for judge, column in JUDGES.items()
+                if row.get(column)
             }
             self.add(scores, row["candidate_ids"].index(row["seed_id"]))
 
@@ -187,9 +190,9 @@ class Judging:
         return sign_test(*self._compared(ranking, other or self.retriever))
 
     def table(self) -> list[Row]:
-        """Returns a row of each ranking, the retriever's first."""
+        """Returns a row of each ranking whose judges were asked, the retriever's first."""
         rows = []
-        for ranking in self.rankings:
+        for ranking in filter(self._is_judged, self.rankings):
             better, worse = self._compared(ranking, self.retriever)
             rows.append(
                 Row(
@@ -228,7 +231,8 @@ class Judging:
                 verdict="SKIP", reason=f"{reason} is nothing to judge the teacher by", chosen=None
             )
         if chosen is None:
-            best = max(self.preference, key=self.share)
+            judged = filter(self._is_judged, (*self.preference, *self.rankings[1:]))
+            best = max(judged, key=lambda each: (each in self.preference, self.share(each)))
             return Verdict(
                 verdict="SKIP",
                 reason="SKIP: no fusion ranks the seed first more often than"
@@ -259,6 +263,9 @@ class Judging:
             "fusion": chosen.fusion if chosen else None,
             "scale": chosen.scale if chosen else None,
         }
+
+    def _is_judged(self, ranking: Ranking) -> bool:
+        return self._judges.issuperset(ranking.fusion.split("+"))
 
     def _compared(self, ranking: Ranking, other: Ranking) -> tuple[int, int]:
         left, right = self.rankings.index(ranking), self.rankings.index(other)

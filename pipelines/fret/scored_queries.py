@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.artifacts import Artifact
-from pipelines.fret.fusion import JUDGES
+from pipelines.fret.fusion import SCORED
 from pipelines.records import CANDIDATES
 
 _PAIR = pa.schema(
@@ -23,8 +23,6 @@ _PAIR = pa.schema(
         ("error", pa.string()),
     ]
 )
-# The pairs' scores, by the columns that they come from and go to.
-_COLUMNS = {judge: JUDGES[judge] for judge in ("ql", "rc", "ce")}
 _OF_CANDIDATES = [field.name for field in CANDIDATES if pa.types.is_list(field.type)]
 
 
@@ -75,15 +73,17 @@ def judged_first(row: dict[str, Any], judged: Collection[str]) -> dict[str, Any]
 def with_scores(row: dict[str, Any], scored: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Returns a row's columns of candidates, and those of the pairs' scores.
 
+    One that was not asked for is empty.
+
     Args:
         row: Of CANDIDATES.
         scored: What `QueryScores.of` returned for it, without an error; these come first.
     """
     columns = judged_first(row, scored)
     ids = [id_ for id_ in columns["candidate_ids"] if id_ in scored]
-    for judge, name in _COLUMNS.items():
+    for judge, name in SCORED.items():
         values = [scored[id_][judge] for id_ in ids]
-        columns[name] = [] if None in values else values  # or else the judge was not asked
+        columns[name] = [] if None in values else values
     return columns
 
 
@@ -95,7 +95,7 @@ def _one_row_a_pair(scores: pa.Table) -> pa.Table:
         "passage_id": scores["passage_id"].take(parents),
         "error": pc.list_flatten(scores["errors"]),
     }
-    for judge, name in _COLUMNS.items():
+    for judge, name in SCORED.items():
         there = name in scores.column_names
         columns[judge] = pc.list_flatten(scores[name]) if there else pa.nulls(len(parents))
     return pa.table({name: columns[name] for name in _PAIR.names}).cast(_PAIR)
