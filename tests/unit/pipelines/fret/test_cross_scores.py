@@ -204,6 +204,32 @@ def test_cross_encoder_that_ranks_the_seed_first_more_often_is_worth_its_labels(
     assert verdict.reason.startswith("GO: CE ranks the seed first for 100 % of 20 queries")
 
 
+def test_cross_encoder_has_to_beat_the_order_that_bm25_had_a_part_in() -> None:
+    judging = judging_of("ce+sim", "z-scores", "hybrid")
+    for _ in range(20):
+        judging.add({"sim": [0.9, 0.8], "hybrid": [1.0, 1.5], "ce": [1.0, -1.0]}, 1)
+    assert [row.ranking for row in judging.table()] == [
+        *("the retriever with BM25", "CE", "z(CE) + hybrid", "CE + hybrid by ranks"),
+        "z(CE) + z(sim)",  # the run's own, as it is
+    ]
+    verdict = judging.verdict()
+    assert (verdict.verdict, verdict.chosen) == ("SKIP", None)
+    assert "more often than the retriever with BM25, which does for 100 %" in verdict.reason
+
+
+def test_judge_of_the_llm_that_was_not_asked_is_no_row_beside_the_cross_encoder() -> None:
+    judging = judging_of("ql+ce", "z-scores")
+    row = {"seed_id": "b", "seed_rank": 2, "candidate_ids": ["a", "b"], "relevances": []}
+    row |= {"similarities": [0.9, 0.8], "query_likelihoods": [-2.0, -1.0]}
+    judging.add_row({**row, "cross_scores": [-1.0, 3.0], "lexical": [], "hybrid": []})
+    assert judging.num_queries == 1
+    assert {each.ranking for each in judging.table()} == {
+        *("the retriever", "QL", "CE", "z(QL) + z(sim)", "QL + sim by ranks"),
+        *("z(CE) + z(sim)", "CE + sim by ranks", "z(QL) + z(CE)"),
+    }
+    assert judging.verdict().chosen is not None
+
+
 @pytest.mark.parametrize(
     ("fusion", "unasked"),
     [
