@@ -300,7 +300,7 @@ def _scoring_tokens(
 ) -> tuple[float, float, int]:
     """Counts the tokens of a passage in a task's words, of a pair with it, and of all examples."""
     judge = pair_prompts(recipe, judges)
-    contexts, pairs = 0, 0
+    contexts, pairs = 0.0, 0.0
     examples: dict[str, int] = {}
     for passage in sample:
         task, title = ask.task(query_id(passage.id)), passage.title
