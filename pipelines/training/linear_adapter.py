@@ -20,7 +20,6 @@ from cluster.steps import Step, StepContext
 from pipelines.encoders import TRAINED, load_encoder, saved_encoder, upload_folder
 from pipelines.fingerprints import fingerprinted
 from pipelines.mixture.fixed_passages import read_lists, read_vectors
-from pipelines.training.layers import add_linear_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +53,8 @@ def step(recipe: Recipe) -> Step:
     assert config is not None
 
     def run(context: StepContext) -> dict[str, Json]:
+        from pipelines.training.layers import add_linear_adapter
+
         trained = context.input("training")
         encoder = load_encoder(saved_encoder(trained, student, folder=TRAINED), device="cpu")
         places: dict[str, int] = {}
