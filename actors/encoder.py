@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from actors.embedded import resolve_model
 from actors.encoder_files import (
+    device_and_dtype,
     load_tokenizer,
     load_transformer,
     local_folder,
@@ -33,7 +34,7 @@ from actors.encoder_folder import read_folder
 from actors.encoder_settings import POOLINGS
 from actors.encoder_templates import PromptTemplates
 from actors.kernels.dropout import use_fast_dropout
-from actors.kernels.linear import native_bfloat16, use_onednn
+from actors.kernels.linear import use_onednn
 from actors.kernels.packing import (
     TokenRows,
     can_pack,
@@ -147,14 +148,10 @@ class Encoder(TextEncoder):
             UserError: The model is missing, broken, of an unknown kind, or has no safetensors
                 weights; its folder means what is not done here.
         """
-        if dtype not in ("float32", "bfloat16", "float16", "auto"):
-            raise UserError(f"dtype {dtype!r}: accepted are float32, bfloat16, float16 and auto")
-        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if dtype == "auto":
-            dtype = "bfloat16" if native_bfloat16(torch.device(chosen)) else "float32"
+        chosen, precision = device_and_dtype(device, dtype)
         if max_tokens is not None and max_tokens < 1:
             raise UserError(f"max_tokens {max_tokens}: accepted are whole numbers from 1")
-        trust, precision = trust_remote_code, getattr(torch, dtype)
+        trust = trust_remote_code
         path = local_folder(resolve_model(model), trust_remote_code=trust)
         folder = read_folder(path, trust_remote_code=trust)
         transformer = load_transformer(folder, dtype=precision, trust_remote_code=trust)

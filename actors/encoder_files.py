@@ -19,6 +19,7 @@ from torch.nn import functional
 from actors.encoder_folder import EncoderFolder
 from actors.encoder_settings import MAX_TOKENS, Activation, Dense
 from actors.encoder_templates import PromptTemplates
+from actors.kernels.linear import native_bfloat16
 from actors.kernels.packing import first_position
 from actors.model_files import (
     brief,
@@ -66,22 +67,62 @@ def local_folder(resolved: str, *, trust_remote_code: bool = False) -> Path:
         ) from error
 
 
+def device_and_dtype(device: str | None, dtype: str) -> tuple[str, torch.dtype]:
+    """Returns where a model computes and in what; see :meth:`actors.encoder.Encoder.load`."""
+    if dtype not in ("float32", "bfloat16", "float16", "auto"):
+        raise UserError(f"dtype {dtype!r}: accepted are float32, bfloat16, float16 and auto")
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype == "auto":
+        dtype = "bfloat16" if native_bfloat16(torch.device(chosen)) else "float32"
+    return chosen, getattr(torch, dtype)
+
+
 def load_transformer(folder: EncoderFolder, *, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """Loads the transformer of a folder, with every weight that it computes with, as `dtype`.
 
     Raises:
         UserError: Weights are missing or broken, or it makes no states of tokens.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     path = folder.transformer
+    # Nothing is computed with a pooler.
+    transformer = load_weights(
+        AutoModel, path, dtype=dtype, trust_remote_code=trust_remote_code, unused=("pooler.",)
+    )
+    _try(transformer, path)
+    return transformer
+
+
+def load_weights(
+    kind: Any,
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    unused: tuple[str, ...] = (),
+) -> Any:
+    """Loads a model with all its weights, but for those whose names begin with `unused`.
+
+    Args:
+        kind: One of the classes of transformers that load by a folder's config.json.
+        path: The folder.
+        dtype: Of the weights.
+        trust_remote_code: Run Python code that comes with the model.
+        unused: Beginnings of names.
+
+    Raises:
+        UserError: Weights are missing or broken, or the model decodes what an encoder has read.
+    """
+    from transformers import AutoConfig
+
     check_weights(path)
     try:
         config: Any = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if config.is_encoder_decoder:
             raise _other_kind(path, config)
         with no_progress_bars():
-            transformer, loading = AutoModel.from_pretrained(
+            model, loading = kind.from_pretrained(
                 path,
                 config=config,
                 dtype=dtype,
@@ -94,17 +135,16 @@ def load_transformer(folder: EncoderFolder, *, dtype: torch.dtype, trust_remote_
         raise
     except Exception as error:  # transformers has none of its own, and the files are anybody's
         raise UserError(f"encoder {path} cannot be loaded: {brief(error)}") from error
-    # transformers draws at random what it does not find. Nothing is computed with a pooler.
+    # transformers draws at random what it does not find.
     other = [f"{name} of shape {list(shape)}" for name, shape, _ in loading["mismatched_keys"]]
-    missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
+    missing = sorted(name for name in loading["missing_keys"] if not name.startswith(unused))
     if other or missing:
         raise UserError(
             f"{path}: its weights are not those of the model that config.json describes:"
             f" {len(missing)} are missing and {len(other)} have other shapes, such as"
             f" {[*missing, *other][0]}: fetch the model again"
         )
-    _try(transformer.eval(), path)
-    return transformer
+    return model.eval()
 
 
 def _try(transformer: Any, path: Path) -> None:

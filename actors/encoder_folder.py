@@ -13,6 +13,8 @@ from actors.encoder_settings import (
     MODULES,
     POOLINGS,
     SETTINGS_FILES,
+    ClassifierSettings,
+    CrossEncoderSettings,
     Dense,
     Mode,
     Module,
@@ -62,9 +64,15 @@ def read_folder(folder: Path, *, trust_remote_code: bool = False) -> EncoderFold
     Raises:
         UserError: It is broken or says what is not done here.
     """
-    modules = _modules(folder)
+    modules = read_modules(folder)
+    kinds = [kind for kind, _ in modules]
+    if modules and (kinds[:2] != ["Transformer", "Pooling"] or not {*kinds[2:]} <= _REST.keys()):
+        raise UserError(
+            f"{folder / 'modules.json'}: modules {brief(kinds, 100)}: accepted are a Transformer, a"
+            " Pooling, and then any number of Dense and Normalize"
+        )
     transformer = modules[0][1] if modules else folder
-    _check_transformer(transformer, trust_remote_code)
+    check_transformer(transformer, trust_remote_code)
     named = next((name for name in SETTINGS_FILES if (transformer / name).is_file()), "")
     settings = read_checked(transformer / (named or SETTINGS_FILES[0]), TransformerSettings)
     pooling = _pooling(modules[1][1] / "config.json") if modules else None
@@ -93,11 +101,52 @@ def read_folder(folder: Path, *, trust_remote_code: bool = False) -> EncoderFold
     )
 
 
+def read_cross_encoder(folder: Path, *, trust_remote_code: bool = False) -> EncoderFolder:
+    """Reads the configuration of a cross-encoder's folder; no weights and no tokenizer.
+
+    Raises:
+        UserError: It is broken, says what is not done here, or is no classifier with one output.
+    """
+    modules = read_modules(folder)
+    kinds = [kind for kind, _ in modules]
+    if modules and kinds != ["Transformer"]:
+        raise UserError(
+            f"{folder / 'modules.json'}: modules {brief(kinds, 100)}: accepted is a Transformer"
+            " alone, which is a sequence classifier"
+        )
+    path = modules[0][1] if modules else folder
+    check_transformer(path, trust_remote_code)
+    config = read_object(path / "config.json")
+    labels = config.get("id2label")
+    num_outputs = len(labels) if isinstance(labels, dict) else config.get("num_labels", 2)
+    if num_outputs != 1:
+        raise UserError(
+            f"{path / 'config.json'}: a model with {brief(num_outputs, 20)} labels: accepted are"
+            " cross-encoders, sequence classifiers with one (num_labels 1)"
+        )
+    named = next((name for name in SETTINGS_FILES if (path / name).is_file()), SETTINGS_FILES[0])
+    read_checked(folder / "config_sentence_transformers.json", CrossEncoderSettings)
+    return EncoderFolder(
+        transformer=path,
+        listed=True,  # as long as its positions allow, where nothing is said
+        pooling=None,
+        layers=(),
+        settings=read_checked(path / named, ClassifierSettings),
+        truncate_dim=None,
+        templates=PromptTemplates(),
+        max_tokens=None,
+    )
+
+
 _MODULE_LIST = TypeAdapter(list[Module])
 
 
-def _modules(folder: Path) -> list[tuple[str, Path]]:
-    """Returns the kind and folder of each module; none where the folder is a plain model."""
+def read_modules(folder: Path) -> list[tuple[str, Path]]:
+    """Returns the kind and folder of each module; none where the folder is a plain model.
+
+    Raises:
+        UserError: A module is of an unknown kind, or lies elsewhere.
+    """
     file = folder / "modules.json"
     given = read_json(file)
     if given is None and not file.exists():
@@ -109,17 +158,9 @@ def _modules(folder: Path) -> list[tuple[str, Path]]:
                 f"{file}: type {brief(module.type, 100)}: accepted are {', '.join(MODULE_NAMES)} of"
                 " sentence_transformers.models"
             )
-    kinds = [MODULES[module.type] for module in modules]
-    if kinds[:2] != ["Transformer", "Pooling"] or not {*kinds[2:]} <= _REST.keys():
-        raise UserError(
-            f"{file}: modules {brief(kinds, 100)}: accepted are a Transformer, a Pooling, and then"
-            " any number of Dense and Normalize"
-        )
     if len({module.name for module in modules}) < len(modules):
         raise UserError(f"{file}: two modules have one name: give each its own")
-    return [
-        (kind, _inside(folder, module, file)) for kind, module in zip(kinds, modules, strict=True)
-    ]
+    return [(MODULES[module.type], _inside(folder, module, file)) for module in modules]
 
 
 def _inside(folder: Path, module: Module, file: Path) -> Path:
@@ -143,7 +184,8 @@ def _pooling(path: Path) -> Mode:
     return modes[0]
 
 
-def _check_transformer(folder: Path, trust_remote_code: bool) -> None:
+def check_transformer(folder: Path, trust_remote_code: bool) -> None:
+    """Raises UserError where a transformer's configuration asks for what is not done here."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     path = folder / "config.json"

@@ -121,6 +121,23 @@ SETTINGS_FILES = tuple(  # the first that is there, as in sentence-transformers
 )
 
 
+class _Logits(File):
+    method: Literal["forward"]
+    method_output_name: Literal["logits"]
+
+
+class _LogitModalities(File):
+    text: _Logits
+
+
+class ClassifierSettings(TransformerSettings):
+    """The same beside a cross-encoder, as sentence-transformers 6 writes it."""
+
+    transformer_task: Literal["sequence-classification"] = "sequence-classification"  # type: ignore[assignment]
+    modality_config: _LogitModalities | None = None  # type: ignore[assignment]
+    module_output_name: Literal["scores"] = "scores"  # type: ignore[assignment]
+
+
 class Pooling(File):
     """``N_Pooling/config.json``."""
 
@@ -181,6 +198,19 @@ class Settings(File):
     default_prompt_name: str | None = None
     similarity_fn_name: Literal["cosine", "dot", "euclidean"] | None = None
     truncate_dim: Size | None = None
+    requirements: Empty | None = None
+
+
+class CrossEncoderSettings(File):
+    """``config_sentence_transformers.json`` of a cross-encoder."""
+
+    version: dict[str, Any] = Field(default={}, alias="__version__")
+    model_type: Literal["CrossEncoder"] = "CrossEncoder"
+    # None is put before a pair, unless there is a default. The activation comes after our scores.
+    prompts: dict[str, Prompt | None] = {}
+    default_prompt_name: None = None
+    activation_fn: str | None = None
+    keep_in_fp32_modules: Annotated[list[str], Field(max_length=0)] | None = None
     requirements: Empty | None = None
 
 

@@ -154,7 +154,7 @@ class LanguageModel:
     async def score(
         self, pairs: Sequence[ScoringPrompt], *, separate: bool = False
     ) -> list[PairScore]:
-        """Scores each pair for query likelihood and relevance, in one prefill.
+        """Scores each pair for query likelihood, relevance or both, in one prefill.
 
         Give the pairs passage by passage: what two neighbours' contexts share is computed once.
 
@@ -210,6 +210,7 @@ class LanguageModel:
             query=tuple(self._text.ids(pair.query)),
             question=tuple(self._text.ids(pair.question)),
             labels=labels,
+            likelihood=pair.likelihood,
         )
 
     def _misfit(self, num_prompt_tokens: int, num_new_tokens: int) -> str | None:

@@ -29,7 +29,7 @@ _Answer = tuple[Any, list[float] | None]
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringPrompt:
-    """One (query, passage) pair, laid out for both scores.
+    """One (query, passage) pair, laid out for both scores or one of them.
 
     The model reads ``context + query + question`` and answers with a label. The parts are
     tokenised apart, so a space between two parts belongs to the beginning of the later one.
@@ -39,18 +39,22 @@ class ScoringPrompt:
         query: The text whose likelihood is measured, with its leading space.
         question: What follows the query, ending right before the label.
         labels: What may follow, with leading spaces, and the relevance in 0..1 that each stands
-            for. Only a label's first token counts.
+            for. Only a label's first token counts. None: the relevance is not asked for.
+        likelihood: Whether the query's likelihood is asked for.
     """
 
     context: str
     query: str
-    question: str
-    labels: tuple[tuple[str, float], ...]
+    question: str = ""
+    labels: tuple[tuple[str, float], ...] = ()
+    likelihood: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairScore:
-    """The teacher's two scores of one pair, natural logarithms; None when ``error`` is set.
+    """The teacher's scores of one pair, natural logarithms.
+
+    A score is None when it was not asked for, or ``error`` is set.
 
     The tokens that are not cached, added up over all pairs, are those that the engine computed.
 
@@ -68,6 +72,22 @@ class PairScore:
     error: str | None = None
 
 
+def joined(scores: Sequence[PairScore]) -> PairScore:
+    """Returns one pair's scores of several prompts as one; an error of any is the error of all."""
+    error = next((score.error for score in scores if score.error), None)
+    ql, rc = (
+        None if error else next((each for each in found if each is not None), None)
+        for found in ([score.ql for score in scores], [score.rc for score in scores])
+    )
+    return PairScore(
+        ql=ql,
+        rc=rc,
+        num_prompt_tokens=sum(score.num_prompt_tokens for score in scores),
+        num_cached_tokens=sum(score.num_cached_tokens for score in scores),
+        error=error,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairTokens:
     """A scoring prompt's tokens; `labels` are token ids with their relevance."""
@@ -76,6 +96,7 @@ class PairTokens:
     query: tuple[int, ...]
     question: tuple[int, ...]
     labels: dict[int, float]
+    likelihood: bool = True
 
     @property
     def all(self) -> list[int]:
@@ -113,7 +134,7 @@ class PairScorer:
     async def score(self, pairs: Sequence[PairTokens]) -> list[PairScore]:
         """Scores pairs, given context by context, in one prefill each."""
         following: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for pair in pairs:
+        for pair in (pair for pair in pairs if pair.likelihood):
             following[self._head(pair)] += pair.query[self._num_shared(pair) :][:1]
         readings: dict[tuple[int, ...], asyncio.Task[_Reading]] = {}
         scores: list[asyncio.Task[PairScore]] = []
@@ -122,9 +143,11 @@ class PairScorer:
         # when both run in one step.
         for pair in pairs:
             context, head = pair.context, self._head(pair)
-            # V1 would compute the log-probabilities of the whole context with its first pair.
-            wanted = [] if self._on_v2 else [context]
-            if head == context or len(following[head]) > 1:
+            wanted: list[tuple[int, ...]] = []
+            if pair.likelihood and not self._on_v2:
+                # V1 would compute the log-probabilities of the whole context with its first pair.
+                wanted.append(context)
+            if pair.likelihood and (head == context or len(following[head]) > 1):
                 wanted.append(head)
             for beginning in wanted:
                 if beginning not in readings:
@@ -176,6 +199,8 @@ class PairScorer:
             if shared.log_p is not None:
                 read = shared.log_p + [shared.following[token] for token in next_]
         start, wanted = len(pair.context) + len(read), pair.query[len(read) :]
+        if not pair.likelihood:
+            wanted = ()
         # Nothing comes back where more was in the cache than the start (the same pair again, or a
         # request that was preempted). Then everything is computed.
         for cached in (True, False):
@@ -187,17 +212,22 @@ class PairScorer:
         return _pair_score(pair, output, None if log_p is None else read + log_p)
 
     async def _score_separately(self, pair: PairTokens) -> PairScore:
-        output = await self._send(pair.all, _params(labels=list(pair.labels), cached=False))
-        params = _params(labels=[], cached=False, prompt_logprobs=True)
-        alone = await self._send([*pair.context, *pair.query], params)
-        # With nothing cached a row is a token's place; the fast way counts otherwise, and is
-        # checked against this.
-        flat, log_p = alone.prompt_logprobs, None
-        if len(flat or ()) == len(pair.context) + len(pair.query):
-            log_p = [flat.logprobs[place] for place in flat.start_indices[len(pair.context) :]]
-        score = _pair_score(pair, output, log_p)
-        both = score.num_prompt_tokens + len(pair.context) + len(pair.query)
-        return replace(score, num_prompt_tokens=both)
+        output, log_p, num_tokens = None, None, 0
+        if pair.labels:
+            output = await self._send(pair.all, _params(labels=list(pair.labels), cached=False))
+            num_tokens += len(pair.all)
+        if pair.likelihood:
+            tokens = [*pair.context, *pair.query]
+            params = _params(labels=[], cached=False, prompt_logprobs=True)
+            alone = await self._send(tokens, params)
+            num_tokens += len(tokens)
+            # With nothing cached a row is a token's place; the fast way counts otherwise, and is
+            # checked against this.
+            flat = alone.prompt_logprobs
+            if len(flat or ()) == len(tokens):
+                log_p = [flat.logprobs[place] for place in flat.start_indices[len(pair.context) :]]
+            output = output or alone
+        return replace(_pair_score(pair, output, log_p), num_prompt_tokens=num_tokens)
 
     async def _ask(
         self,
@@ -246,15 +276,18 @@ def _with_readings(
 
 def _pair_score(pair: PairTokens, output: Any, log_p: list[float] | None) -> PairScore:
     num_tokens = len(pair.all)
-    if log_p is None:
-        return PairScore(
-            error="the engine returned no log-probabilities of the query's tokens",
-            num_prompt_tokens=num_tokens,
-        )
-    ql = sum(log_p) / len(pair.query)
-    answer = output.outputs[0].logprobs[0]
-    rc = mean_relevance([(answer[token].logprob, w) for token, w in pair.labels.items()])
-    if not (math.isfinite(ql) and math.isfinite(rc)):
+    ql = rc = None
+    if pair.likelihood:
+        if log_p is None:
+            return PairScore(
+                error="the engine returned no log-probabilities of the query's tokens",
+                num_prompt_tokens=num_tokens,
+            )
+        ql = sum(log_p) / len(pair.query)
+    if pair.labels:
+        answer = output.outputs[0].logprobs[0]
+        rc = mean_relevance([(answer[token].logprob, w) for token, w in pair.labels.items()])
+    if not all(math.isfinite(score) for score in (ql, rc) if score is not None):
         return PairScore(
             error=f"the model's log-probabilities are not finite (QL {ql}, RC {rc})",
             num_prompt_tokens=num_tokens,

@@ -44,8 +44,8 @@ async def check_scores(llm: LanguageModel, pairs: Sequence[ScoringPrompt]) -> fl
     if apart > llm.score_tolerance:
         raise ScoresDiffer(
             f"this engine's fast scores are wrong: for the query {query[:60]!r} they"
-            f" are QL {one.ql:.3f} and RC {one.rc:.3f}, and computed separately {other.ql:.3f} and"
-            f" {other.rc:.3f} ({apart:.3g} apart; accepted is {llm.score_tolerance}). Nothing was"
+            f" are {_shown(one)}, and computed separately {_shown(other)}"
+            f" ({apart:.3g} apart; accepted is {llm.score_tolerance}). Nothing was"
             " scored. Set scores.separate_prompts to true (slow), or try vLLM's other model runner"
             " by the environment variable VLLM_USE_V2_MODEL_RUNNER (0 or 1), and report it with the"
             " versions of vLLM and the driver"
@@ -54,8 +54,14 @@ async def check_scores(llm: LanguageModel, pairs: Sequence[ScoringPrompt]) -> fl
 
 
 def _apart(one: PairScore, other: PairScore) -> float:
-    assert one.ql is not None
-    assert one.rc is not None
-    assert other.ql is not None
-    assert other.rc is not None
-    return max(abs(one.ql - other.ql), abs(math.exp(one.rc) - math.exp(other.rc)))
+    apart = [0.0]
+    if one.ql is not None and other.ql is not None:
+        apart.append(abs(one.ql - other.ql))
+    if one.rc is not None and other.rc is not None:
+        apart.append(abs(math.exp(one.rc) - math.exp(other.rc)))
+    return max(apart)
+
+
+def _shown(score: PairScore) -> str:
+    named = {"QL": score.ql, "RC": score.rc}
+    return " and ".join(f"{name} {value:.3f}" for name, value in named.items() if value is not None)

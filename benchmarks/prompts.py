@@ -26,6 +26,7 @@ from rich.table import Table
 from actors.encoder import Encoder
 from actors.engine import EngineConfig, LlmConfig
 from actors.language_model import LanguageModel, Sampling
+from actors.pair_scores import joined
 from actors.passage_index import PassageIndex
 from pipelines.corpus.cutting import Passage, passages_of
 from pipelines.datasets.corpus import Corpus, CorpusConfig
@@ -88,7 +89,7 @@ def _names(query: str, title: str) -> bool:
 
 
 async def score(
-    bench: Bench, prompt: PairPrompts, queries: Sequence[tuple[str, int, list[int]]]
+    bench: Bench, prompt: PairPrompts, task: str, queries: Sequence[tuple[str, int, list[int]]]
 ) -> list[str]:
     """Judges each query's nearest passages, the seed among them; returns the table's cells."""
     jobs = []
@@ -96,9 +97,10 @@ async def score(
         candidates = near[:8] if seed in near[:8] else [*near[:7], seed]
         jobs += [(row, number) for row in candidates]
     jobs.sort()
-    pairs = [prompt.render(queries[number][0], *bench.passage(row)) for row, number in jobs]
+    pairs = [prompt.render(queries[number][0], *bench.passage(row), task) for row, number in jobs]
     started = time.perf_counter()
-    scores = await bench.llm.score(pairs)
+    answers = iter(await bench.llm.score([each for pair in pairs for each in pair]))
+    scores = [joined([next(answers) for _ in pair]) for pair in pairs]
     seconds = time.perf_counter() - started
     firsts = {"ql": 0, "rc": 0, "ql+rc": 0}
     for number, (_, seed, _) in enumerate(queries):
@@ -153,6 +155,7 @@ async def main() -> None:
     )
     parser.add_argument("--task", action="append", choices=[*load_prompts().tasks, WRITTEN])
     parser.add_argument("--relevance", default="yes-no", choices=list(load_prompts().scores))
+    parser.add_argument("--ql-examples", default="all", choices=["all", "positive"])
     parser.add_argument("--temperature", type=float, default=0.5)
     parser.add_argument("--max-passage-tokens", type=int, default=128)
     parser.add_argument("--compile", action="store_true")
@@ -174,12 +177,14 @@ async def main() -> None:
         )
         prompts = load_prompts()
         ask = QueryPrompts(prompts=prompts, tasks=tuple(prompts.tasks))
-        judge = PairPrompts(prompts=prompts, relevance=options.relevance)
+        judge = PairPrompts(
+            prompts=prompts, relevance=options.relevance, apart=options.ql_examples == "positive"
+        )
         for task in options.task or [*prompts.tasks, WRITTEN]:
             written = await write(bench, ask, task, options.temperature)
             tables[0].add_row(*written.cells)
             if queries := written.queries[: options.scored]:
-                tables[1].add_row(task, *await score(bench, judge, queries))
+                tables[1].add_row(task, *await score(bench, judge, task, queries))
         for table in tables:
             Console().print(table)
     finally:

@@ -60,8 +60,9 @@ def find_pairs(folder: str, num_pairs: int) -> list[tuple[int, ScoringPrompt]]:
     texts = [" ".join(p.text.split()[:MAX_PASSAGE_WORDS]) for p in passages]
     prompts = PairPrompts(prompts=load_prompts(), relevance="yes-no")
     return [
-        (query, prompts.render(passages[query].title, "", texts[row]))
+        (query, prompt)
         for row, query in by_passage[:num_pairs]
+        for prompt in prompts.render(passages[query].title, "", texts[row], "question answering")
     ]
 
 

@@ -40,7 +40,8 @@ CANDIDATES = pa.schema(
     ]
 )
 
-# The pairs that the LLM scores, a row for each passage: it reads the passage once for all queries.
+# The pairs that the LLM or a cross-encoder scores, a row for each passage, which the LLM reads once
+# for all queries.
 PAIRS = pa.schema(
     [
         ("passage_id", pa.string()),
@@ -48,6 +49,7 @@ PAIRS = pa.schema(
         ("text", pa.string()),
         ("query_ids", pa.list_(pa.string())),
         ("queries", pa.list_(pa.string())),
+        ("tasks", pa.list_(pa.string())),  # of the queries: their prompts depend on them
     ]
 )
 
@@ -56,8 +58,18 @@ SCORES = pa.schema(
         ("passage_id", pa.string()),
         ("query_ids", pa.list_(pa.string())),
         # One of each per query, in their order.
-        ("query_likelihoods", pa.list_(pa.float32())),  # null: there is an error
-        ("relevances", pa.list_(pa.float32())),  # null: there is an error
+        ("query_likelihoods", pa.list_(pa.float32())),  # null: there is an error, or not asked for
+        ("relevances", pa.list_(pa.float32())),  # null: there is an error, or not asked for
+        ("errors", pa.list_(pa.string())),  # null: there is none
+    ]
+)
+
+CROSS_SCORES = pa.schema(
+    [
+        ("passage_id", pa.string()),
+        ("query_ids", pa.list_(pa.string())),
+        # One of each per query, in their order.
+        ("cross_scores", pa.list_(pa.float32())),  # null: there is an error
         ("errors", pa.list_(pa.string())),  # null: there is none
     ]
 )
@@ -65,10 +77,11 @@ SCORES = pa.schema(
 FRET = pa.schema(
     [
         *CANDIDATES,
-        # Of the first candidates, which were scored; empty for a query dropped before, and QL and
-        # RC where the retriever alone judged.
+        # Of the first candidates, which were scored; empty for a query dropped before, and those of
+        # a judge that was not asked.
         ("query_likelihoods", pa.list_(pa.float32())),
         ("relevances", pa.list_(pa.float32())),
+        ("cross_scores", pa.list_(pa.float32())),
         ("fused", pa.list_(pa.float32())),
         ("positive_id", pa.string()),
         ("positive_title", pa.string()),

@@ -126,7 +126,7 @@ class Decontamination:
         ends = np.searchsorted(self._runs, hashes, side="right")
         for place in np.flatnonzero(starts < ends):
             for number in np.unique(self._run_owners[starts[place] : ends[place]])[::-1]:
-                query = self._queries[number]
+                query: str = self._queries[number]
                 if runs[place] in self._runs_of(self._in_order(query)):  # hashes may be equal
                     return query
         return None

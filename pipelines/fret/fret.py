@@ -22,8 +22,8 @@ from pipelines.corpus.near_duplicates import near_duplicates
 from pipelines.datasets.decontamination import Decontamination
 from pipelines.fingerprints import fingerprinted
 from pipelines.fret.corpus_queries import TASKS
-from pipelines.fret.fusion import JUDGES, asks_llm, choose_labels
-from pipelines.fret.judging import Judging
+from pipelines.fret.fusion import JUDGES, LLM_JUDGES, asks_cross_encoder, asks_llm, choose_labels
+from pipelines.fret.judging import judging_of
 from pipelines.fret.pairs import scored_candidates
 from pipelines.fret.scored_queries import QueryScores, judged_first, with_scores
 from pipelines.records import FRET, PASSAGE
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 TITLE = "choose positives and hard negatives"
 MAX_LISTED = 100
 AUTO = "auto"
+_SCORING = ("probe", "scores", "cross_scores")  # the steps that may have scored pairs
 
 
 class FretConfig(Config):
@@ -42,8 +43,9 @@ class FretConfig(Config):
     fusion: str = Field(
         default="ql+rc",
         description="judges, joined by +: ql, rc, and sim, the retriever's similarity; with"
-        " candidates.lexical also lex, BM25, and hybrid, the sum that ordered the candidates;"
-        " without ql and rc no pair is scored by the LLM, and all candidates are judged; auto: what"
+        " cross_encoder also ce; with candidates.lexical also lex, BM25, and hybrid, the sum that"
+        " ordered the candidates; without ql and rc no pair is scored by the LLM, and without ce"
+        " too all candidates are judged; auto: what"
         " the step `probe` finds best, its scale too, and if that is the retriever alone, the seed"
         " is the positive and the retriever judges the others",
     )
@@ -93,6 +95,22 @@ class FretConfig(Config):
         """Whether a judge is the LLM, for which pairs are scored."""
         return asks_llm(self.fusion)
 
+    @property
+    def llm_judges(self) -> tuple[str, ...]:
+        """The judges that are the LLM; with `auto` all that there are."""
+        named = LLM_JUDGES if self.fusion == AUTO else self.fusion.split("+")
+        return tuple(judge for judge in LLM_JUDGES if judge in named)
+
+    @property
+    def asks_cross_encoder(self) -> bool:
+        """Whether a judge is the cross-encoder, for which pairs are scored too."""
+        return asks_cross_encoder(self.fusion)
+
+    @property
+    def scores_pairs(self) -> bool:
+        """Whether some candidates are scored for a judge, and those alone are labelled."""
+        return self.asks_llm or self.asks_cross_encoder
+
 
 def step(recipe: Recipe, decontamination: Decontamination) -> Step:
     """Returns the step; `decontamination` knows the texts of the run's own test sets."""
@@ -108,6 +126,7 @@ def step(recipe: Recipe, decontamination: Decontamination) -> Step:
             "candidates",
             *(["probe"] if recipe.has_probe else []),
             *(["scores"] if recipe.fret.asks_llm else []),
+            *(["cross_scores"] if recipe.fret.asks_cross_encoder else []),
             "passages",
         ),
         work=lambda context: make_fret(
@@ -130,19 +149,18 @@ def make_fret(
 ) -> dict[str, Json]:
     """Chooses each query's positive and hard negatives, and applies the filters.
 
-    Where passages are `fixed`, all candidates are labelled, also those that the LLM has not scored,
-    and the negatives' texts, which nobody reads, are left out. Where a probe found the teacher to
-    be no better than the order of the candidates, nothing but its own queries was scored: then the
-    first are labelled, as many as would have been scored. That order is by the judge `ordered_by`.
+    Where passages are `fixed`, all candidates are labelled, also those that were not scored, and
+    the negatives' texts, which nobody reads, are left out. Where a probe found the teacher to be no
+    better than the order of the candidates, nothing but its own queries was scored: then the first
+    are labelled, as many as would have been scored. That order is by the judge `ordered_by`.
     """
     candidates, probe = context.input("candidates"), context.inputs.get("probe")
-    scores = QueryScores(
-        *(context.inputs[name] for name in ("probe", "scores") if name in context.inputs)
-    )
+    scores = QueryScores(*(context.inputs[name] for name in _SCORING if name in context.inputs))
     dropped, metrics = _filter(config, decontamination, candidates, scores)
-    judging = Judging(ordered_by) if config.asks_llm and not probe else None
-    label_all = fixed or not config.asks_llm
-    num_unscored = 0 if config.asks_llm else sys.maxsize
+    judged = config.scores_pairs and not probe
+    judging = judging_of(config.fusion, config.scale, ordered_by) if judged else None
+    label_all = fixed or not config.scores_pairs
+    num_unscored = 0 if config.scores_pairs else sys.maxsize
     if probe:
         config = as_chosen(config, probe)
         if probe.manifest.metrics["fusion"] is None:
@@ -265,8 +283,7 @@ def _judged(
     if any(score["error"] for score in scored.values()):
         return {}, 0
     if scored:
-        columns = with_scores(row, scored)
-        return columns, len(columns["query_likelihoods"])
+        return with_scores(row, scored), len(scored)
     nearest = set(scored_candidates(row, num_unscored))
     return judged_first(row, nearest), len(nearest)
 

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from pipelines.fret.fret import FretConfig
 
 
-# Who judges a candidate, and the column that holds the scores, the higher the better. The LLM has
-# not scored every candidate; the last two have no scores without `candidates.lexical`.
+# Who judges a candidate, and the column that holds the scores, the higher the better. The first
+# three have not scored every candidate; the last two have no scores without `candidates.lexical`.
 JUDGES = {
     "ql": "query_likelihoods",
     "rc": "relevances",
+    "ce": "cross_scores",
     "sim": "similarities",
     "lex": "lexical",
     "hybrid": "hybrid",
@@ -31,11 +32,26 @@ JUDGES = {
 
 
 LLM_JUDGES = ("ql", "rc")
+CROSS_ENCODER = "ce"
+# Those of pairs that were scored for them, with the columns.
+SCORED = {judge: JUDGES[judge] for judge in (*LLM_JUDGES, CROSS_ENCODER)}
 
 
 def asks_llm(fusion: str) -> bool:
-    """Says whether a fusion has other judges than those that score every candidate."""
+    """Says whether a judge of a fusion is the LLM; of `auto`, which is no judge's name, it is."""
     return not set(fusion.split("+")) <= JUDGES.keys() - set(LLM_JUDGES)
+
+
+def asks_cross_encoder(fusion: str) -> bool:
+    """Says whether a judge of a fusion is the cross-encoder."""
+    return CROSS_ENCODER in fusion.split("+")
+
+
+def steps_unasked(fusion: str) -> set[str]:
+    """Returns the steps that score pairs, or prepare it, for judges that a fusion does not have."""
+    steps = {"scores": asks_llm(fusion), "cross_scores": asks_cross_encoder(fusion)}
+    steps["pairs"] = any(steps.values())
+    return {step for step, asked in steps.items() if not asked}
 
 
 @dataclass(frozen=True, kw_only=True)

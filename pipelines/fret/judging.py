@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from cluster.artifacts import Json
-from pipelines.fret.fusion import JUDGES, fuse
+from pipelines.fret.fusion import JUDGES, SCORED, asks_cross_encoder, asks_llm, fuse
 
 SIGNIFICANT = 0.05
-_NAMES = {"ql": "QL", "rc": "RC"}
+_NAMES = {"ql": "QL", "rc": "RC", "ce": "CE"}
 _ORDERS = {"sim": "the retriever", "hybrid": "the retriever with BM25"}
 _EQUAL = 1e-9  # sums of the same parts in another order differ by rounding
 
@@ -127,30 +127,42 @@ class Verdict:
 
 
 class Judging:
-    """Counts, query by query, where each of `RANKINGS` puts the seed."""
+    """Counts, query by query, where each of the rankings puts the seed."""
 
-    def __init__(self, ordered_by: str = "sim") -> None:
-        """Takes the judge that ordered the candidates, `sim` or `hybrid`."""
-        self.rankings = tuple(each.ordered_by(ordered_by) for each in RANKINGS)
-        self.preference = tuple(each.ordered_by(ordered_by) for each in PREFERENCE)
+    def __init__(
+        self,
+        ordered_by: str = "sim",
+        rankings: Sequence[Ranking] | None = None,
+        preference: Sequence[Ranking] | None = None,
+    ) -> None:
+        """Begins with no query.
+
+        Args:
+            ordered_by: The judge that ordered the candidates, `sim` or `hybrid`.
+            rankings: What is counted, that order among it; `RANKINGS` with that order if None.
+            preference: What of it may be chosen, the first of equals; `PREFERENCE` if None.
+        """
+        self.rankings = tuple(rankings or _ordered_by(ordered_by, RANKINGS))
+        self.preference = tuple(preference or _ordered_by(ordered_by, PREFERENCE))
         self.retriever = RETRIEVER.ordered_by(ordered_by)
         self.num_queries = 0
-        self._firsts = np.zeros(len(RANKINGS))
-        self._better = np.zeros((len(RANKINGS), len(RANKINGS)), dtype=np.int64)
+        self._judges = set(JUDGES)
+        self._firsts = np.zeros(len(self.rankings))
+        self._better = np.zeros((len(self.rankings), len(self.rankings)), dtype=np.int64)
 
     def add(self, scores: Mapping[str, Sequence[float]], seed_place: int) -> None:
         """Counts a query.
 
         Args:
-            scores: Of each of `JUDGES`, one a candidate, in their order.
+            scores: Of the judges that were asked, the same for each query, one a candidate, in
+                their order.
             seed_place: Where the seed stands among the candidates.
         """
-        firsts = np.array(
-            [
-                seed_first(fuse(scores, each.fusion, each.scale), seed_place)
-                for each in self.rankings
-            ]
-        )
+        firsts = np.zeros(len(self.rankings))
+        self._judges = set(scores)
+        for place, each in enumerate(self.rankings):
+            if self._is_judged(each):
+                firsts[place] = seed_first(fuse(scores, each.fusion, each.scale), seed_place)
         self.num_queries += 1
         self._firsts += firsts
         self._better += firsts[:, None] > firsts[None, :] + _EQUAL
@@ -160,10 +172,12 @@ class Judging:
 
         Its first candidates are those that were scored; see `records.FRET`.
         """
-        num_scored = len(row["query_likelihoods"])
+        num_scored = max(len(row.get(column) or []) for column in SCORED.values())
         if 0 < (row["seed_rank"] or 0) <= num_scored:
             scores = {
-                judge: row[column][:num_scored] for judge, column in JUDGES.items() if column in row
+                judge: row[column][:num_scored]
+                for judge, column in JUDGES.items()
+                if row.get(column)
             }
             self.add(scores, row["candidate_ids"].index(row["seed_id"]))
 
@@ -176,9 +190,9 @@ class Judging:
         return sign_test(*self._compared(ranking, other or self.retriever))
 
     def table(self) -> list[Row]:
-        """Returns a row of each ranking, the retriever's first."""
+        """Returns a row of each ranking whose judges were asked, the retriever's first."""
         rows = []
-        for ranking in self.rankings:
+        for ranking in filter(self._is_judged, self.rankings):
             better, worse = self._compared(ranking, self.retriever)
             rows.append(
                 Row(
@@ -217,7 +231,8 @@ class Judging:
                 verdict="SKIP", reason=f"{reason} is nothing to judge the teacher by", chosen=None
             )
         if chosen is None:
-            best = max(self.preference, key=self.share)
+            judged = filter(self._is_judged, (*self.preference, *self.rankings[1:]))
+            best = max(judged, key=lambda each: (each in self.preference, self.share(each)))
             return Verdict(
                 verdict="SKIP",
                 reason="SKIP: no fusion ranks the seed first more often than"
@@ -249,12 +264,39 @@ class Judging:
             "scale": chosen.scale if chosen else None,
         }
 
+    def _is_judged(self, ranking: Ranking) -> bool:
+        return self._judges.issuperset(ranking.fusion.split("+"))
+
     def _compared(self, ranking: Ranking, other: Ranking) -> tuple[int, int]:
         left, right = self.rankings.index(ranking), self.rankings.index(other)
         return int(self._better[left, right]), int(self._better[right, left])
 
     def _percent(self, ranking: Ranking) -> str:
         return f"{self.share(ranking):.0%}".replace("%", " %")
+
+
+def judging_of(fusion: str, scale: str, ordered_by: str = "sim") -> Judging:
+    """Returns what counts for a fusion: with a cross-encoder in it, those of the LLM only if asked.
+
+    `ordered_by` is the judge that ordered the candidates, `sim` or `hybrid`.
+
+    A cross-encoder has written no query, so that the measure does not flatter it: it may be chosen
+    alone.
+    """
+    if not asks_cross_encoder(fusion):
+        return Judging(ordered_by)
+    alone, llm = Ranking(fusion="ce"), asks_llm(fusion)
+    own = Ranking(fusion=fusion, scale=scale) if fusion != alone.fusion else alone
+    with_order = [Ranking(fusion="ce+sim", scale=each) for each in ("z-scores", "ranks")]
+    rankings = _ordered_by(ordered_by, (*(RANKINGS if llm else (RETRIEVER,)), alone, *with_order))
+    preference = _ordered_by(ordered_by, (*with_order, *(PREFERENCE if llm else ())))
+    return Judging(
+        ordered_by, tuple(dict.fromkeys((*rankings, own))), tuple(dict.fromkeys((own, *preference)))
+    )
+
+
+def _ordered_by(judge: str, rankings: Sequence[Ranking]) -> list[Ranking]:
+    return [each.ordered_by(judge) for each in rankings]
 
 
 def seed_first(fused: np.ndarray, seed_place: int) -> float:

@@ -30,6 +30,7 @@ _ROWS = pa.schema(
         ("text", pa.string()),
         ("query_id", pa.string()),  # null in a row that is a passage
         ("query", pa.string()),
+        ("task", pa.string()),
     ]
 )
 
@@ -39,7 +40,7 @@ def step(recipe: Recipe) -> Step:
     num_scored = recipe.scores.num_scored
     return Step(
         name="pairs",
-        config={"num_scored": num_scored},
+        config={"num_scored": num_scored, "columns": PAIRS.names},
         inputs=("candidates", *(["probe"] if recipe.has_probe else []), "passages"),
         work=lambda context: pairs_to_score(num_scored, context),
     )
@@ -141,7 +142,7 @@ def scored_candidates(row: dict[str, Any], num_scored: int) -> list[str]:
 
 def _pairs(candidates: pa.Table, num_scored: int, queries: Queries) -> list[dict[str, Any]]:
     return [
-        {"passage_id": id_, "query_id": row["id"], "query": row["query"]}
+        {"passage_id": id_, "query_id": row["id"], "query": row["query"], "task": row["task"]}
         for row in candidates.to_pylist()
         if row["dropped_by"] is None and row["id"] in queries
         for id_ in scored_candidates(row, num_scored)
@@ -165,11 +166,13 @@ def _by_passage(group: pa.Table) -> pa.Table:
     rows: dict[str, dict[str, Any]] = {}
     for row in group.sort_by([("passage_id", "ascending"), ("query_id", "ascending")]).to_pylist():
         passage = rows.setdefault(
-            row["passage_id"], {"passage_id": row["passage_id"], "query_ids": [], "queries": []}
+            row["passage_id"],
+            {"passage_id": row["passage_id"], "query_ids": [], "queries": [], "tasks": []},
         )
         if row["query_id"] is None:
             passage |= {"title": row["title"], "text": row["text"]}
         else:
             passage["query_ids"].append(row["query_id"])
             passage["queries"].append(row["query"])
+            passage["tasks"].append(row["task"])
     return pa.Table.from_pylist(list(rows.values()), schema=PAIRS)

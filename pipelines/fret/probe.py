@@ -23,7 +23,7 @@ from pipelines.fret.corpus_queries import TASKS
 from pipelines.fret.judging import Judging
 from pipelines.fret.pairs import Queries, group_pairs
 from pipelines.fret.scored_queries import QueryScores, with_scores
-from pipelines.fret.scores import score_pairs, scoring_config
+from pipelines.fret.scores import pair_prompts, score_pairs, scoring_config
 
 if TYPE_CHECKING:
     from pipelines.recipe.recipe import Recipe
@@ -79,7 +79,7 @@ def probe_teacher(recipe: Recipe, context: StepContext) -> dict[str, Json]:
             Queries(ids=frozenset(drawn), only=True),
             num_shards=-(-len(drawn) // recipe.seeds.rows_per_shard),
         )
-    metrics |= score_pairs(recipe, _artifact(storage, metrics), context)
+    metrics |= score_pairs(pair_prompts(recipe), recipe, _artifact(storage, metrics), context)
     scores = QueryScores(_artifact(context.storage, {}))
     judging = judge(candidates, drawn, scores, recipe.candidates.ordered_by)
     return {**metrics, "num_queries": len(drawn), "num_scored": num_scored, **judging.metrics()}

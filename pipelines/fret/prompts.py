@@ -5,6 +5,7 @@ Which prompts a step used is part of its fingerprint.
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -17,6 +18,7 @@ from actors.pair_scores import ScoringPrompt
 from actors.words import compared_words, num_words
 from cluster.config import Config
 from cluster.errors import UserError, excerpt
+from pipelines.fret.fusion import LLM_JUDGES
 from pipelines.fret.languages import OF_PASSAGE, language_name, language_of
 from pipelines.yaml_files import read_yaml
 
@@ -33,12 +35,23 @@ _NAMES_THE_PASSAGE = re.compile(
 )
 
 
+class JudgedTask(Config):
+    """How pairs of one task are judged: the question by the kind of relevance, and queries.
+
+    `examples` holds a query of each passage that is less than fully relevant to it.
+    """
+
+    questions: dict[str, str] = Field(min_length=1)
+    examples: dict[str, str]
+
+
 class TaskPrompt(Config):
     """A few-shot prompt for queries of one task; `examples` holds the query of each passage."""
 
     instruction: str
     cue: str
     examples: dict[str, str]
+    judged: JudgedTask | None = None
 
 
 class WrittenExample(Config):
@@ -73,6 +86,31 @@ class ScorePrompt(Config):
     labels: dict[str, float] = Field(min_length=2)
     examples: tuple[JudgedExample, ...]
 
+    def is_positive(self, example: JudgedExample) -> bool:
+        """Says whether no label has more weight than the example's."""
+        return self.labels[example.label] == max(self.labels.values())
+
+    def of_task(self, task: TaskPrompt, relevance: str) -> "ScorePrompt":
+        """Returns this prompt, the kind of `relevance`, in a task's words if it has any.
+
+        Raises:
+            KeyError: The task has no query of a passage of the examples.
+        """
+        if task.judged is None or relevance not in task.judged.questions:
+            return self
+        queries = {True: task.examples, False: task.judged.examples}
+        return ScorePrompt(
+            cue=task.cue,
+            question=task.judged.questions[relevance],
+            labels=self.labels,
+            examples=tuple(
+                example.model_copy(
+                    update={"query": queries[self.is_positive(example)][example.passage]}
+                )
+                for example in self.examples
+            ),
+        )
+
 
 class Prompts(Config):
     """A file of prompts."""
@@ -86,6 +124,7 @@ class Prompts(Config):
     @model_validator(mode="after")
     def _known_passages(self) -> "Prompts":
         named = {name for task in self.tasks.values() for name in task.examples}
+        named |= {name for t in self.tasks.values() if t.judged for name in t.judged.examples}
         named |= {example.passage for example in self.written.examples}
         named |= {e.passage for prompt in self.scores.values() for e in prompt.examples}
         if unknown := sorted(named - self.passages.keys()):
@@ -93,6 +132,23 @@ class Prompts(Config):
         for name, prompt in self.scores.items():
             if unknown := sorted({e.label for e in prompt.examples} - prompt.labels.keys()):
                 raise ValueError(f"scores.{name}: examples have the labels {unknown}")
+        return self
+
+    @model_validator(mode="after")
+    def _judged_tasks(self) -> "Prompts":
+        for name, task in self.tasks.items():
+            questions = task.judged.questions if task.judged else {}
+            if unknown := sorted(questions.keys() - self.scores.keys()):
+                raise ValueError(f"tasks.{name}.judged.questions: {unknown} are not in `scores`")
+            for relevance in questions:
+                try:
+                    self.scores[relevance].of_task(task, relevance)
+                except KeyError as error:
+                    raise ValueError(
+                        f"tasks.{name} has no query of the passage {error} for the examples of"
+                        f" scores.{relevance}: `examples` gives those of full relevance,"
+                        " `judged.examples` the others"
+                    ) from error
         return self
 
 
@@ -156,25 +212,61 @@ class QueryPrompts:
 
 @dataclass(frozen=True, kw_only=True)
 class PairPrompts:
-    """How a (query, passage) pair is laid out for both scores."""
+    """How a (query, passage) pair is laid out for its scores, in the words of the query's task.
+
+    Attributes:
+        prompts: The file.
+        relevance: Which of its `scores`.
+        apart: Query likelihood has a prompt of its own, that of `QueryPrompts`, whose examples are
+            all relevant; otherwise both scores come out of one prompt.
+        judges: Who is asked where they are apart: ql, rc or both.
+    """
 
     prompts: Prompts
     relevance: str
+    apart: bool = False
+    judges: tuple[str, ...] = LLM_JUDGES
 
-    def render(self, query: str, title: str, text: str) -> ScoringPrompt:
-        """Lays out a pair; pairs of one passage share `context`."""
-        prompt, passages = self.prompts.scores[self.relevance], self.prompts.passages
-        shots = "".join(
-            f"Passage: {passages[example.passage]}\n{prompt.cue} {example.query}\n"
-            f"{prompt.question}{example.label}\n\n"
-            for example in prompt.examples
-        )
-        return ScoringPrompt(
-            context=f"{shots}Passage: {passage_line(title, text)}\n{prompt.cue}",
-            query=f" {' '.join(query.split())}",
+    def wording(self, task: str) -> ScorePrompt:
+        """Returns the prompt of a task, the neutral one if it has none of its own."""
+        prompt, own = self.prompts.scores[self.relevance], self.prompts.tasks.get(task)
+        return prompt.of_task(own, self.relevance) if own else prompt
+
+    def render(self, query: str, title: str, text: str, task: str) -> tuple[ScoringPrompt, ...]:
+        """Lays out a pair: one prompt for both scores, or one for each judge that is asked.
+
+        Pairs of one passage and one task share the contexts.
+        """
+        prompt = self.wording(task)
+        query, passage = f" {' '.join(query.split())}", passage_line(title, text)
+        relevance = ScoringPrompt(
+            context=self._context(
+                prompt.cue,
+                [(e.passage, f"{e.query}\n{prompt.question}{e.label}") for e in prompt.examples],
+                passage,
+            ),
+            query=query,
             question=f"\n{prompt.question}",
             labels=tuple(prompt.labels.items()),
+            likelihood=not self.apart,
         )
+        if not self.apart:
+            return (relevance,)
+        likelihood = ScoringPrompt(context=self._positive_context(task, passage), query=query)
+        parts = {"ql": likelihood, "rc": relevance}
+        return tuple(parts[judge] for judge in self.judges)
+
+    def _positive_context(self, task: str, passage: str) -> str:
+        if own := self.prompts.tasks.get(task):
+            return self._context(own.cue, list(own.examples.items()), passage)
+        prompt = self.wording(task)
+        relevant = [(e.passage, e.query) for e in prompt.examples if prompt.is_positive(e)]
+        return self._context(prompt.cue, relevant, passage)
+
+    def _context(self, cue: str, examples: Sequence[tuple[str, str]], passage: str) -> str:
+        passages = self.prompts.passages
+        shots = "".join(f"Passage: {passages[p]}\n{cue} {answer}\n\n" for p, answer in examples)
+        return f"{shots}Passage: {passage}\n{cue}"
 
 
 @cache

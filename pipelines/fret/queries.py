@@ -89,7 +89,9 @@ def step(recipe: Recipe) -> Step:
         config={
             "llm": fingerprinted(recipe.llm),
             "queries": fingerprinted(recipe.queries),
-            "prompts": prompts.model_dump(mode="json", exclude={"scores"}),
+            "prompts": prompts.model_dump(
+                mode="json", exclude={"scores": True, "tasks": {"__all__": {"judged"}}}
+            ),
         },
         inputs=("seeds",),
         work=write_queries,

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.artifacts import Artifact
+from pipelines.fret.fusion import SCORED
 from pipelines.records import CANDIDATES
 
 _PAIR = pa.schema(
@@ -18,6 +19,7 @@ _PAIR = pa.schema(
         ("passage_id", pa.string()),
         ("ql", pa.float32()),
         ("rc", pa.float32()),
+        ("ce", pa.float32()),
         ("error", pa.string()),
     ]
 )
@@ -28,7 +30,10 @@ class QueryScores:
     """The pairs' scores, by query: 100 bytes a pair in memory."""
 
     def __init__(self, *artifacts: Artifact) -> None:
-        """Reads the artifacts' shards, which are sorted by passage; a query is in one artifact."""
+        """Reads the artifacts' shards, which are sorted by passage.
+
+        What several of them say of a pair is brought together.
+        """
         tables = [_one_row_a_pair(table) for artifact in artifacts for table in artifact.tables()]
         self._pairs = pa.concat_tables([_PAIR.empty_table(), *tables]).sort_by("query_id")
         self._query_ids = np.array(self._pairs["query_id"].to_pylist(), dtype=np.bytes_)
@@ -39,11 +44,18 @@ class QueryScores:
         return pc.unique(self._pairs["passage_id"])
 
     def of(self, query_id: str) -> dict[str, dict[str, Any]]:
-        """Returns ql, rc and error by passage id; nothing for a query that was not scored."""
+        """Returns a query's scores, by passage id, each with `ql`, `rc`, `ce` and `error`.
+
+        What is not known is None; of a query that was not scored nothing is returned.
+        """
         key = query_id.encode()
         start = int(np.searchsorted(self._query_ids, key))
         end = int(np.searchsorted(self._query_ids, key, side="right"))
-        return {row["passage_id"]: row for row in self._pairs.slice(start, end - start).to_pylist()}
+        found: dict[str, dict[str, Any]] = {}
+        for row in self._pairs.slice(start, end - start).to_pylist():
+            known = {name: value for name, value in row.items() if value is not None}
+            found[row["passage_id"]] = found.get(row["passage_id"], row) | known
+        return found
 
 
 def judged_first(row: dict[str, Any], judged: Collection[str]) -> dict[str, Any]:
@@ -59,7 +71,9 @@ def judged_first(row: dict[str, Any], judged: Collection[str]) -> dict[str, Any]
 
 
 def with_scores(row: dict[str, Any], scored: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Returns a row's columns of candidates, and `query_likelihoods` and `relevances`.
+    """Returns a row's columns of candidates, and those of the pairs' scores.
+
+    One that was not asked for is empty.
 
     Args:
         row: Of CANDIDATES.
@@ -67,19 +81,21 @@ def with_scores(row: dict[str, Any], scored: dict[str, dict[str, Any]]) -> dict[
     """
     columns = judged_first(row, scored)
     ids = [id_ for id_ in columns["candidate_ids"] if id_ in scored]
-    return {
-        **columns,
-        "query_likelihoods": [scored[id_]["ql"] for id_ in ids],
-        "relevances": [scored[id_]["rc"] for id_ in ids],
-    }
+    for judge, name in SCORED.items():
+        values = [scored[id_][judge] for id_ in ids]
+        columns[name] = [] if None in values else values
+    return columns
 
 
 def _one_row_a_pair(scores: pa.Table) -> pa.Table:
     """Turns lists of a passage's queries into rows."""
     parents = pc.list_parent_indices(scores["query_ids"])
-    lists = [
-        pc.list_flatten(scores[name])
-        for name in ("query_ids", "query_likelihoods", "relevances", "errors")
-    ]
-    passages = scores["passage_id"].take(parents)
-    return pa.table([lists[0], passages, *lists[1:]], schema=_PAIR)
+    columns = {
+        "query_id": pc.list_flatten(scores["query_ids"]),
+        "passage_id": scores["passage_id"].take(parents),
+        "error": pc.list_flatten(scores["errors"]),
+    }
+    for judge, name in SCORED.items():
+        there = name in scores.column_names
+        columns[judge] = pc.list_flatten(scores[name]) if there else pa.nulls(len(parents))
+    return pa.table({name: columns[name] for name in _PAIR.names}).cast(_PAIR)

@@ -1,23 +1,25 @@
-"""The step `scores`: the LLM judges each query's nearest candidates twice, in one prompt."""
+"""The step `scores`: the LLM judges each query's nearest candidates by two scores."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import pyarrow as pa
 from pydantic import Field
 
 from actors.engine import EngineConfig, LlmConfig
 from actors.language_model import LanguageModel
-from actors.pair_scores import ScoringPrompt
+from actors.pair_scores import ScoringPrompt, joined
 from actors.score_check import check_scores
 from cluster.artifacts import Artifact, Json
 from cluster.config import Config
 from cluster.stages import Limit, Stage, StageFunction, StageOutput, run_stage
 from cluster.steps import Step, StepContext
 from pipelines.fingerprints import NotFingerprinted, fingerprinted
+from pipelines.fret.fusion import LLM_JUDGES
 from pipelines.fret.prompts import PairPrompts, load_prompts, require_plain
 from pipelines.records import PAIRS, SCORES
 
@@ -37,6 +39,14 @@ class ScoresConfig(Config):
     relevance: str = Field(
         default="yes-no", description="how the LLM is asked: yes-no (the paper) or graded (0 to 4)"
     )
+    ql_examples: Literal["all", "positive"] = Field(
+        default="all",
+        description="the examples of query likelihood; all: those of relevance, some of which do"
+        " not fit, so that both scores come out of one prompt and cost little more than one;"
+        " positive: those after which the task's queries are written, which all fit, in a prompt"
+        " of its own. Then only those of ql and rc are asked that fret.fusion names (with auto"
+        " both), and both read each passage twice",
+    )
     separate_prompts: bool = Field(
         default=False,
         description="two prompts a pair, nothing cached: the slow reference for the fast way",
@@ -50,28 +60,45 @@ def step(recipe: Recipe) -> Step:
     """Returns the step."""
     return Step(
         name="scores",
-        config=scoring_config(recipe),
+        config=scoring_config(recipe, recipe.fret.llm_judges),
         inputs=("pairs",),
-        work=lambda context: score_pairs(recipe, context.input("pairs"), context),
+        work=lambda context: score_pairs(
+            pair_prompts(recipe, recipe.fret.llm_judges), recipe, context.input("pairs"), context
+        ),
     )
 
 
-def scoring_config(recipe: Recipe) -> dict[str, Json]:
+def scoring_config(recipe: Recipe, judges: tuple[str, ...] = LLM_JUDGES) -> dict[str, Json]:
     """Returns what the scores of a pair depend on."""
-    prompts = load_prompts(recipe.prompts)
+    ask = pair_prompts(recipe, judges)
     return {
         "llm": fingerprinted(recipe.llm),
         "scores": fingerprinted(recipe.scores),
-        "prompts": prompts.model_dump(mode="json", exclude={"tasks", "written"}),
+        "prompts": ask.prompts.model_dump(
+            mode="json", exclude={"tasks": {"__all__": {"instruction"}}, "written": True}
+        ),
+        # Of one prompt both scores come out, whoever is asked.
+        **({"judges": list(judges)} if ask.apart else {}),
     }
 
 
-def score_pairs(recipe: Recipe, pairs: Artifact, context: StepContext) -> dict[str, Json]:
+def pair_prompts(recipe: Recipe, judges: tuple[str, ...] = LLM_JUDGES) -> PairPrompts:
+    """Returns how a recipe has pairs judged, and by which of the LLM's judges where it can tell."""
+    return PairPrompts(
+        prompts=load_prompts(recipe.prompts),
+        relevance=recipe.scores.relevance,
+        apart=recipe.scores.ql_examples == "positive",
+        judges=judges,
+    )
+
+
+def score_pairs(
+    prompts: PairPrompts, recipe: Recipe, pairs: Artifact, context: StepContext
+) -> dict[str, Json]:
     """Has the recipe's LLM score grouped pairs, shard by shard; returns metrics."""
-    prompts = load_prompts(recipe.prompts)
     stage = ScorePairs(
         config=recipe.scores,
-        prompts=PairPrompts(prompts=prompts, relevance=recipe.scores.relevance),
+        prompts=prompts,
         llm=recipe.llm,
         engine=recipe.resources.engine,
         resources=recipe.resources.llm,
@@ -99,24 +126,27 @@ class ScorePairs(Stage):
         config = self.config
         llm = LanguageModel.load(self.llm, self.engine)
         require_plain(self.prompts.prompts, llm)
-        checking, difference = asyncio.Lock(), None
+        checking, known = asyncio.Lock(), None
 
-        async def check(pairs: list[ScoringPrompt]) -> float | None:
-            """Checks the engine on the first pairs that show anything; others wait for it."""
-            nonlocal difference
+        async def check(prompts: list[ScoringPrompt]) -> float | None:
+            """Checks the engine on the first prompts that show anything; others wait for it."""
+            nonlocal known
             async with checking:
-                if difference is None and not config.separate_prompts:
-                    difference = await check_scores(llm, pairs)
-            return difference
+                if known is None and not config.separate_prompts:
+                    known = await check_scores(llm, prompts)
+            return known
 
         async def score(passages: pa.Table) -> StageOutput:
             rows = passages.to_pylist()
-            pairs = []
+            pairs: list[tuple[ScoringPrompt, ...]] = []
             for row in rows:
                 text = llm.truncate(row["text"], config.max_passage_tokens)
-                pairs += [self.prompts.render(q, row["title"], text) for q in row["queries"]]
-            apart = await check(pairs)
-            answers = await llm.score(pairs, separate=config.separate_prompts)
+                asked = zip(row["queries"], row["tasks"], strict=True)
+                pairs += [self.prompts.render(q, row["title"], text, task) for q, task in asked]
+            prompts = list(itertools.chain.from_iterable(pairs))
+            difference = await check(prompts)
+            of_prompts = iter(await llm.score(prompts, separate=config.separate_prompts))
+            answers = [joined([next(of_prompts) for _ in pair]) for pair in pairs]
             rest = iter(answers)
             scores, unusable = [], []
             for row in rows:
@@ -147,7 +177,7 @@ class ScorePairs(Stage):
                 rows=table,
                 unusable=unusable,
                 metrics=metrics,
-                highest={} if apart is None else {"largest_score_difference": apart},
+                highest={} if difference is None else {"largest_score_difference": difference},
             )
 
         return score

@@ -5,7 +5,7 @@ from pipelines.corpus import passages, seeds
 from pipelines.datasets.decontamination import Decontamination
 from pipelines.datasets.test_sets import evaluation_queries
 from pipelines.evaluation import evaluation, index
-from pipelines.fret import corpus_queries, fret, pairs, probe, queries, scores
+from pipelines.fret import corpus_queries, cross_scores, fret, pairs, probe, queries, scores
 from pipelines.mining import candidates, embeddings
 from pipelines.mixture import embedding_distillation_mixture, mixture, prefinetuning_mixture
 from pipelines.recipe.recipe import Recipe
@@ -24,7 +24,7 @@ TITLES = {
     step.__name__.rpartition(".")[2]: step.TITLE
     for step in (
         *(passages, seeds, queries, corpus_queries, embeddings, candidates),
-        *(probe, pairs, scores),
+        *(probe, pairs, scores, cross_scores),
         *(fret, student),
         *(embedding_distillation_mixture, embedding_distillation),
         *(prefinetuning_mixture, prefinetuning, mixture, training, linear_adapter),
@@ -51,8 +51,12 @@ def build_run(recipe: Recipe, uri: str) -> Run:
     if recipe.probe.sample is not None:
         return Run(uri, steps)
     decontamination = Decontamination(evaluation_queries(recipe.evaluation), recipe.decontamination)
+    if recipe.fret.scores_pairs:
+        steps.append(pairs.step(recipe))
     if recipe.fret.asks_llm:
-        steps += [pairs.step(recipe), scores.step(recipe)]
+        steps.append(scores.step(recipe))
+    if recipe.fret.asks_cross_encoder:
+        steps.append(cross_scores.step(recipe))
     steps += [fret.step(recipe, decontamination), student.step(recipe)]
     if recipe.embedding_distillation:
         steps.append(embedding_distillation_mixture.step(recipe, decontamination))

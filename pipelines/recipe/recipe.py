@@ -15,6 +15,7 @@ from pipelines.datasets.test_sets import TestSet
 from pipelines.encoders import EncoderConfig
 from pipelines.fingerprints import NotFingerprinted
 from pipelines.fret.corpus_queries import CorpusQueriesConfig
+from pipelines.fret.cross_scores import CrossEncoderConfig
 from pipelines.fret.fret import AUTO, FretConfig
 from pipelines.fret.probe import ProbeConfig
 from pipelines.fret.queries import QueriesConfig
@@ -99,6 +100,9 @@ class Recipe(Config):
     candidates: CandidatesConfig = CandidatesConfig()
     probe: ProbeConfig = ProbeConfig()
     scores: ScoresConfig = ScoresConfig()
+    cross_encoder: CrossEncoderConfig | None = Field(
+        default=None, description="the judge ce of fret.fusion; null: there is none"
+    )
     fret: FretConfig = FretConfig()
     decontamination: DecontaminationConfig = DecontaminationConfig()
     mixture: MixtureConfig = MixtureConfig()
@@ -150,12 +154,13 @@ class Recipe(Config):
         return "linear_adapter" if self.linear_adapter else "training"
 
     @property
-    def models(self) -> "dict[str, LlmConfig | EncoderConfig]":
+    def models(self) -> "dict[str, LlmConfig | EncoderConfig | CrossEncoderConfig]":
         """The models that a run loads, by the keys that name them."""
         stage = self.embedding_distillation
         teacher = {TEACHER: stage.teacher} if stage and stage.teacher else {}
         own = {"retriever": self.retriever, "student": self.student}
-        return {"llm": self.llm, **own, **teacher}
+        asked = self.cross_encoder if self.fret.asks_cross_encoder else None
+        return {"llm": self.llm, **own, **teacher, **({"cross_encoder": asked} if asked else {})}
 
     @property
     def has_probe(self) -> bool:
@@ -180,6 +185,11 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _judges_have_scores(self) -> "Recipe":
         judges = self.fret.fusion.split("+")
+        if self.fret.asks_cross_encoder and self.cross_encoder is None:
+            raise ValueError(
+                f"fret.fusion: {self.fret.fusion} given, and there is no cross_encoder, whose"
+                " scores ce are: set cross_encoder.model to a folder or hub id, or judge by others"
+            )
         if self.candidates.lexical is None and not {"lex", "hybrid"}.isdisjoint(judges):
             raise ValueError(
                 f"fret.fusion: {self.fret.fusion} given, and candidates.lexical is off, which lex"
@@ -226,9 +236,9 @@ class Recipe(Config):
             raise ValueError(
                 f"fret.negative: {fret.negative} {given} lists are learnt from: set it to all"
             )
-        if fret.asks_llm and fret.fusion != AUTO and fret.scale == "ranks":
+        if fret.scores_pairs and fret.fusion != AUTO and fret.scale == "ranks":
             raise ValueError(
-                f"fret.scale: ranks {given} a candidate that the LLM has not scored has no rank:"
+                f"fret.scale: ranks {given} a candidate that was not scored has no rank:"
                 " set it to z-scores"
             )
         if loss.contrastive_weight or not loss.distillation_weight:

@@ -90,7 +90,7 @@ def collect_funnel(run: RunFolder) -> list[dict[str, Json]]:
             rows.append((f"not {HELD_OUT}", written))
         if own := _num_rows(run, "corpus_queries"):
             rows.append(("with titles and sentences of the corpus", written + own))
-    skipped = run.metrics("probe").get("fusion", "") is None or "scores" not in run.steps
+    skipped = run.metrics("probe").get("fusion", "") is None or "pairs" not in run.steps
     rows.append((f"queries {'labelled' if skipped else 'scored'}", fret.get("num_scored")))
     if fret:
         left = fret["num_scored"]

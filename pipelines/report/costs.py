@@ -8,7 +8,7 @@ from pipelines.report.run_folder import RunFolder
 # The steps that make examples, in their order.
 STEPS = (
     *("queries", "corpus_queries", "embeddings", "candidates"),
-    *("probe", "pairs", "scores", "fret"),
+    *("probe", "pairs", "scores", "cross_scores", "fret"),
 )
 LLM_STEPS = ("queries", "probe", "scores")
 

@@ -49,7 +49,7 @@ def collect_labels(fret: Artifact | None) -> dict[str, Json] | None:
                 counts["num_scored"] += 1
                 counts["num_positive_is_not_seed"] += not row["positive_is_seed"]
                 shifts[row["candidate_ids"].index(row["positive_id"]) + 1] += 1
-            if row["query_likelihoods"]:
+            if row["query_likelihoods"] and row["relevances"]:
                 correlations.append(rank_correlation(row["query_likelihoods"], row["relevances"]))
             repeats += row["dropped_by"] in REPEATS
             if row["dropped_by"] is None:
@@ -74,8 +74,8 @@ def collect_labels(fret: Artifact | None) -> dict[str, Json] | None:
 
 
 def rank_correlation(left: list[float], right: list[float]) -> float:
-    """Returns Spearman's rank correlation of two lists of scores; 1 for lists of one score."""
-    n = len(left)
+    """Returns Spearman's rank correlation of two lists; 1 where one has fewer than two."""
+    n = min(len(left), len(right))
     if n < 2:
         return 1.0
     differences = ranks(left) - ranks(right)

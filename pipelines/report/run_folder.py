@@ -16,7 +16,7 @@ from cluster.artifacts import Artifact, Json
 from cluster.errors import ArtifactError, UserError, excerpt
 from cluster.steps import BEGUN, MARKER, State
 from cluster.storage import Storage, join, open_storage
-from pipelines.fret.fusion import asks_llm
+from pipelines.fret.fusion import steps_unasked
 from pipelines.recipe.graph import OPTIONAL_STAGES, TITLES
 from pipelines.recipe.read import read_saved_keys, refuse_other_version
 
@@ -58,8 +58,8 @@ class RunFolder:
         fusion = _value(self.recipe, "fret", "fusion")
         if fusion != "auto":
             optional.add("probe")
-        if isinstance(fusion, str) and not asks_llm(fusion):
-            optional |= {"pairs", "scores"}
+        # The paper's judges are the default.
+        optional |= steps_unasked(fusion if isinstance(fusion, str) else "ql+rc")
         if _value(self.recipe, "probe", "sample"):  # it ends with the probe
             names = list(TITLES)
             optional = set(names[names.index("probe") + 1 :])

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from actors.embedded import find_model, is_hub_id, refuse_missing
-from actors.encoder_folder import read_folder
+from actors.encoder_folder import read_cross_encoder, read_folder
+from actors.engine import LlmConfig
 from cluster.errors import UserError
 from cluster.storage import open_storage
-from pipelines.encoders import EncoderConfig
 from pipelines.fret.prompts import WRITTEN
 from pipelines.recipe.recipe import Recipe
 from pipelines.recipe.variables import unset_variables
@@ -71,7 +71,7 @@ def check_recipe(recipe: Recipe, *, here: bool = True) -> None:
         configs = dict.fromkeys(models, Settings()) | dict(zip(names, settings, strict=True))
     _check_llm(recipe, configs["llm"])
     for key, model in models.items():
-        if isinstance(model, EncoderConfig):
+        if not isinstance(model, LlmConfig):
             _check_length(f"{key}.max_tokens", model.max_tokens, model.model, configs[key])
     _check_student(recipe, configs["student"])
     _check_teacher(recipe, configs)
@@ -207,7 +207,9 @@ def _settings(key: str, name: str, here: bool, trusted: bool) -> Settings:
     folder = find_model(name) if here or is_hub_id(name) else None
     if folder is None:
         return _fetched(key, name)
-    if key != "llm":
+    if key == "cross_encoder":
+        read_cross_encoder(folder, trust_remote_code=trusted)
+    elif key != "llm":
         read_folder(folder, trust_remote_code=trusted)
     settings = _json((folder / "config.json").read_bytes, dict)
     settings["dimensions"] = _number(settings, "hidden_size")

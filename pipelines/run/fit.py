@@ -97,11 +97,13 @@ def gpu_needs(recipe: Recipe, num_passages: int | None = None, *, here: bool = T
     """
     memory = _memory(recipe, here)
     teachers = [TEACHER] if TEACHER in recipe.models else []
+    judges = ["cross_encoder"] if "cross_encoder" in recipe.models else []
     return [
         _llm(recipe, memory["llm"]),
         _encoder(recipe, memory["encoder"], ("embeddings", "candidates"), "retriever"),
         _candidates(recipe, memory["index"], num_passages),
         *([_lexical(recipe, num_passages)] if recipe.candidates.lexical else []),
+        *(_encoder(recipe, memory["encoder"], ("cross_scores",), each) for each in judges),
         *(_encoder(recipe, memory["encoder"], OF_TEACHER, each) for each in teachers),
         *(_training(recipe, memory["training"], prefix) for prefix in recipe.stages),
         _encoder(recipe, memory["encoder"], ("index",), "student"),
@@ -325,7 +327,7 @@ def _num_negatives(recipe: Recipe, mixture: SetsConfig | TextsConfig) -> int:
     counts = [labelled.max_negatives for labelled in mixture.labelled]
     if isinstance(mixture, MixtureConfig) and mixture.fret_weight != 0:
         num_others = recipe.candidates.num_candidates - 1
-        if recipe.fret.asks_llm and not mixture.fixed_passages:
+        if recipe.fret.scores_pairs and not mixture.fixed_passages:
             num_others = min(recipe.scores.num_scored - 1, num_others)
         most = {"none": 0, "all": num_others}.get(recipe.fret.negative, recipe.fret.num_negatives)
         counts.append(min(most, num_others))

@@ -26,9 +26,11 @@ from cluster.storage import open_storage
 from pipelines.corpus.cutting import Passage, passages_of, reject_reason
 from pipelines.datasets.corpus import Corpus, Document
 from pipelines.datasets.labelled_sets import HUB
-from pipelines.fret.corpus_queries import draw_queries
-from pipelines.fret.prompts import PairPrompts, load_prompts
+from pipelines.fret.corpus_queries import TASKS, draw_queries
+from pipelines.fret.fusion import LLM_JUDGES, steps_unasked
+from pipelines.fret.prompts import QueryPrompts, load_prompts
 from pipelines.fret.queries import query_prompts
+from pipelines.fret.scores import pair_prompts
 from pipelines.ids import query_id
 from pipelines.mixture.config import SetsConfig
 from pipelines.recipe.graph import OPTIONAL_STAGES, TITLES, build_run
@@ -202,8 +204,8 @@ def _states(
         for key in ("corpus_queries", "linear_adapter", "gate"):
             names = [name for name in names if getattr(recipe, key) or name != key]
         names = [name for name in names if recipe.has_probe or name != "probe"]
-        if not recipe.fret.asks_llm:
-            names = [name for name in names if name not in ("pairs", "scores")]
+        unasked = steps_unasked(recipe.fret.fusion)
+        names = [name for name in names if name not in unasked]
         return {name: "unknown" for name in names if recipe.evaluation or name != "evaluation"}, {}
     done = {name: artifact for name, artifact in artifacts.items() if artifact is not None}
     return states, {name: done[name] for name in done if states[name] == "done"}
@@ -252,7 +254,6 @@ def _llm_tokens(
     sample = random.Random(0).sample(passages, min(NUM_SAMPLED, len(passages)))
     prompts = load_prompts(recipe.prompts)
     ask = query_prompts(recipe.queries, prompts)
-    judge = PairPrompts(prompts=prompts, relevance=recipe.scores.relevance)
     hold_out = recipe.gate.hold_out if recipe.gate else None
     num_held_out = hold_out.num_seeds if hold_out else 0
     num_seeds = recipe.seeds.num_seeds
@@ -271,43 +272,60 @@ def _llm_tokens(
             own.render(task, title, text), own.render(task, "", "")
         )
         reads.append(beyond)
-    contexts, pairs, examples = [], [], 0
-    for passage in sample:
-        text = tokens.cut(passage.text, recipe.scores.max_passage_tokens)
-        pair, other = judge.render("", passage.title, text), judge.render("", "", "")
-        beyond, examples = tokens.beyond(pair.context, other.context)
-        contexts.append(beyond)
-        rest = len(tokens.ids(pair.context)) % tokens.block  # in a block that is not full
-        pairs.append(rest + written + len(tokens.ids(pair.question)))
     num_actors = recipe.resources.llm.num_actors
-    num_own = _num_own(recipe, done, passages)
-    scored = _num_pairs(recipe, done, num_queries, len(passages), num_own)
-    return {
+    counts = {
         "queries": {
             "prefill": round(num_written * fmean(reads) + num_actors * sum(shared.values())),
             "decode": round(num_written * written),
-        },
-        **{
-            step: {
-                "prefill": num_pairs
-                and round(
-                    num_passages * fmean(contexts)
-                    + num_pairs * fmean(pairs)
-                    + num_actors * examples
-                ),
-                "decode": 0,
-            }
-            for step, (num_pairs, num_passages) in scored.items()
-        },
+        }
     }
+    num_own = _num_own(recipe, done, passages)
+    tasks = (*ask.tasks, *(TASKS if num_own else ()))
+    wordings = {pair_prompts(recipe).render("", "", "", task)[0].context for task in tasks}
+    scored = _num_pairs(recipe, done, num_queries, len(passages), len(wordings), num_own)
+    for step, judges in (("probe", LLM_JUDGES), ("scores", recipe.fret.llm_judges)):
+        num_pairs, num_contexts = scored[step]
+        context, pair, examples = _scoring_tokens(recipe, judges, ask, sample, tokens)
+        prefill = num_contexts * context + num_pairs * pair + num_actors * examples
+        counts[step] = {"prefill": num_pairs and round(prefill), "decode": 0}
+    return counts
+
+
+def _scoring_tokens(
+    recipe: Recipe,
+    judges: tuple[str, ...],
+    ask: QueryPrompts,
+    sample: list[Passage],
+    tokens: _Tokens,
+) -> tuple[float, float, int]:
+    """Counts the tokens of a passage in a task's words, of a pair with it, and of all examples."""
+    judge = pair_prompts(recipe, judges)
+    contexts, pairs = 0.0, 0.0
+    examples: dict[str, int] = {}
+    for passage in sample:
+        task, title = ask.task(query_id(passage.id)), passage.title
+        text = tokens.cut(passage.text, recipe.scores.max_passage_tokens)
+        parts = [judge.render("", *given, task) for given in ((title, text), ("", ""))]
+        for part, other in zip(*parts, strict=True):
+            beyond, examples[other.context] = tokens.beyond(part.context, other.context)
+            contexts += beyond
+            rest = len(tokens.ids(part.context)) % tokens.block  # in a block that is not full
+            pairs += rest + recipe.estimate.query_tokens + len(tokens.ids(part.question))
+    return contexts / len(sample), pairs / len(sample), sum(examples.values())
 
 
 def _num_pairs(
-    recipe: Recipe, done: dict[str, Artifact], num_queries: int, num_read: int, num_own: int = 0
+    recipe: Recipe,
+    done: dict[str, Artifact],
+    num_queries: int,
+    num_read: int,
+    num_wordings: int,
+    num_own: int = 0,
 ) -> dict[str, tuple[int, int]]:
     """Returns the number of pairs that each step scores, and of the passages in them.
 
-    The corpus' own queries are not probed; nearly all of them are fit.
+    A passage counts once for each wording in which the LLM reads it, which depends on the task. The
+    corpus' own queries are not probed; nearly all of them are fit.
     """
     num_scored = min(recipe.scores.num_scored, recipe.candidates.num_candidates)
     num_fit = round(num_queries * recipe.estimate.scored_share)
@@ -319,13 +337,19 @@ def _num_pairs(
     num_passages = done["passages"].num_rows if "passages" in done else num_read
     counts = {}
     for step, num in num_pairs.items():
-        # The number of different passages expected when drawing with replacement; a corpus of
-        # which no more than NUM_READ were read has others.
-        different = round(num_passages * -math.expm1(-num / num_passages))
+        # A corpus of which no more than NUM_READ were read has others.
+        different = _num_drawn(num, num_passages * num_wordings)
         counts[step] = (num, num if num_passages == NUM_READ else different)
     if "pairs" in done:
-        counts["scores"] = (done["pairs"].manifest.metrics["num_pairs"], done["pairs"].num_rows)
+        num, num_passages = done["pairs"].manifest.metrics["num_pairs"], done["pairs"].num_rows
+        contexts = max(num_passages, _num_drawn(num, num_passages * num_wordings))
+        counts["scores"] = (num, contexts)
     return counts
+
+
+def _num_drawn(num: int, num_all: int) -> int:
+    """Returns how many different ones are expected when so many are drawn with replacement."""
+    return round(num_all * -math.expm1(-num / num_all)) if num_all else 0
 
 
 def _num_own(recipe: Recipe, done: dict[str, Artifact], passages: list[Passage]) -> int:

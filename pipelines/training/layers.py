@@ -66,7 +66,8 @@ def add_projection(encoder: Encoder, dimensions: int, seed: int = 0) -> None:
 def add_linear_adapter(encoder: Encoder, matrix: torch.Tensor) -> None:
     """Puts ``[dimensions, dimensions]`` of a linear layer behind all that the encoder has."""
     weights = next(encoder.model.parameters())
-    layer = torch.nn.Linear(*matrix.shape, bias=False)
+    size = len(matrix)
+    layer = torch.nn.Linear(in_features=size, out_features=size, bias=False)
     layer.weight.data.copy_(matrix)
     before = getattr(encoder.model, "projection", None) or ()
     projection = torch.nn.Sequential(*before, layer, torch.nn.Identity())

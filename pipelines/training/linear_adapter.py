@@ -7,6 +7,7 @@ lists are learnt from in seconds, and so few numbers forget little.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,6 @@ from cluster.steps import Step, StepContext
 from pipelines.encoders import TRAINED, load_encoder, saved_encoder, upload_folder
 from pipelines.fingerprints import fingerprinted
 from pipelines.mixture.fixed_passages import read_lists, read_vectors
-from pipelines.training.layers import add_linear_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,8 @@ def step(recipe: Recipe) -> Step:
     assert config is not None
 
     def run(context: StepContext) -> dict[str, Json]:
+        from pipelines.training.layers import add_linear_adapter
+
         trained = context.input("training")
         encoder = load_encoder(saved_encoder(trained, student, folder=TRAINED), device="cpu")
         places: dict[str, int] = {}
@@ -118,7 +120,7 @@ def fit_matrix(
     import torch
     from torch.nn.functional import normalize, pad
 
-    def padded(rows: list[list[float]], batch: np.ndarray, fill: float) -> torch.Tensor:
+    def padded(rows: Sequence[Sequence[float]], batch: np.ndarray, fill: float) -> torch.Tensor:
         width = max(len(rows[row]) for row in batch)
         tensors = (torch.tensor(rows[row]) for row in batch)
         return torch.stack([pad(each, (0, width - len(each)), value=fill) for each in tensors])
@@ -145,7 +147,8 @@ def fit_matrix(
         divergence = gaps.masked_fill(scores == -torch.inf, 0).sum(dim=1).mean()
         optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - number / num_batches)
         optimizer.zero_grad()
-        (divergence + config.weight_decay * learnt.square().sum()).backward()
+        loss = divergence + config.weight_decay * learnt.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(float(divergence.detach()))
         progress.update(number + 1, num_batches, f"divergence {losses[-1]:.3f}")

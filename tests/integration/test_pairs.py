@@ -31,7 +31,7 @@ def query(number: int, candidates: list[int], seed: int, dropped_by: str | None 
     return {
         "id": f"q{number}",
         "seed_id": IDS[seed],
-        "task": "search result",
+        "task": f"task {number % 2}",
         "query": f"query {number}",
         "dropped_by": dropped_by,
         "candidate_ids": [IDS[place] for place in candidates],
@@ -74,6 +74,7 @@ def test_each_passage_comes_once_with_the_queries_of_all_shards(
     for row in rows:
         assert row["text"] == TEXTS[IDS.index(row["passage_id"])]
         assert row["queries"] == [f"query {id_[1:]}" for id_ in row["query_ids"]]
+        assert row["tasks"] == [f"task {int(id_[1:]) % 2}" for id_ in row["query_ids"]]
     for shard in pairs.shards:
         ids = pairs.shard(shard)["passage_id"].to_pylist()
         assert ids == sorted(ids)

@@ -60,3 +60,22 @@ def tiny_model() -> TinyModel:
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def tiny_classifier(tiny_model: TinyModel) -> Callable[..., Path]:
+    """Writes a folder of a tiny random cross-encoder, with MiniLM's tokenizer."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    def write(folder: Path, **settings: Any) -> Path:
+        plain = tiny_model("bert", folder)
+        config = AutoConfig.from_pretrained(plain, **{"num_labels": 1, **settings})
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_config(config)
+        for name, weight in model.named_parameters():
+            if "norm" not in name.lower():
+                weight.data.mul_(6)
+        model.save_pretrained(folder)
+        return folder
+
+    return write

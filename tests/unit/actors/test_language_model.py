@@ -4,6 +4,7 @@ import asyncio
 import math
 import random
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -101,6 +102,19 @@ def test_scores_over_a_cached_prefix_equal_a_plain_forward_pass(engine: Any, pla
     assert sum(score.num_cached_tokens for score in scores) > 0  # else this shows nothing
     for item, score in zip(PAIRS, scores, strict=True):
         assert (score.ql, score.rc) == pytest.approx(plain(item), abs=2e-3)
+
+
+@pytest.mark.slow
+def test_scores_asked_for_apart_equal_a_plain_forward_pass(engine: Any, plain: Any) -> None:
+    likelihoods = [replace(item, question="", labels=()) for item in PAIRS]
+    relevances = [replace(item, likelihood=False) for item in PAIRS]
+    mixed = [part for both in zip(likelihoods, relevances, strict=True) for part in both]
+    for separate in (False, True):
+        scores = numbers(engine(engine.llm.score(mixed, separate=separate)))
+        for item, ql, rc in zip(PAIRS, scores[::2], scores[1::2], strict=True):
+            expected = plain(item)
+            assert ql == (pytest.approx(expected[0], abs=2e-3), None)
+            assert rc == (None, pytest.approx(expected[1], abs=2e-3))
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsTensors
 
 from actors.language_model import LanguageModel
-from actors.pair_scores import PairScore, PairScorer, ScoringPrompt
+from actors.pair_scores import PairScore, PairScorer, ScoringPrompt, joined
 from actors.score_check import check_scores
 from cluster.errors import ScoresDiffer
 
@@ -289,6 +289,63 @@ def test_queries_that_begin_alike_are_not_computed_anew(runner: str, num_context
     assert engine.computed <= num_context + BLOCK + len(pairs) * (BLOCK + 11 + 12)
 
 
+def apart(pairs: list[ScoringPrompt]) -> tuple[list[ScoringPrompt], list[ScoringPrompt]]:
+    """The same pairs, asked for their likelihood and for their relevance alone."""
+    return (
+        [replace(pair, question="", labels=()) for pair in pairs],
+        [replace(pair, likelihood=False) for pair in pairs],
+    )
+
+
+@both_runners
+@pytest.mark.parametrize("num_context", CONTEXTS)
+@pytest.mark.parametrize("separate", [False, True])
+def test_scores_asked_for_apart_are_those_of_one_prompt(
+    runner: str, num_context: int, separate: bool
+):
+    pairs = pairs_of(num_context)
+    for number, part in enumerate(apart(pairs)):
+        engine = Engine(runner)
+        for _ in range(2):  # now the queries are cached, too
+            scores = score(engine, part, separate=separate)
+            for found, pair in zip(scores, pairs, strict=True):
+                expected: list[Any] = [None, None]
+                expected[number] = pytest.approx(exact(pair)[number], abs=1e-5)
+                assert [found.ql, found.rc, found.error] == [*expected, None]
+
+
+@both_runners
+@pytest.mark.parametrize("num_context", [5 * BLOCK - 1, 5 * BLOCK, 5 * BLOCK + 1])
+def test_a_context_is_computed_once_for_scores_asked_for_apart(runner: str, num_context: int):
+    pairs = pairs_of(num_context, num_pairs=20)[:-1]
+    for number, part in enumerate(apart(pairs)):
+        engine = Engine(runner)
+        scores = score(engine, part)
+        rest, question = num_context % BLOCK, 12 * number
+        expected = num_context + len(pairs) * (rest + 8 + question) + 2 * BLOCK
+        assert engine.computed <= expected
+        assert engine.computed == sum(s.num_prompt_tokens - s.num_cached_tokens for s in scores)
+        if number:  # the LM head computes the label's row alone
+            assert engine.rows == 0
+
+
+@both_runners
+def test_prompts_of_both_kinds_may_be_mixed(runner: str):
+    pairs = pairs_of(5 * BLOCK + 3)
+    mixed = [prompt for both in zip(*apart(pairs), strict=True) for prompt in both]
+    scores = score(Engine(runner), mixed)
+    whole = [joined(scores[place : place + 2]) for place in range(0, len(mixed), 2)]
+    assert_exact(whole, pairs)
+    assert sum(s.num_prompt_tokens for s in whole) == sum(s.num_prompt_tokens for s in scores)
+    assert sum(s.num_cached_tokens for s in whole) == sum(s.num_cached_tokens for s in scores) > 0
+
+
+def test_pair_of_which_one_prompt_fails_has_no_score():
+    scored = PairScore(ql=-1.0, num_prompt_tokens=5)
+    both = joined([scored, PairScore(error="too long", num_prompt_tokens=7)])
+    assert both == PairScore(error="too long", num_prompt_tokens=12)
+
+
 def test_more_first_tokens_than_one_request_may_ask_for(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("actors.pair_scores._MAX_LABELS", 3)
     pairs = pairs_of(2 * BLOCK, num_pairs=12)
@@ -326,8 +383,27 @@ def test_the_check_stops_a_run_whose_rows_are_shifted(runner: str, monkeypatch: 
 
     monkeypatch.setattr(PairScorer, "_ask", shifted)
     llm = LanguageModel(Engine(runner), Numbers(), 4096)
-    with pytest.raises(ScoresDiffer, match=r"accepted is 0\.002.*separate_prompts"):
-        asyncio.run(check_scores(llm, pairs_of(200)))
+    for pairs in (pairs_of(200), apart(pairs_of(200))[0]):
+        with pytest.raises(ScoresDiffer, match=r"accepted is 0\.002.*separate_prompts"):
+            asyncio.run(check_scores(llm, pairs))
+    relevances = apart(pairs_of(200))[1]  # which no row of a prompt's tokens is read for
+    assert asyncio.run(check_scores(llm, relevances)) == pytest.approx(0, abs=1e-5)
+
+
+@both_runners
+def test_the_check_stops_a_run_whose_relevances_are_wrong(
+    runner: str, monkeypatch: pytest.MonkeyPatch
+):
+    class Wrong(Engine):
+        async def generate(self, prompt: Any, params: Any, name: str) -> AsyncIterator[Any]:
+            async for output in super().generate(prompt, params, name):
+                if output.num_cached_tokens and output.outputs[0].logprobs:
+                    output.outputs[0].logprobs[0][YES].logprob += 1
+                yield output
+
+    llm = LanguageModel(Wrong(runner), Numbers(), 4096)
+    with pytest.raises(ScoresDiffer, match=r"they are RC -?[\d.]+, and computed separately RC"):
+        asyncio.run(check_scores(llm, apart(pairs_of(200))[1]))
 
 
 def test_the_check_shows_nothing_where_nothing_was_cached():

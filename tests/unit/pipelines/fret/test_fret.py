@@ -247,6 +247,20 @@ def test_table_of_judges_is_of_all_scored_queries_that_the_retriever_has_the_see
     assert (first["the retriever"], first["QL"], first["RC"]) == (0.5, 1.0, 0.5)
 
 
+def test_queries_whose_relevances_were_not_asked_for_are_labelled_by_the_judges_that_were(
+    fret: MakeFret,
+) -> None:
+    row = scored("q1", "what makes bread rise") | {"query_likelihoods": [-3.0, -1.0, -2.0]}
+    made = fret([row | {"relevances": [None] * 3}], fusion="ql+sim", scale="z-scores")
+    (found,) = made.read().to_pylist()
+    assert (found["query_likelihoods"], found["relevances"]) == ([-3.0, -1.0, -2.0], [])
+    assert found["positive_id"] == "b" and found["dropped_by"] is None
+    expected = [0.0, 1.2247, -1.2247]  # z(sim) + z(QL)
+    assert found["fused"] == pytest.approx(expected, abs=1e-3)
+    rankings = [each["ranking"] for each in made.manifest.metrics["judges"]]
+    assert rankings == ["the retriever", "QL", "QL + sim by ranks", "z(QL) + z(sim)"]
+
+
 def probed(by_passage: Any, rows: list[dict[str, Any]], **metrics: Json) -> Any:
     return by_passage(rows), {"num_scored": 2, **metrics}
 

@@ -125,13 +125,13 @@ def test_judge_whose_scores_are_all_equal_says_nothing() -> None:
     "fusion", ["best", "bm25", "ql+", "+", "", "ql+ql", "ql-rc", "QL", "ql + rc"]
 )
 def test_fusion_that_is_not_made_of_judges_is_refused(fusion: str) -> None:
-    accepted = r"accepted are auto, or ql, rc, sim, lex, hybrid, each once"
+    accepted = r"accepted are auto, or ql, rc, ce, sim, lex, hybrid, each once"
     with pytest.raises(ValidationError, match=accepted):
         FretConfig(fusion=fusion)
 
 
 def test_judges_have_columns_of_scores() -> None:
-    assert [str(FRET.field(name).type) for name in JUDGES.values()] == ["list<item: float>"] * 5
+    assert [str(FRET.field(name).type) for name in JUDGES.values()] == ["list<item: float>"] * 6
 
 
 def test_list_holds_every_other_candidate_the_worst_first() -> None:

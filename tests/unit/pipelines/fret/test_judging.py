@@ -157,6 +157,25 @@ def test_query_counts_where_the_retriever_has_its_seed_among_the_scored(
     assert judging.share(Ranking(fusion="ql")) == counted
 
 
+@pytest.mark.parametrize(
+    ("column", "titles"),
+    [
+        ("query_likelihoods", ["the retriever", "QL", "QL + sim by ranks", "z(QL) + z(sim)"]),
+        ("relevances", ["the retriever", "RC"]),
+    ],
+)
+def test_rankings_whose_judges_were_not_asked_are_left_out(column: str, titles: list[str]) -> None:
+    judging = Judging()
+    row = {"seed_id": "b", "seed_rank": 2, "candidate_ids": ["a", "b", "c"]}
+    row |= {"similarities": [0.9, 0.8, 0.7], "query_likelihoods": [], "relevances": []}
+    judging.add_row({**row, column: [-2.0, -1.0]})
+    assert judging.num_queries == 1
+    assert [each.ranking for each in judging.table()] == titles
+    chosen = judging.choose()
+    assert chosen is None or chosen.title in titles
+    assert any(title in judging.verdict().reason for title in titles[1:])
+
+
 def test_unscored_query_does_not_count() -> None:
     judging = Judging()
     row = {"seed_id": "b", "seed_rank": 1, "candidate_ids": ["b", "a"]}

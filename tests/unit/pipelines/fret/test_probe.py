@@ -12,6 +12,7 @@ from cluster.steps import Run, Step, StepContext
 from pipelines.fret import probe
 from pipelines.fret.pairs import Queries, pairs_to_score
 from pipelines.fret.probe import draw_queries
+from pipelines.fret.prompts import PairPrompts
 from pipelines.recipe.read import load_recipe
 from pipelines.run.console import JsonLines
 
@@ -72,7 +73,8 @@ def test_probe_scores_the_drawn_queries_alone_and_says_how_the_teacher_did(
         write_shards(context.storage, pa.table({"x": [1, 2]}), 1)
         return {"num_passages": 3, "num_pairs": 60}
 
-    def score(_: Any, pairs: Artifact, context: StepContext) -> Any:
+    def score(prompts: PairPrompts, _: Any, pairs: Artifact, context: StepContext) -> Any:
+        assert prompts.judges == ("ql", "rc")
         sources.append(pairs)
         judged = [row for row in rows if row["id"] in asked[0]]
         scores = {"query_likelihoods": ql, "relevances": [-1.0, -2.0, -3.0]}
@@ -109,7 +111,7 @@ def test_probe_compares_with_the_order_that_bm25_had_a_part_in(
     rows = [found(number) | hybrid | {"lexical": [9.0, 1.0, 0.0]} for number in range(9)]
     scores = {"query_likelihoods": [-1.0, -2.0, -3.0], "relevances": [-1.0, -2.0, -3.0]}
 
-    def score(_: Any, pairs: Artifact, context: StepContext) -> Any:
+    def score(_: Any, __: Any, pairs: Artifact, context: StepContext) -> Any:
         write_shards(context.storage, by_passage([row | scores for row in rows]), 2)
         return {"num_pairs": 27}
 

@@ -66,7 +66,18 @@ def test_written_query_wants_a_task(completion: str) -> None:
     assert ALL.parse(WRITTEN, completion, cut=False)[2] == "the LLM wrote no task"
 
 
-def test_eight_tasks_are_drawn_uniformly() -> None:
+def test_queries_are_of_many_kinds_and_lengths() -> None:
+    lengths = {
+        task: sum(len(query.split()) for query in prompt.examples.values()) / len(prompt.examples)
+        for task, prompt in load_prompts().tasks.items()
+    }
+    assert lengths["keyword search"] < 4 < lengths["quick question"] < 6 < lengths["title search"]
+    assert lengths["title search"] < lengths[QA] < lengths["fact checking"]
+    own = [q for prompt in load_prompts().tasks.values() for q in prompt.examples.values()]
+    assert len(set(own)) == len(own)
+
+
+def test_tasks_are_drawn_uniformly() -> None:
     drawn = [ALL.task(f"query {number}") for number in range(8000)]
     assert len(ALL.tasks) >= 8
     assert {"question answering", "search result", "fact checking", "sentence similarity"} <= set(
@@ -90,6 +101,9 @@ def test_every_example_is_what_its_parser_accepts() -> None:
         for passage, query in prompt.examples.items():
             assert ALL.parse(task, f" {query}\n", cut=False) == (task, query, None)
             assert unfit(query, prompts.passages[passage]) is None
+        assert prompt.judged is not None
+        for query in prompt.judged.examples.values():
+            assert ALL.parse(task, f" {query}\n", cut=False) == (task, query, None)
     for example in prompts.written.examples:
         read = ALL.parse(WRITTEN, f" {example.task} | {example.query}", cut=False)
         assert read == (example.task, example.query, None)
@@ -113,14 +127,66 @@ def test_language_and_instruction_come_first_where_they_are_wanted() -> None:
 @pytest.mark.parametrize("relevance", ["yes-no", "graded"])
 def test_scoring_prompt_is_laid_out_in_parts_whose_blanks_lead(relevance: str) -> None:
     prompts = load_prompts()
-    pair = PairPrompts(prompts=prompts, relevance=relevance).render("how", "Bees", "They dance.")
-    assert pair.context.endswith("\n\nPassage: Bees. They dance.\nQuestion:")
+    judge = PairPrompts(prompts=prompts, relevance=relevance)
+    (pair,) = judge.render("how", "Bees", "They dance.", "a task of the LLM's own")
+    assert pair.context.endswith("\n\nPassage: Bees. They dance.\nQuery:")
     assert pair.query == " how"
     assert pair.question == f"\n{prompts.scores[relevance].question}"
     assert all(label.startswith(" ") for label, _ in pair.labels)
     assert {weight for _, weight in pair.labels} >= {0, 1}
     for label, _ in pair.labels:
         assert f"{prompts.scores[relevance].question}{label}\n\n" in pair.context
+
+
+@pytest.mark.parametrize("relevance", ["yes-no", "graded"])
+@pytest.mark.parametrize("task", ALL.tasks)
+def test_pair_is_judged_in_the_words_of_its_querys_task(task: str, relevance: str) -> None:
+    prompts = load_prompts()
+    own, base = prompts.tasks[task], prompts.scores[relevance]
+    (pair,) = PairPrompts(prompts=prompts, relevance=relevance).render("how", "", "x", task)
+    assert own.judged is not None
+    question = own.judged.questions[relevance]
+    expected = ""
+    for example in base.examples:
+        relevant = base.labels[example.label] == 1
+        query = (own.examples if relevant else own.judged.examples)[example.passage]
+        passage = prompts.passages[example.passage]
+        expected += f"Passage: {passage}\n{own.cue} {query}\n{question}{example.label}\n\n"
+    assert pair.context == f"{expected}Passage: x\n{own.cue}"
+    assert pair.question == f"\n{question}"
+    assert own.judged.examples.items().isdisjoint(own.examples.items())
+
+
+def test_own_file_of_prompts_judges_every_task_in_its_own_words() -> None:
+    tree = load_prompts().model_dump(exclude={"tasks": {"__all__": {"judged"}}})
+    tree["scores"]["yes-no"] |= {"cue": "Frage:", "question": "Passt es?"}
+    judge = PairPrompts(prompts=Prompts.model_validate(tree), relevance="yes-no")
+    pairs = {judge.render("how", "", "x", task) for task in (*ALL.tasks, "another")}
+    ((pair,),) = pairs
+    assert pair.context.count("Frage:") == 7 and pair.question == "\nPasst es?"
+
+
+@pytest.mark.parametrize("task", ALL.tasks)
+def test_positive_examples_of_ql_are_those_that_queries_are_written_after(task: str) -> None:
+    judge = PairPrompts(prompts=load_prompts(), relevance="yes-no")
+    ql, rc = replace(judge, apart=True).render("how", "Bees", "They dance.", task)
+    assert ql.context == ALL.render(task, "Bees", "They dance.")
+    assert (ql.query, ql.question, ql.labels, ql.likelihood) == (" how", "", (), True)
+    assert (replace(rc, likelihood=True),) == judge.render("how", "Bees", "They dance.", task)
+    assert not rc.likelihood
+    for judges, expected in ((("ql",), (ql,)), (("rc",), (rc,))):
+        asked = replace(judge, apart=True, judges=judges)
+        assert asked.render("how", "Bees", "They dance.", task) == expected
+
+
+@pytest.mark.parametrize("relevance", ["yes-no", "graded"])
+def test_positive_examples_of_a_task_without_its_own_are_the_relevant_ones(relevance: str) -> None:
+    prompts = load_prompts()
+    judge = PairPrompts(prompts=prompts, relevance=relevance, apart=True, judges=("ql",))
+    (ql,) = judge.render("how", "", "x", "another")
+    shown = [e for e in prompts.scores[relevance].examples if e.query in ql.context]
+    assert {e.label for e in shown} == {" yes" if relevance == "yes-no" else " 4"}
+    assert ql.context.count("Query:") == len(shown) + 1 and "Does the" not in ql.context
 
 
 @pytest.mark.parametrize(
@@ -141,12 +207,23 @@ def test_query_may_name_a_document_where_the_passage_is_of_documents() -> None:
     assert unfit("how long may the document be", "The document has at most nine pages.") is None
 
 
+def judged(questions: dict[str, str], examples: dict[str, str]) -> dict[str, object]:
+    """A change of a file of prompts: how pairs of one task are judged."""
+    tasks = yaml.safe_load(TOKAYS.read_text())["tasks"]
+    return {
+        "tasks": tasks
+        | {QA: tasks[QA] | {"judged": {"questions": questions, "examples": examples}}}
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"tasks": {QA: {"cue": "Q:"}}}, "tasks.question answering.instruction: Field required"),
         ({"passages": {}}, "which are not in `passages`"),
         ({"more": 1}, "more: Extra inputs"),
+        (judged({"sometimes": "Is it?"}, {}), "['sometimes'] are not in `scores`"),
+        (judged({"yes-no": "Is it?"}, {"bread": "b"}), "no query of the passage 'shift' for the"),
     ],
 )
 def test_mistake_in_a_file_of_prompts_is_named(
@@ -186,10 +263,12 @@ def test_passage_is_one_line_of_its_prompt_whatever_it_says(hostile: str, title:
             True,
         ]
     judge = PairPrompts(prompts=load_prompts(), relevance="yes-no")
-    pairs = [judge.render("how", *passage) for passage in (own, calm)]
+    pairs = [judge.render("how", *passage, QA)[0] for passage in (own, calm)]
     assert len({len(pair.context.splitlines()) for pair in pairs}) == 1
     assert len({(pair.query, pair.question, pair.labels) for pair in pairs}) == 1
-    assert judge.render(hostile, *calm).query.splitlines() == [f" {' '.join(hostile.split())}"]
+    assert judge.render(hostile, *calm, QA)[0].query.splitlines() == [
+        f" {' '.join(hostile.split())}"
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +284,8 @@ def tokens(tokenizer: Any) -> PlainText:
 def parts(tokens: PlainText, title: str, text: str, query: str) -> list[list[int]]:
     """Everything that the LLM is shown for a passage and a query, as tokens."""
     chat = QueryPrompts(prompts=load_prompts(), tasks=(QA,), instruct=True)
-    pair = PairPrompts(prompts=load_prompts(), relevance="yes-no").render(query, title, text)
+    judge = PairPrompts(prompts=load_prompts(), relevance="yes-no")
+    (pair,) = judge.render(query, title, text, QA)
     return [
         tokens.ids(ALL.render(QA, title, text), special=True),
         tokens.ids(ALL.render(WRITTEN, title, text), special=True),
@@ -238,7 +318,8 @@ def test_ordinary_passages_have_the_tokens_that_they_always_had(
     judge = PairPrompts(prompts=load_prompts(), relevance="graded")
     for name, text in list(pydoc_data.topics.topics.items())[::8]:
         text = text[:1200]
-        prompt, pair = ALL.render(QA, name, text), judge.render("how do bees dance", name, text)
+        prompt = ALL.render(QA, name, text)
+        (pair,) = judge.render("how do bees dance", name, text, QA)
         assert tokens.ids(prompt, special=True) == tokenizer(prompt)["input_ids"]
         assert tokens.ids(pair.context, special=True) == tokenizer(pair.context)["input_ids"]
         turn = [{"role": "user", "content": prompt}]

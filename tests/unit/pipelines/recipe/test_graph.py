@@ -153,6 +153,34 @@ def test_llm_scores_nothing_where_it_judges_nothing(folder: Path) -> None:
     assert step(run(folder), "fret").inputs == ("candidates", "scores", "passages")
 
 
+def test_cross_encoder_scores_pairs_only_where_it_judges(folder: Path) -> None:
+    model = "cross_encoder.model=cross-encoder/some"
+    unasked = run(folder, model)
+    assert "cross_scores" not in {each.name for each in unasked.steps}
+    alone = run(folder, model, "fret.fusion=ce+sim")
+    names = [each.name for each in alone.steps]
+    assert names[names.index("pairs") :][:3] == ["pairs", "cross_scores", "fret"]
+    assert step(alone, "cross_scores").inputs == ("pairs",)
+    assert step(alone, "fret").inputs == ("candidates", "cross_scores", "passages")
+    both = run(folder, model, "fret.fusion=ql+ce")
+    assert step(both, "fret").inputs == ("candidates", "scores", "cross_scores", "passages")
+
+    def fingerprints(*settings: str) -> dict[str, str]:
+        made = run(folder, model, "fret.fusion=ql+ce", *settings)
+        return {each.name: made.fingerprint(each) for each in made.steps}
+
+    before = fingerprints()
+    assert fingerprints("cross_encoder.batch_tokens=64") == before
+    other = fingerprints("cross_encoder.max_tokens=64")
+    changed = {name for name in other if other[name] != before[name]}
+    assert {"cross_scores", "fret"} <= changed and not {"pairs", "scores"} & changed
+
+
+def test_cross_encoder_that_judges_must_be_named(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"fret.fusion: ce\+sim given.* cross_encoder.model"):
+        run(folder, "fret.fusion=ce+sim")
+
+
 def test_fixed_passages_are_read_from_their_embeddings_and_labelled_whole(folder: Path) -> None:
     lists = ["training.loss={contrastive_weight: 0, distillation_weight: 1}", "student.layers=null"]
     lists.append("fret={negative: all, fusion: ql+sim, scale: z-scores}")

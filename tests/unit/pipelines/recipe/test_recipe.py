@@ -135,8 +135,8 @@ def test_base_that_leads_back_to_the_recipe_is_a_mistake(tmp_path: Path) -> None
         ("queries.tasks=[poetry]", "accepted are question answering"),
         (
             "fret.fusion=best",
-            "fret.fusion: 'best' given; accepted are auto, or ql, rc, sim, lex, hybrid, each once,"
-            " joined by + (ql+sim)",
+            "fret.fusion: 'best' given; accepted are auto, or ql, rc, ce, sim, lex, hybrid, each"
+            " once, joined by + (ql+sim)",
         ),
         (
             "fret.negative=all",

@@ -378,11 +378,22 @@ def test_candidate_that_the_llm_has_not_scored_has_neither_ql_nor_rc() -> None:
     assert found == [("c", None, None), ("a", -1.0, 2), ("b", -2.0, 1)]
     assert ORDERS["hardest"](row) == float("-inf")  # what the best explains is not known
     assert ORDERS["hardest"](row | {"fused": [0.5, 1.0, 0.0]}) == 2
+    likely = row | {"relevances": []}  # which were not asked for
+    (example,) = describe_examples([likely], fret, None)
+    assert [(c["ql"], c["rc"], c["rc_rank"]) for c in example["candidates"]][1] == (
+        -1.0,
+        None,
+        None,
+    )
+    assert ORDERS["doubt"](likely) == -1
+    tables: Any = SimpleNamespace(tables=lambda columns: [pa.Table.from_pylist([likely])])
+    labels = collect_labels(tables)
+    assert labels is not None and labels["ql_rc_correlation"] is None
     unscored = row | {"query_likelihoods": [], "relevances": []}
     (example,) = describe_examples([unscored], fret, None)
     assert {each["ql"] for each in example["candidates"]} == {None}
     assert ORDERS["doubt"](unscored) == -1
-    tables: Any = SimpleNamespace(tables=lambda columns: [pa.Table.from_pylist([unscored])])
+    tables = SimpleNamespace(tables=lambda columns: [pa.Table.from_pylist([unscored])])
     labels = collect_labels(tables)
     assert labels is not None and labels["ql_rc_correlation"] is None
     assert labels["rank_shifts"] == [{"rank": 3, "count": 1}]

@@ -40,6 +40,18 @@ def test_llm_is_its_weights_beside_its_share_of_the_gpu() -> None:
     assert quantised.total == 29 * GIB
 
 
+def test_cross_encoder_is_counted_where_it_judges() -> None:
+    settings = ["cross_encoder.model=big/judge", "cross_encoder.dtype=bfloat16"]
+    settings += ["sizes={big/judge: {parameters: 30000000000}}", "resources.encoder.num_gpus=1"]
+    assert "cross_scores" not in {each.steps[0] for each in gpu_needs(load_recipe("gpu", settings))}
+    recipe = load_recipe("gpu", [*settings, "fret.fusion=ce+sim"])
+    found = need(recipe, "cross_scores")
+    assert found.parts["weights"] == 60e9 and found.fits == "no"
+    with pytest.raises(UserError, match=r"cross_encoder \(cross_scores\).*cross_encoder.model"):
+        refuse_unfit(recipe)
+    assert "scores" not in need(recipe, "queries").steps
+
+
 def test_training_is_counted_by_hand() -> None:
     found = need(load_recipe("gpu", [FIXED]), "training")
     assert found.parts["gradients"] == 4 * 0.149e9

@@ -62,12 +62,43 @@ def test_plan_counts_what_the_prefix_cache_will_not_hold(corpus: Path, tmp_path:
     assert gated["llm_tokens"]["queries"] == {"prefill": expected, "decode": 10_500}
     assert gated["llm_tokens"]["scores"] == made["llm_tokens"]["scores"]  # they are not scored
 
-    pair = PairPrompts(prompts=prompts, relevance="yes-no").render("", "", f"{TEXT} 007.")
+    (pair,) = PairPrompts(prompts=prompts, relevance="yes-no").render("", "", f"{TEXT} 007.", QA)
     context, question = count(pair.context), count(pair.question)
     head = count(pair.context[: pair.context.rindex(" Bees")]) // BLOCK * BLOCK
     # 1000 queries, half of them scored over 5 candidates, which are all of the 100 passages.
     expected = 100 * (context - head) + 2500 * (context % BLOCK + 10 + question) + head
     assert made["llm_tokens"]["scores"]["prefill"] == expected
+
+
+@pytest.mark.slow
+def test_plan_counts_a_passage_in_each_prompt_that_holds_it(corpus: Path, tmp_path: Path) -> None:
+    def prefill(*settings: str) -> int:
+        made = plan(corpus, tmp_path, "seeds.num_seeds=1000", *settings)
+        return made["llm_tokens"]["scores"]["prefill"]
+
+    positive = "scores.ql_examples=positive"
+    fusions = ("ql+rc", "ql+sim", "rc+sim")
+    both, ql, rc = (prefill(positive, f"fret.fusion={fusion}") for fusion in fusions)
+    actors = prefill(positive, "fret.fusion=ql+sim", "resources.llm.num_actors=2") - ql
+    assert both == pytest.approx(ql + rc, abs=2)
+    assert prefill() == prefill("fret.fusion=ql+sim") == rc  # one prompt, with the question
+    assert max(ql, rc) < both
+    assert actors > 8 * BLOCK  # every actor reads the examples
+
+
+def test_plan_counts_a_passage_once_for_each_wording() -> None:
+    recipe = load_recipe("laptop", [])
+    counts = {
+        num: planning._num_pairs(recipe, {}, 1000, 100, num)["scores"][1] for num in (1, 2, 500)
+    }
+    num = round(1000 * recipe.estimate.scored_share) * recipe.scores.num_scored
+    assert counts[1] == 100 and counts[2] == 200 and num * 0.95 < counts[500] < num
+    done = {
+        "pairs": SimpleNamespace(manifest=SimpleNamespace(metrics={"num_pairs": 90}), num_rows=60)
+    }
+    for wordings, expected in ((1, 60), (2, 63)):  # 120 (1 - e^(-90/120))
+        found = planning._num_pairs(recipe, done, 1000, 100, wordings)["scores"]
+        assert found == (90, expected)
 
 
 @pytest.mark.slow
@@ -92,7 +123,7 @@ def test_pairs_are_parted_between_the_probe_and_the_scores() -> None:
     auto = ["fret.fusion=auto", "probe.num_queries=100", "estimate.scored_share=0.5"]
 
     def parted(done: dict[str, Any], *settings: str) -> dict[str, tuple[int, int]]:
-        return planning._num_pairs(load_recipe("laptop", list(settings)), done, 1000, 100)
+        return planning._num_pairs(load_recipe("laptop", list(settings)), done, 1000, 100, 1)
 
     # 500 queries of five candidates each, of 100 passages.
     assert parted({}, "estimate.scored_share=0.5") == {"probe": (0, 0), "scores": (2500, 100)}
@@ -116,7 +147,7 @@ def test_queries_of_the_corpus_cost_the_llm_nothing_until_it_judges_them(
     monkeypatch.setattr(planning, "NUM_READ", 9)  # of a larger corpus
     assert counted("corpus_queries={max_titles: 30, max_sentences: 7}") == 37
     auto = load_recipe("laptop", ["fret.fusion=auto", "probe.num_queries=100"])
-    parted = planning._num_pairs(auto, {}, 1000, 100, 40)
+    parted = planning._num_pairs(auto, {}, 1000, 100, 1, 40)
     assert {step: pairs for step, (pairs, _) in parted.items()} == {
         "probe": 500,
         "scores": (370 - 100 + 40) * 5,
