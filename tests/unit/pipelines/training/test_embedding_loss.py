@@ -55,7 +55,7 @@ def texts(tmp_path: Path) -> str:
         write_table(open_storage(folder), shard_path(shard), table)
     held_out = [row | {"batch": number // 4} for number, row in enumerate(rows[48:])]
     table = pa.Table.from_pylist(held_out, schema=TEXT)
-    write_table(open_storage(folder), "validation/shards/00000.parquet", table)
+    write_table(open_storage(folder), "validation/shards/000000000.parquet", table)
     return str(folder)
 
 
