@@ -83,8 +83,8 @@ class S3Storage:
                 if error.response.get("Error", {}).get("Code") not in (*_CONFLICTS, *_MISSING):
                     raise
         with suppress(FileNotFoundError):  # botocore repeats a request whose answer was lost
-            answer, found = self._get(path)
-            return answer["ETag"] if found == content else None
+            there, found = self._get(path)
+            return there["ETag"] if found == content else None
         return None
 
     def open(self, path: str) -> BinaryIO:
