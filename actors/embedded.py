@@ -17,7 +17,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from cluster.errors import UserError
-from cluster.storage import open_storage
+from cluster.storage import file_versions, open_storage
 
 PREFIX = "embedded:"
 # name -> (distribution to install, module that carries it, file or folder inside the module)
@@ -187,7 +187,7 @@ def _own_cache() -> Path:
 def _downloaded(uri: str) -> Path:
     """Copies a model folder from S3, once per version and node."""
     storage = open_storage(uri)
-    versions = [(file, storage.version(file)) for file in storage.list()]
+    versions = file_versions(storage, storage.list())
     if not versions:
         raise UserError(f"model {uri!r}: nothing is there; give the folder that holds config.json")
     cache = _own_cache()

@@ -34,9 +34,10 @@ from cluster.artifacts import (
     Manifest,
     list_files,
     open_artifact,
-    shard_path,
+    write_artifact,
     write_shards,
 )
+from cluster.file_list import shard_path
 from cluster.plain_json import dump_json
 from cluster.storage import open_storage, write_table
 
@@ -101,10 +102,8 @@ def prepare(data: str, folder: Path, num_queries: int, num_passages: int) -> Non
 def finish(folder: Path) -> None:
     """Writes the embeddings' manifest, as the step does."""
     storage = open_storage(str(folder / "embeddings"))
-    manifest = Manifest(
-        step="embeddings", fingerprint="", config={}, inputs={}, files=list_files(storage)
-    )
-    storage.write_bytes(MANIFEST, manifest.to_json())
+    manifest = Manifest(step="embeddings", fingerprint="", config={}, inputs={})
+    write_artifact(storage, manifest, list_files(storage))
 
 
 def tokay(connection: Connection, folder: Path) -> None:

@@ -52,7 +52,7 @@ def tokay(connection: Connection, task: Task) -> None:
     from transformers import AutoModel, AutoTokenizer  # noqa: F401  imported lazily, untimed
 
     from actors.encoder import Encoder
-    from cluster.artifacts import shard_path
+    from cluster.file_list import shard_path
     from cluster.storage import open_storage, write_table
     from pipelines.records import EXAMPLE
     from pipelines.training.config import LossConfig, TrainingConfig

@@ -6,10 +6,11 @@ values are unpickled. So a file of somebody else may hold code where nobody woul
 
 from __future__ import annotations
 
+import io
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from cluster.errors import StorageError, excerpt
 
@@ -23,8 +24,10 @@ _EXTENSION = b"ARROW:extension:name"
 _EXTENSION_IN_BASE64 = tuple(b64encode(_EXTENSION[start : start + 18]) for start in range(3))
 
 
-def open_parquet(content: bytes, place: str) -> pq.ParquetFile:
+def open_parquet(content: bytes | BinaryIO, place: str) -> pq.ParquetFile:
     """Opens a Parquet file that holds no extension types; `place` is for errors.
+
+    Of a file that can be read by range, the footer is read, and later the columns in question.
 
     Raises:
         StorageError: It is not Parquet, or a column has an extension type.
@@ -32,17 +35,27 @@ def open_parquet(content: bytes, place: str) -> pq.ParquetFile:
     import pyarrow as pa  # here, since encoders and training steps go without it
     import pyarrow.parquet as pq
 
+    source = io.BytesIO(content) if isinstance(content, bytes) else content
+    size = source.seek(0, io.SEEK_END)
+    source.seek(max(size - 8, 0))
+    num_bytes = min(int.from_bytes(source.read(4), "little"), size)
+    source.seek(max(size - 8 - num_bytes, 0))
+    end = source.read()  # the footer, which Arrow gets as it was read here, and not anew
     # Before Arrow sees the file, which makes the types, and may run their code, to open it.
-    num_bytes = int.from_bytes(content[-8:-4], "little")
-    footer = content[-8 - num_bytes : -8]
-    if any(name in footer for name in _EXTENSION_IN_BASE64):
+    if any(name in end for name in _EXTENSION_IN_BASE64):
         raise StorageError(
             f"{place} has a column of an Arrow extension type, whose values may run code when they"
             " are read: write the file anew with text, numbers, lists and structs only"
         )
     with _one_line(place):
         # Else Arrow takes Parquet's own JSON and UUID for extension types too.
-        return pq.ParquetFile(pa.BufferReader(content), arrow_extensions_enabled=False)
+        footer = pq.ParquetFile(pa.BufferReader(end), arrow_extensions_enabled=False).metadata
+        return pq.ParquetFile(
+            pa.PythonFile(source, "r"),
+            metadata=footer,
+            pre_buffer=True,  # columns that lie side by side are one read
+            arrow_extensions_enabled=False,
+        )
 
 
 def parquet_columns(content: bytes, place: str) -> dict[str, pa.DataType]:
@@ -78,7 +91,7 @@ def parquet_batches(
             yield batch
 
 
-def parquet_table(content: bytes, columns: Sequence[str] | None, place: str) -> pa.Table:
+def parquet_table(content: bytes | BinaryIO, columns: Sequence[str] | None, place: str) -> pa.Table:
     """Returns a Parquet file's rows with these columns; all of them where `columns` is None.
 
     Raises:

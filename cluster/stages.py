@@ -5,21 +5,25 @@ one output shard of the same number. So a shard is the unit of work, of resume a
 object store stays empty; and a shard computed twice (a lost node, a killed run) is the same file.
 """
 
+from __future__ import annotations
+
 import asyncio
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
 from pydantic import Field
 
 from cluster.actor_health import MAX_DEATHS, actor_begins, clear_actors, report_waiting
-from cluster.artifacts import Artifact, FileEntry, Json, shard_path, write_rejects
+from cluster.artifacts import Artifact, Json, describe_file, write_rejects
 from cluster.config import Config
 from cluster.errors import EngineDied, Reject, TokayError, TooManyRejects
+from cluster.file_list import FileList, shard_number, shard_path
+from cluster.files import FileEntry
 from cluster.ray_errors import reported_error
 from cluster.steps import StepContext
 from cluster.storage import Storage, read_table, write_table
@@ -127,13 +131,10 @@ def run_stage(
     import ray
     from ray.data import ActorPoolStrategy
 
-    done = set(context.storage.list("shards"))
-    todo = [shard for shard in source.shards if shard.path not in done]
-    num_done = source.num_rows - sum(shard.num_rows or 0 for shard in todo)
     tally = _Tally()
-    for path in sorted(done):
-        metadata = read_table(context.storage, path, columns=[]).schema.metadata or {}
-        tally.add(metadata.get(TALLY, b"{}"))
+    done = _done(context, tally)
+    todo = source.shards.without(done)
+    num_done = source.num_rows - todo.num_rows
     tally.check(limit, context)
     context.progress.update(num_done, source.num_rows, "starting actors" if todo else "")
     if todo:
@@ -142,7 +143,8 @@ def run_stage(
         # Ray Data asks for nodes by CPUs and GPUs alone; actors that wait name theirs.
         min_actors = max_actors if resources.node_resource else 1
         references = ray.data.from_items(
-            [{"path": shard.path} for shard in todo], override_num_blocks=len(todo)
+            [{"shard": json.dumps(asdict(shard))} for shard in todo],
+            override_num_blocks=len(todo),
         )
         results = references.map_batches(
             _ShardWorker,
@@ -164,13 +166,39 @@ def run_stage(
                 context, _ACTORS, min_actors, resources.needs, lambda: (num_done, source.num_rows)
             ):
                 for result in results.iter_rows():
+                    files = [FileEntry(**file) for file in json.loads(result["files"])]
+                    context.log.append(files, result["tally"])
                     num_done += result["num_rows"]
                     context.progress.update(num_done, source.num_rows)
                     tally.add(result["tally"])
                     tally.check(limit, context)
         except ray.exceptions.RayError as error:
             raise reported_error(str(error), "an actor failed") from error
+        finally:
+            context.log.flush()
     return {**tally.metrics, **tally.highest}
+
+
+def _done(context: StepContext, tally: _Tally) -> FileList:
+    """Returns the finished shards, and counts what they tallied.
+
+    The log knows them, but for those that were written in the last moments before a crash.
+    """
+    storage, unknown = context.storage, list[FileEntry]()
+    known, tallies = context.log.resume()
+    for content in tallies:
+        tally.add(content)
+    for file, number in known.locate(storage.scan("shards")):
+        if number is None:
+            files = [describe_file(storage, file.path)]
+            unknown += files
+            rejects = shard_path(shard_number(file.path), "rejects")
+            if storage.exists(rejects):
+                files = [describe_file(storage, rejects), *files]
+            metadata = read_table(storage, file.path, []).schema.metadata or {}
+            context.log.append(files, metadata.get(TALLY, b"{}"))
+            tally.add(metadata.get(TALLY, b"{}"))
+    return known.plus(unknown)
 
 
 class _Tally:
@@ -227,22 +255,23 @@ class _ShardWorker:
 
     async def __call__(self, batch: dict[str, Any]) -> Any:
         """Commits the output of the one shard in `batch`; its rejects first, itself last."""
-        path = str(batch["path"][0])
-        shard = next(entry for entry in self.source.shards if entry.path == path)
+        shard = FileEntry(**json.loads(batch["shard"][0]))
+        number = shard_number(shard.path)
         # In threads, so that other shards in flight go on meanwhile.
         table = await asyncio.to_thread(self.source.shard, shard, list(self.stage.columns))
         output = await self._transformed(table)
         expected = table.num_rows * self.stage.rows_per_row
         if output.rows.num_rows + len(output.rejects) != expected:
             raise TokayError(
-                f"{type(self.stage).__name__} lost rows of {path}: {expected} expected,"
+                f"{type(self.stage).__name__} lost rows of {shard.path}: {expected} expected,"
                 f" {output.rows.num_rows} out, {len(output.rejects)} refused"
             )
-        await asyncio.to_thread(write_rejects, self.target, output.rejects, _number(shard))
+        files = await asyncio.to_thread(write_rejects, self.target, output.rejects, number)
         tally = _Tally.of(output)
         rows = output.rows.replace_schema_metadata({TALLY: tally})
-        await asyncio.to_thread(write_table, self.target, shard_path(_number(shard)), rows)
-        yield {"num_rows": [table.num_rows], "tally": [tally]}
+        files.append(await asyncio.to_thread(write_table, self.target, shard_path(number), rows))
+        described = json.dumps([asdict(file) for file in files]).encode()
+        yield {"num_rows": [table.num_rows], "tally": [tally], "files": [described]}
 
     async def _transformed(self, table: pa.Table) -> StageOutput:
         """Transforms a shard; loads the stage again when its engine has died, MAX_DEATHS times."""
@@ -257,7 +286,3 @@ class _ShardWorker:
                         if self.num_deaths > MAX_DEATHS:
                             raise
                         self.transform = self.stage.load()
-
-
-def _number(shard: FileEntry) -> int:
-    return int(shard.path.removeprefix("shards/").removesuffix(".parquet"))

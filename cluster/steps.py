@@ -11,12 +11,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
 from cluster.artifacts import (
     FORMAT,
     MANIFEST,
     Artifact,
+    FileTotals,
     Json,
     Manifest,
     check_format,
@@ -24,9 +26,12 @@ from cluster.artifacts import (
     library_versions,
     list_files,
     parse_object,
+    read_rejects,
+    write_artifact,
 )
 from cluster.errors import DUPLICATES, ArtifactError, TooManyRejects, UserError, excerpt
-from cluster.run_lock import LOCK, run_lock
+from cluster.run_lock import LOCK, RunLock, run_lock
+from cluster.shard_log import ShardLog
 from cluster.storage import LocalStorage, Storage, join, open_storage
 
 BEGUN = "work/begun.json"
@@ -44,11 +49,19 @@ class Progress(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class StepContext:
-    """What a step's work may touch: its own folder and its finished inputs."""
+    """What a step's work may touch: its own folder and its finished inputs.
+
+    A step that tells `log` of one of its shards, or of one of its rejects, tells it of all.
+    """
 
     storage: Storage
     inputs: dict[str, Artifact]
     progress: Progress
+
+    @cached_property
+    def log(self) -> ShardLog:
+        """Where the step's shards are noted as their writers described them."""
+        return ShardLog(self.storage)
 
     def input(self, name: str) -> Artifact:
         """Returns the finished artifact of the step `name`."""
@@ -100,6 +113,7 @@ class Run:
         self.storage = open_storage(uri)
         self.steps = tuple(steps)
         self._held = False
+        self._lock = RunLock()
         self._fingerprints: dict[str, str] = {}
         for step in self.steps:
             if not re.fullmatch(r"[\w-]+", step.name):
@@ -209,9 +223,9 @@ class Run:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Makes the folder a run and keeps a second process out, if it is a local folder.
+        """Makes the folder a run and keeps a second process out.
 
-        The lock dies with its process, and may be taken again by what runs within the block.
+        The lock may be taken again by what runs within the block.
 
         Raises:
             UserError: Another process is at work in this folder, or it holds files and is no run.
@@ -220,7 +234,7 @@ class Run:
             yield
             return
         self.check_folder()
-        with run_lock(self.storage):
+        with run_lock(self.storage) as self._lock:
             if not self.storage.exists(MARKER):
                 self.storage.write_bytes(MARKER, _MARKER_TEXT)
             self._held = True
@@ -275,6 +289,7 @@ class Run:
             assert finished is not None
             listener.step_found(step, finished)
             return finished
+        self._lock.check()
         if state in ("changed", "waiting"):
             self._delete(step)
         _delete_unfinished(storage)
@@ -282,28 +297,34 @@ class Run:
         progress = listener.step_begins(step, state == "unfinished")
         start = time.perf_counter()
         inputs = {name: artifacts[name] for name in step.inputs}
-        metrics = step.work(StepContext(storage=storage, inputs=inputs, progress=progress))
-        artifact = self._finish(step, storage, metrics, time.perf_counter() - start)
+        context = StepContext(storage=storage, inputs=inputs, progress=progress)
+        try:
+            metrics = step.work(context)
+        finally:
+            context.log.flush()
+        artifact = self._finish(step, context, metrics, time.perf_counter() - start)
         listener.step_done(step, artifact)
         return artifact
 
     def _finish(
-        self, step: Step, storage: Storage, metrics: dict[str, Json], seconds_s: float
+        self, step: Step, context: StepContext, metrics: dict[str, Json], seconds_s: float
     ) -> Artifact:
+        storage = context.storage
+        files = list_files(storage, context.log.files())
         manifest = Manifest(
             step=step.name,
             fingerprint=self.fingerprint(step),
             config=step.config,
             inputs={name: self._fingerprints[name] for name in step.inputs},
-            files=list_files(storage),
+            files=FileTotals.of(files),
             metrics=metrics,
             seconds_s=round(seconds_s, 3),
             versions=library_versions(),
         )
-        artifact = Artifact(storage, manifest)
-        num_all = artifact.num_rows + artifact.num_rejects
-        if artifact.num_rejects > step.max_reject_share * num_all:
-            rows = artifact.rejects().to_pylist()
+        found = Artifact(storage, manifest)
+        num_all = found.num_rows + found.num_rejects
+        if found.num_rejects > step.max_reject_share * num_all:
+            rows = read_rejects(storage, files).to_pylist()
             rejects = [tuple(row.values()) for row in rows if row["reason"] not in DUPLICATES]
             raise TooManyRejects.of(
                 step.name,
@@ -312,7 +333,8 @@ class Run:
                 f"accepted is a share of {step.max_reject_share} of {num_all}: look at"
                 f" {join(storage.uri, 'rejects')}, correct the input or raise max_reject_share",
             )
-        storage.write_bytes(MANIFEST, manifest.to_json())
+        self._lock.check()
+        artifact = write_artifact(storage, manifest, files)
         storage.delete("work")
         return artifact
 

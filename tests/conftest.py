@@ -51,6 +51,9 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"s3://{name}"
 
 
+_KEPT = ("etag", "content-type", "content-range", "last-modified")
+
+
 class FaultyProxy(http.server.BaseHTTPRequestHandler):
     """Passes requests on to `target`; refuses every third, and breaks off every fourth answer."""
 
@@ -69,7 +72,7 @@ class FaultyProxy(http.server.BaseHTTPRequestHandler):
         headers = {k: v for k, v in self.headers.items() if k.lower() != "expect"}
         with httpx.Client(base_url=self.target) as client:
             got = client.request(self.command, self.path, content=body, headers=headers)
-        kept = {k: v for k, v in got.headers.items() if k.lower() in ("etag", "content-type")}
+        kept = {k: v for k, v in got.headers.items() if k.lower() in _KEPT}
         time.sleep(0.05)
         self.answer(got.status_code, kept, got.content, broken=number % 4 == 0)
 

@@ -55,8 +55,9 @@ def make_passages(
         log.warning("of corpus %s these files are not read: %s", corpus.config.path, left)
     passages, rejects, num_documents = cut_corpus(corpus, context.progress.update, sample)
     rows = {name: [getattr(passage, name) for passage in passages] for name in PASSAGE.names}
-    write_shards(context.storage, pa.table(rows, schema=PASSAGE), PASSAGES_PER_SHARD)
-    write_rejects(context.storage, rejects)
+    table = pa.table(rows, schema=PASSAGE)
+    context.log.append(write_shards(context.storage, table, PASSAGES_PER_SHARD))
+    context.log.append(write_rejects(context.storage, rejects))
     return {
         "num_documents": num_documents,
         "num_passages": len(passages),

@@ -87,6 +87,6 @@ def choose_seeds(
     chosen = sorted(others + theirs)
     column = pa.array([is_held_out[row] for row in chosen], pa.bool_())
     seeds = passages.take(chosen).append_column(SEED.field("held_out"), column)
-    write_shards(context.storage, seeds, config.rows_per_shard)
+    context.log.append(write_shards(context.storage, seeds, config.rows_per_shard))
     counts = {"num_held_out_seeds": len(theirs), "num_held_out_documents": len(documents)}
     return {"num_seeds": len(others)} | (counts if held_out else {})

@@ -34,6 +34,7 @@ from cluster.row_files import (
     utf8_name,
     without_copies,
 )
+from cluster.storage import file_versions
 from pipelines.fingerprints import NotFingerprinted
 
 
@@ -114,7 +115,7 @@ class Corpus:
 
     def version(self) -> str:
         """Returns a fingerprint of the corpus's content."""
-        return fingerprint([[file, self.storage.version(file)] for file in self.files])
+        return fingerprint([list(each) for each in file_versions(self.storage, self.files)])
 
     def documents(self) -> Iterator[Document | Reject]:
         """Yields each document, or why it could not be read, in the order of the files.

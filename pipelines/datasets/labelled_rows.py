@@ -22,7 +22,7 @@ from cluster.row_files import (
     tsv_rows,
     utf8_name,
 )
-from cluster.storage import Storage, open_storage
+from cluster.storage import Storage, file_versions, open_storage
 from pipelines.datasets.labelled_sets import FIELDS, HUB, RUN_PASSAGES, LabelledSet
 
 if TYPE_CHECKING:
@@ -47,10 +47,10 @@ def version(labelled: LabelledSet) -> Json:
         return labelled.path
     if labelled.kind == "retrieval":
         storage = open_storage(labelled.path)
-        return [[file, storage.version(file)] for file in _beir_files(labelled)]
+        return [list(each) for each in file_versions(storage, _beir_files(labelled))]
     if labelled.kind == "bitext":
         storage, *files = _bitext_files(labelled)
-        return [[file, storage.version(file)] for file in files]
+        return [list(each) for each in file_versions(storage, files)]
     storage, name = _file(labelled)
     return storage.version(name)
 

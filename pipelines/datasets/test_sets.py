@@ -10,7 +10,7 @@ from pydantic import Field
 
 from cluster.artifacts import Json
 from cluster.config import Config
-from cluster.storage import open_storage
+from cluster.storage import file_versions, open_storage
 from pipelines.datasets.folders import TestData, read_folder
 from pipelines.datasets.mteb_tasks import judged_texts, load_mteb_tasks
 from pipelines.fingerprints import NotFingerprinted, fingerprinted
@@ -85,5 +85,5 @@ def test_set_fingerprint(test_set: TestSet) -> dict[str, Json]:
         row["path"] = test_set.path
     else:
         storage = open_storage(test_set.path)
-        row["files"] = [[file, storage.version(file)] for file in storage.list()]
+        row["files"] = [list(each) for each in file_versions(storage, storage.list())]
     return row

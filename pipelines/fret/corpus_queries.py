@@ -86,7 +86,7 @@ def take_queries(config: CorpusQueriesConfig, context: StepContext) -> dict[str,
 
     rows = draw_queries(read(), config)
     table = pa.Table.from_pylist(rows, schema=QUERY)
-    write_shards(context.storage, table, QUERIES_PER_SHARD)
+    context.log.append(write_shards(context.storage, table, QUERIES_PER_SHARD))
     num_titles = sum(row["task"] == TITLE_TASK for row in rows)
     return {"num_titles": num_titles, "num_sentences": len(rows) - num_titles}
 

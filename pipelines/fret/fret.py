@@ -186,7 +186,8 @@ def make_fret(
             rows.append(row)
             if judging and row["task"] not in TASKS:
                 judging.add_row(row)
-        write_table(context.storage, shard.path, pa.Table.from_pylist(rows, schema=FRET))
+        table = pa.Table.from_pylist(rows, schema=FRET)
+        context.log.append([write_table(context.storage, shard.path, table)])
         totals.update(_count(rows))
         context.progress.update(totals["num_queries"], candidates.num_rows)
     return {**totals, **metrics, **(judging.metrics() if judging else {})}

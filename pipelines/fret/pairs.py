@@ -6,25 +6,28 @@ queries stand, and every shard brings the texts that its scoring needs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from cluster.artifacts import Artifact, Json, shard_path
+from cluster.artifacts import Artifact, Json
+from cluster.exchange import PARTITION, Exchange, run_exchange, run_tasks
+from cluster.files import FileEntry
 from cluster.steps import Step, StepContext
-from cluster.storage import write_table
 from pipelines.records import PAIRS
 
 if TYPE_CHECKING:
     from pipelines.recipe.recipe import Recipe
 
+_MAX_WANTED = 5_000_000  # pairs up to which the ids of their passages, 40 MB, go to every task
 TITLE = "sort what to score by passage"
 
 _ROWS = pa.schema(
     [
-        ("shard", pa.int64()),
         ("passage_id", pa.string()),
         ("title", pa.string()),  # null in a row that is a pair
         ("text", pa.string()),
@@ -79,7 +82,7 @@ def group_pairs(
     queries: Queries = Queries(),
     num_shards: int | None = None,
 ) -> dict[str, Json]:
-    """Groups (query, candidate) pairs and the candidates' texts by passage, with Ray Data.
+    """Groups (query, candidate) pairs and the candidates' texts by passage, in an exchange.
 
     Passage ids are hashes, so equal ranges of them make shards of about equal size. Of each query
     the nearest `num_scored` candidates are scored, the seed among them.
@@ -92,44 +95,63 @@ def group_pairs(
     """
     import ray
 
-    candidates, passages = context.input("candidates"), context.input("passages")
-    num_parts, storage = num_shards or len(candidates.shards), context.storage
-    wanted = ray.put(_scored_ids(candidates, num_scored, queries))
-
-    def read(batch: dict[str, Any]) -> pa.Table:
-        ((step, number),) = batch["item"]
-        if step == "candidates":
-            rows = _pairs(candidates.shard(candidates.shards[number]), num_scored, queries)
-        else:
-            ids, texts = ray.get(wanted), passages.shard(passages.shards[number]).to_pylist()
-            rows = [{"passage_id": row["id"], **row} for row in texts if _holds(ids, row["id"])]
-        for row in rows:
-            row["shard"] = int(row["passage_id"][:8], 16) * num_parts >> 32
-        return pa.Table.from_pylist(rows, schema=_ROWS)
-
-    def write(group: pa.Table) -> pa.Table:
-        rows = _by_passage(group)
-        write_table(storage, shard_path(group["shard"][0].as_py()), rows)
-        num_pairs = sum(map(len, rows["query_ids"].to_pylist()))
-        return pa.table({"num_passages": [rows.num_rows], "num_pairs": [num_pairs]})
-
-    artifacts = {"candidates": candidates, "passages": passages}
-    parts = [
-        {"item": (name, number)}
-        for name, artifact in artifacts.items()
-        for number in range(len(artifact.shards))
-    ]
-    written = (
-        ray.data.from_items(parts, override_num_blocks=len(parts))
-        .map_batches(read, batch_size=1)
-        .groupby("shard")
-        .map_groups(write, batch_format="pyarrow")
+    artifacts = [context.input("candidates"), context.input("passages")]
+    sources = [(artifact, shard) for artifact in artifacts for shard in artifact.shards]
+    wanted = None
+    if artifacts[0].num_rows * num_scored <= _MAX_WANTED:
+        asked = ((artifacts[0], shard, num_scored, queries) for shard in artifacts[0].shards)
+        parts = list(run_tasks(_scored_ids, asked))
+        wanted = ray.put(np.unique(np.concatenate([np.empty(0, np.uint64), *parts])))
+    pairs = _Pairs(
+        num_partitions=num_shards or artifacts[0].num_shards,
+        order=("passage_id", "query_id"),
+        num_scored=num_scored,
+        queries=queries,
+        wanted=wanted,
     )
-    totals = {"num_passages": 0, "num_pairs": 0}
-    for done, row in enumerate(written.iter_rows(), start=1):
-        totals = {name: total + row[name] for name, total in totals.items()}
-        context.progress.update(done, num_parts, f"{totals['num_pairs']:,} pairs")
-    return dict(totals)
+    return {"num_passages": 0, "num_pairs": 0} | run_exchange(pairs, sources, context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pairs(Exchange):
+    """Pairs meet the texts of their passages.
+
+    Attributes:
+        num_scored: Candidates of each query.
+        queries: Whose pairs.
+        wanted: A reference to the sorted beginnings of the ids of all passages that have pairs, so
+            that the texts of others do not travel. None where there are too many.
+    """
+
+    num_scored: int
+    queries: Queries
+    wanted: Any
+
+    def split(self, source: tuple[Artifact, FileEntry]) -> pa.Table:
+        """Returns the pairs of a shard of candidates, or the passages of a shard of them."""
+        artifact, shard = source
+        table = artifact.shard(shard)
+        if "candidate_ids" in table.schema.names:
+            rows = _pairs(table, self.num_scored, self.queries)
+        else:
+            rows = [{"passage_id": row["id"], **row} for row in self._wanted(table).to_pylist()]
+        places = [int(row["passage_id"][:8], 16) * self.num_partitions >> 32 for row in rows]
+        table = pa.Table.from_pylist(rows, schema=_ROWS)
+        return table.append_column(PARTITION, pa.array(places, pa.int64()))
+
+    def merge(self, rows: pa.Table) -> tuple[pa.Table, dict[str, int]]:
+        """Makes a row of each passage that has pairs, with its queries in the order of ids."""
+        table = _by_passage(rows)
+        num_pairs = sum(map(len, table["query_ids"].to_pylist()))
+        return table, {"num_passages": table.num_rows, "num_pairs": num_pairs}
+
+    def _wanted(self, passages: pa.Table) -> pa.Table:
+        import ray
+
+        if self.wanted is None:
+            return passages
+        ids = _beginnings(passages["id"].to_pylist())
+        return passages.filter(pa.array(np.isin(ids, ray.get(self.wanted))))
 
 
 def scored_candidates(row: dict[str, Any], num_scored: int) -> list[str]:
@@ -149,22 +171,25 @@ def _pairs(candidates: pa.Table, num_scored: int, queries: Queries) -> list[dict
     ]
 
 
-def _scored_ids(candidates: Artifact, num_scored: int, queries: Queries) -> np.ndarray:
-    """Returns the sorted ids of all passages that will be scored, as bytes."""
-    pairs = (_pairs(table, num_scored, queries) for table in candidates.tables())
-    ids = {row["passage_id"] for rows in pairs for row in rows}
-    return np.array(sorted(ids), dtype=np.bytes_)
+def _scored_ids(
+    candidates: Artifact, shard: FileEntry, num_scored: int, queries: Queries
+) -> np.ndarray:
+    """Returns the beginnings of the ids of all passages that a shard's queries have pairs with."""
+    rows = _pairs(candidates.shard(shard), num_scored, queries)
+    return np.unique(_beginnings([row["passage_id"] for row in rows]))
 
 
-def _holds(ids: np.ndarray, id_: str) -> bool:
-    place = int(np.searchsorted(ids, id_.encode()))
-    return place < len(ids) and ids[place].decode() == id_
+def _beginnings(ids: Sequence[str]) -> np.ndarray:
+    return np.array([int(id_[:16], 16) for id_ in ids], np.uint64)
 
 
-def _by_passage(group: pa.Table) -> pa.Table:
-    """Makes a row of each passage, with its queries in the order of their ids."""
+def _by_passage(sorted_rows: pa.Table) -> pa.Table:
+    """Makes a row of each passage that has queries, of rows that are sorted by passage."""
+    has_query = sorted_rows["query_id"].is_valid()
+    wanted = sorted_rows["passage_id"].filter(has_query).unique()
+    kept = sorted_rows.filter(pc.is_in(sorted_rows["passage_id"], value_set=wanted))
     rows: dict[str, dict[str, Any]] = {}
-    for row in group.sort_by([("passage_id", "ascending"), ("query_id", "ascending")]).to_pylist():
+    for row in kept.to_pylist():
         passage = rows.setdefault(
             row["passage_id"],
             {"passage_id": row["passage_id"], "query_ids": [], "queries": [], "tasks": []},

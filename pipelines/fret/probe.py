@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from cluster.artifacts import Artifact, Json, Manifest, list_files
+from cluster.artifacts import Artifact, Json, unfinished_artifact
 from cluster.config import Config
 from cluster.steps import Step, StepContext
-from cluster.storage import Storage, join, open_storage
+from cluster.storage import join, open_storage
 from pipelines.fingerprints import NotFingerprinted
 from pipelines.fret.corpus_queries import TASKS
 from pipelines.fret.judging import Judging
@@ -71,16 +71,18 @@ def probe_teacher(recipe: Recipe, context: StepContext) -> dict[str, Json]:
     candidates, num_scored = context.input("candidates"), recipe.scores.num_scored
     drawn = draw_queries(candidates, recipe.probe.num_queries, num_scored)
     storage = open_storage(join(context.storage.uri, _PAIRS))
+    grouping = replace(context, storage=storage)
     metrics: dict[str, Json] = {"num_passages": 0, "num_pairs": 0}
     if drawn:
         metrics = group_pairs(
             num_scored,
-            replace(context, storage=storage),
+            grouping,
             Queries(ids=frozenset(drawn), only=True),
             num_shards=-(-len(drawn) // recipe.seeds.rows_per_shard),
         )
-    metrics |= score_pairs(pair_prompts(recipe), recipe, _artifact(storage, metrics), context)
-    scores = QueryScores(_artifact(context.storage, {}))
+    pairs = unfinished_artifact(storage, grouping.log.files(), metrics)
+    metrics |= score_pairs(pair_prompts(recipe), recipe, pairs, context)
+    scores = QueryScores(unfinished_artifact(context.storage, context.log.files()))
     judging = judge(candidates, drawn, scores, recipe.candidates.ordered_by)
     return {**metrics, "num_queries": len(drawn), "num_scored": num_scored, **judging.metrics()}
 
@@ -115,11 +117,3 @@ def judge(candidates: Artifact, drawn: set[str], scores: QueryScores, ordered_by
                 if not any(score["error"] for score in scored.values()):
                     judging.add_row(row | with_scores(row, scored))
     return judging
-
-
-def _artifact(storage: Storage, metrics: dict[str, Json]) -> Artifact:
-    """Describes shards as an artifact, though no manifest lies beside them."""
-    manifest = Manifest(
-        step="", fingerprint="", config={}, inputs={}, files=list_files(storage), metrics=metrics
-    )
-    return Artifact(storage, manifest)

@@ -19,8 +19,9 @@ from actors.index_actor import INDEX_ACTORS, IndexActor
 from actors.lexical_index import LexicalIndexActor
 from actors.passage_index import IndexKind, merge_top_k
 from cluster.actor_health import clear_actors, report_waiting
-from cluster.artifacts import Artifact, FileEntry, Joined, Json
+from cluster.artifacts import Artifact, Joined, Json
 from cluster.config import Config
+from cluster.file_list import FileList
 from cluster.ray_errors import reported_error
 from cluster.stages import Stage, StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import Step, StepContext
@@ -109,10 +110,10 @@ class EmbeddingShards:
     """Some shards of the embeddings, as the index actors read their vectors or texts."""
 
     embeddings: Artifact
-    shards: Sequence[FileEntry]
+    shards: FileList
 
     def __len__(self) -> int:
-        return sum(shard.num_rows or 0 for shard in self.shards)
+        return self.shards.num_rows
 
     def ids(self) -> np.ndarray:
         """Reads the passage ids as bytes: 16 a passage instead of 100."""
@@ -275,7 +276,7 @@ def find_candidates(
     import ray
 
     embeddings = context.input("embeddings")
-    shards = list(embeddings.shards)
+    shards = embeddings.shards
     num_indexes = min(index_resources.num_actors, len(shards))
     size = -(-len(shards) // num_indexes)
     indexes, first_row = [], 0

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from cluster.artifacts import Artifact, Json, shard_path
+from cluster.artifacts import Artifact, Json
 from cluster.errors import UserError
+from cluster.file_list import shard_path
 from cluster.stages import StageResources, run_stage
 from cluster.steps import Step, StepContext
 from cluster.storage import join, open_storage, read_table, write_table
@@ -362,5 +363,6 @@ def _write(
             }
             parts.append(pa.table(columns, schema=TEXT))
         shard = pa.concat_tables(parts)
-        write_table(context.storage, shard_path(start // per_shard, folder), shard)
+        path = shard_path(start // per_shard, folder)
+        context.log.append([write_table(context.storage, path, shard)])
         context.progress.update(start + len(parts), len(batches))

@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.artifacts import Artifact, Json, shard_path
+from cluster.artifacts import Artifact, Json
 from cluster.errors import UserError
+from cluster.file_list import shard_path
 from cluster.steps import StepContext
 from cluster.storage import write_table
 from pipelines.mining.embeddings import column_vectors
@@ -205,7 +206,8 @@ class _Writer:
                 parts.append(self._lists(number, lists.take(pa.array(batches[number]))))
                 parts.append(self._beside(number, beside[number]))
             path = shard_path(start // per_shard, folder)
-            write_table(self._context.storage, path, pa.concat_tables(parts))
+            shard = write_table(self._context.storage, path, pa.concat_tables(parts))
+            self._context.log.append([shard])
             progress.update(min(start + per_shard, len(batches)), len(batches))
 
     def _lists(self, number: int, lists: pa.Table) -> pa.Table:

@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.artifacts import Artifact, Json, shard_path, write_rejects
+from cluster.artifacts import Artifact, Json, write_rejects
 from cluster.errors import Reject, TooManyRejects, UserError
+from cluster.file_list import shard_path
 from cluster.steps import Step, StepContext
 from cluster.storage import write_table
 from pipelines.corpus.held_out import TrainingPassages, held_out_documents
@@ -146,7 +147,7 @@ def make_mixture(
         config=config, formatter=formatter, decontamination=decontamination, context=context
     )
     sources += [reader.read(labelled) for labelled in config.labelled]
-    write_rejects(context.storage, reader.rejects)
+    context.log.append(write_rejects(context.storage, reader.rejects))
     sources = [source for source in sources if source.texts.num_rows]
     held_out = hold_out(sources, config)
     sources = [without(source, out) for source, out in zip(sources, held_out, strict=True)]
@@ -306,5 +307,6 @@ def _write(
             numbers = pa.array(np.full(len(rows), number, dtype=np.int32))
             parts.append(table.add_column(0, "batch", numbers).cast(EXAMPLE))
         shard = pa.concat_tables(parts)
-        write_table(context.storage, shard_path(start // per_shard, folder), shard)
+        path = shard_path(start // per_shard, folder)
+        context.log.append([write_table(context.storage, path, shard)])
         progress.update(start + len(parts), len(batches))

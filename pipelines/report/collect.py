@@ -132,7 +132,7 @@ def _step(name: str, artifact: Artifact) -> dict[str, Json]:
     return {
         "name": name,
         "seconds_s": artifact.manifest.seconds_s,
-        "num_rows": artifact.num_rows if artifact.shards else None,
+        "num_rows": artifact.num_rows if artifact.num_shards else None,
         "num_rejects": artifact.num_rejects,
         "metrics": artifact.manifest.metrics,
     }

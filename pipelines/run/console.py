@@ -128,7 +128,7 @@ def _counted(number: int, noun: str) -> str:
 def _summary(artifact: Artifact) -> str:
     metrics = artifact.manifest.metrics
     parts = []
-    if artifact.shards:
+    if artifact.num_shards:
         parts.append(_counted(artifact.num_rows, "row"))
     if "num_kept" in metrics:
         parts.append(f"{metrics['num_kept']:,} kept")

@@ -97,7 +97,7 @@ def run_status(uri: str) -> dict[str, dict[str, Json]] | None:
         artifact = run.artifacts.get(step)
         rows[step] = {
             "state": run.state(step),
-            "num_rows": artifact.num_rows if artifact and artifact.shards else None,
+            "num_rows": artifact.num_rows if artifact and artifact.num_shards else None,
             "num_rejects": artifact.num_rejects if artifact else None,
             "seconds_s": artifact.manifest.seconds_s if artifact else None,
         }

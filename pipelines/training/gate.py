@@ -264,7 +264,8 @@ def run_gate(
         upload_folder(Path(temporary), context.storage, TRAINED)
     found = np.stack(list(scores.values()), axis=1)
     rows = [row | {"ndcg_at_10": each} for row, each in zip(judge.rows, found, strict=True)]
-    write_shards(context.storage, pa.Table.from_pylist(rows, schema=GATE), _ROWS_PER_SHARD)
+    table = pa.Table.from_pylist(rows, schema=GATE)
+    context.log.append(write_shards(context.storage, table, _ROWS_PER_SHARD))
     return {
         "weight": decision.weight,
         "exported": name_weight(decision.weight),

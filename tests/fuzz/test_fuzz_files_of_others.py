@@ -86,7 +86,7 @@ def test_model_of_any_configuration_is_read_or_refused(
         (model / name).write_bytes(whole)
 
 
-SEEDS = Manifest(step="seeds", fingerprint="f", config={}, inputs={}, files=[]).to_json()
+SEEDS = Manifest(step="seeds", fingerprint="f", config={}, inputs={}).to_json()
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pytest
 
 from actors.encoder import Encoder
-from cluster.artifacts import Manifest, list_files, write_shards
+from cluster.artifacts import Manifest, list_files, write_artifact, write_shards
 from cluster.session import free_port
 from cluster.storage import Storage, open_storage
 
@@ -48,8 +48,8 @@ class Endpoint:
 
 
 def finish(storage: Storage, step: str) -> None:
-    manifest = Manifest(step=step, fingerprint="f", config={}, inputs={}, files=list_files(storage))
-    storage.write_bytes("manifest.json", manifest.to_json())
+    manifest = Manifest(step=step, fingerprint="f", config={}, inputs={})
+    write_artifact(storage, manifest, list_files(storage))
 
 
 def command(*arguments: str) -> list[str]:

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pytest
 
 from actors.encoder import Encoder
-from cluster.artifacts import shard_path
 from cluster.errors import UserError
+from cluster.file_list import shard_path
 from cluster.storage import open_storage, write_table
 from pipelines.records import EXAMPLE, FIXED_EXAMPLE
 from pipelines.training.config import LossConfig, TrainingConfig

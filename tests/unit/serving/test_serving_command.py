@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 from pydantic import BaseModel, ValidationError
 
 from actors.embedded import embedded_model
-from cluster.artifacts import Manifest, list_files
+from cluster.artifacts import Manifest, list_files, write_artifact
 from cluster.errors import UserError
 from cluster.storage import open_storage
 from serving.app import ServeOptions, TokayServer
@@ -21,8 +21,8 @@ SERVE_YAML = Path(__file__).parents[3] / "serving" / "serve.yaml"
 
 def finish(folder: Path, step: str) -> None:
     storage = open_storage(folder)
-    manifest = Manifest(step=step, fingerprint="f", config={}, inputs={}, files=list_files(storage))
-    storage.write_bytes("manifest.json", manifest.to_json())
+    manifest = Manifest(step=step, fingerprint="f", config={}, inputs={})
+    write_artifact(storage, manifest, list_files(storage))
 
 
 def test_run_folder_gives_its_export_and_index(tmp_path: Path) -> None:

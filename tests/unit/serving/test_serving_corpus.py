@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from actors.encoder import Encoder
-from cluster.artifacts import Manifest, list_files, write_shards
+from cluster.artifacts import Manifest, list_files, write_artifact, write_shards
 from cluster.errors import TokayError, UserError
 from cluster.storage import open_storage
 from serving.corpus import check_corpus, load_corpus
@@ -72,10 +72,8 @@ def test_index_of_a_run_is_served_with_its_vectors(encoder: Encoder, tmp_path: P
     write_shards(storage, passages(np.eye(2, 384, dtype=np.float32)), rows_per_shard=1)
     with pytest.raises(UserError, match="384"):
         load_corpus(storage.uri, encoder_of_another_size(encoder))
-    manifest = Manifest(
-        step="index", fingerprint="f", config={}, inputs={}, files=list_files(storage)
-    )
-    storage.write_bytes("manifest.json", manifest.to_json())
+    manifest = Manifest(step="index", fingerprint="f", config={}, inputs={})
+    write_artifact(storage, manifest, list_files(storage))
     check_corpus(storage.uri)
     corpus = load_corpus(storage.uri, encoder)
     assert [hit[0].id for hit in corpus.search(np.eye(384, dtype=np.float32)[0], 1)] == ["x"]
@@ -238,18 +236,17 @@ def test_folder_that_is_called_like_a_file_is_read(encoder: Encoder, tmp_path: P
 def test_index_without_all_its_rows_is_refused(encoder: Encoder, tmp_path: Path) -> None:
     storage = open_storage(tmp_path / "index")
     write_shards(storage, passages(np.eye(2, 384, dtype=np.float32)), rows_per_shard=1)
-    manifest = Manifest(
-        step="index", fingerprint="f", config={}, inputs={}, files=list_files(storage)
-    )
-    storage.write_bytes("manifest.json", manifest.to_json())
-    first = storage.read_bytes("shards/00000.parquet")
+    manifest = Manifest(step="index", fingerprint="f", config={}, inputs={})
+    write_artifact(storage, manifest, list_files(storage))
+    first = storage.read_bytes("shards/000000000.parquet")
     pq.write_table(
-        pq.read_table(pa.BufferReader(first)).slice(0, 0), tmp_path / "index/shards/00001.parquet"
+        pq.read_table(pa.BufferReader(first)).slice(0, 0),
+        tmp_path / "index/shards/000000001.parquet",
     )
     with pytest.raises(UserError, match="has 1 rows and its manifest says 2"):
         load_corpus(storage.uri, encoder)
-    storage.delete("shards/00001.parquet")
-    with pytest.raises(UserError, match=r"00001\.parquet is missing"):
+    storage.delete("shards/000000001.parquet")
+    with pytest.raises(UserError, match=r"000000001\.parquet is missing"):
         load_corpus(storage.uri, encoder)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from cluster.artifacts import Artifact, shard_path, write_shards
+from cluster.artifacts import Artifact, write_shards
+from cluster.file_list import shard_path
 from cluster.plain_json import dump_json
 from cluster.steps import Run, Step, StepContext
 from cluster.storage import open_storage

@@ -70,7 +70,7 @@ def test_probe_scores_the_drawn_queries_alone_and_says_how_the_teacher_did(
     def group(num_scored: int, context: StepContext, queries: Queries, num_shards: int) -> Any:
         assert (num_scored, num_shards) == (3, 1)
         asked.append(queries)
-        write_shards(context.storage, pa.table({"x": [1, 2]}), 1)
+        context.log.append(write_shards(context.storage, pa.table({"x": [1, 2]}), 1))
         return {"num_passages": 3, "num_pairs": 60}
 
     def score(prompts: PairPrompts, _: Any, pairs: Artifact, context: StepContext) -> Any:
@@ -78,7 +78,8 @@ def test_probe_scores_the_drawn_queries_alone_and_says_how_the_teacher_did(
         sources.append(pairs)
         judged = [row for row in rows if row["id"] in asked[0]]
         scores = {"query_likelihoods": ql, "relevances": [-1.0, -2.0, -3.0]}
-        write_shards(context.storage, by_passage([row | scores for row in judged]), 2)
+        table = by_passage([row | scores for row in judged])
+        context.log.append(write_shards(context.storage, table, 2))
         return {"num_pairs": 60, "num_prompt_tokens": 9}
 
     monkeypatch.setattr(probe, "group_pairs", group)
@@ -112,7 +113,8 @@ def test_probe_compares_with_the_order_that_bm25_had_a_part_in(
     scores = {"query_likelihoods": [-1.0, -2.0, -3.0], "relevances": [-1.0, -2.0, -3.0]}
 
     def score(_: Any, __: Any, pairs: Artifact, context: StepContext) -> Any:
-        write_shards(context.storage, by_passage([row | scores for row in rows]), 2)
+        table = by_passage([row | scores for row in rows])
+        context.log.append(write_shards(context.storage, table, 2))
         return {"num_pairs": 27}
 
     monkeypatch.setattr(probe, "group_pairs", lambda *_, **__: {"num_passages": 3, "num_pairs": 27})
@@ -140,5 +142,5 @@ def test_nothing_is_left_to_score_after_a_skip(tmp_path: Path, mined: Mined) -> 
         ),
     ]
     pairs = Run(str(tmp_path), steps).execute(JsonLines())["pairs"]
-    assert pairs.shards == ()
+    assert pairs.num_shards == 0
     assert pairs.manifest.metrics == {"num_passages": 0, "num_pairs": 0}

@@ -8,7 +8,14 @@ import pyarrow as pa
 import pytest
 
 from actors.index_actor import IndexActor
-from cluster.artifacts import MANIFEST, Artifact, Manifest, list_files, open_artifact, write_shards
+from cluster.artifacts import (
+    Artifact,
+    Manifest,
+    list_files,
+    open_artifact,
+    write_artifact,
+    write_shards,
+)
 from cluster.errors import UserError
 from cluster.stages import StageResources
 from cluster.storage import open_storage
@@ -32,10 +39,8 @@ def embeddings(vectors: np.ndarray, tmp_path_factory: pytest.TempPathFactory) ->
     storage = open_storage(tmp_path_factory.mktemp("embeddings"))
     ids = [f"{row * 7919 % NUM_ROWS:016x}" for row in range(NUM_ROWS)]
     write_shards(storage, pa.table({"id": ids, "embedding": vector_column(vectors)}), 300)
-    manifest = Manifest(
-        step="embeddings", fingerprint="", config={}, inputs={}, files=list_files(storage)
-    )
-    storage.write_bytes(MANIFEST, manifest.to_json())
+    manifest = Manifest(step="embeddings", fingerprint="", config={}, inputs={})
+    write_artifact(storage, manifest, list_files(storage))
     return open_artifact(storage.uri)
 
 

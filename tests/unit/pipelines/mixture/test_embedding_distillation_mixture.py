@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 import pytest
 
 from actors.encoder import Encoder
-from cluster.artifacts import Artifact, FileEntry, Manifest, shard_path, write_shards
+from cluster.artifacts import Artifact, Manifest, write_artifact, write_shards
 from cluster.errors import UserError
+from cluster.file_list import FileList
 from cluster.stages import Stage
 from cluster.steps import StepContext
 from cluster.storage import open_storage, read_table, write_table
@@ -67,22 +68,10 @@ def run_here(stage: Stage, source: Artifact, context: StepContext) -> None:
 
 
 def artifact(folder: Path, table: pa.Table | None, **metrics: Any) -> Artifact:
-    storage, entries = open_storage(folder), []
-    if table is not None:
-        write_shards(storage, table, 8)
-        for number in range(-(-table.num_rows // 8)):
-            rows = min(8, table.num_rows - 8 * number)
-            path = shard_path(number)
-            entries.append(FileEntry(path=path, num_bytes=0, sha256="", num_rows=rows))
-    manifest = Manifest(
-        step=folder.name,
-        fingerprint="",
-        config={},
-        inputs={},
-        files=tuple(entries),
-        metrics=metrics,
-    )
-    return Artifact(storage, manifest)
+    storage = open_storage(folder)
+    files = write_shards(storage, table, 8) if table is not None and table.num_rows else []
+    manifest = Manifest(step=folder.name, fingerprint="", config={}, inputs={}, metrics=metrics)
+    return write_artifact(storage, manifest, FileList.of(files))
 
 
 Mix = Callable[..., tuple[dict[str, Any], pa.Table]]
@@ -193,7 +182,7 @@ def test_named_teacher_embeds_the_passages_that_are_drawn(
 
 def test_texts_held_out_are_not_trained_on(mix: Mix, tmp_path: Path) -> None:
     metrics, rows = mix("embedding_distillation.mixture={validation_examples: 4, queries: false}")
-    held_out = read_table(open_storage(tmp_path / "mixture"), "validation/shards/00000.parquet")
+    held_out = read_table(open_storage(tmp_path / "mixture"), "validation/shards/000000000.parquet")
     assert metrics["num_validation_examples"] == held_out.num_rows == 4
     assert metrics["num_examples"] == 16
     assert not {*rows["text"].to_pylist()} & {*held_out["text"].to_pylist()}

@@ -10,8 +10,9 @@ import pyarrow.compute as pc
 import pytest
 
 from actors.encoder import Encoder
-from cluster.artifacts import Artifact, FileEntry, Manifest, shard_path, write_shards
+from cluster.artifacts import Artifact, Manifest, write_artifact, write_shards
 from cluster.errors import UserError
+from cluster.file_list import FileList
 from cluster.steps import StepContext
 from cluster.storage import open_storage, read_table
 from pipelines.datasets.decontamination import Decontamination
@@ -36,17 +37,10 @@ class Silent:
 
 
 def artifact(folder: Path, table: pa.Table | None) -> Artifact:
-    storage, entries = open_storage(folder), []
-    if table is not None:
-        write_shards(storage, table, 8)
-        for number in range(-(-table.num_rows // 8)):
-            rows = min(8, table.num_rows - 8 * number)
-            path = shard_path(number)
-            entries.append(FileEntry(path=path, num_bytes=0, sha256="", num_rows=rows))
-    manifest = Manifest(
-        step=folder.name, fingerprint="", config={}, inputs={}, files=tuple(entries)
-    )
-    return Artifact(storage, manifest)
+    storage = open_storage(folder)
+    files = write_shards(storage, table, 8) if table is not None and table.num_rows else []
+    manifest = Manifest(step=folder.name, fingerprint="", config={}, inputs={})
+    return write_artifact(storage, manifest, FileList.of(files))
 
 
 def passages(dimensions: int = DIMENSIONS) -> pa.Table:
@@ -163,7 +157,7 @@ def test_passages_stand_beside_the_queries_of_each_batch_and_are_read_in_full(
 
 def test_lists_held_out_lie_apart_without_passages(mix: Mix, tmp_path: Path) -> None:
     metrics, table = mix("mixture.validation_examples=2")
-    held_out = read_table(open_storage(tmp_path / "mixture"), "validation/shards/00000.parquet")
+    held_out = read_table(open_storage(tmp_path / "mixture"), "validation/shards/000000000.parquet")
     assert metrics["num_validation_examples"] == held_out.num_rows == 2
     assert held_out.schema == FIXED_EXAMPLE and None not in held_out["query_id"].to_pylist()
     assert not {*table["query_id"].to_pylist()} & {*held_out["query_id"].to_pylist()}

@@ -6,8 +6,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from cluster.artifacts import Artifact, FileEntry, Manifest, shard_path, write_shards
+from cluster.artifacts import Artifact, Manifest, write_artifact, write_shards
 from cluster.errors import TooManyRejects, UserError
+from cluster.file_list import FileList
 from cluster.steps import StepContext
 from cluster.storage import open_storage, read_table
 from pipelines.datasets.decontamination import Decontamination
@@ -40,10 +41,8 @@ def fret_row(number: int, **changes: Any) -> dict[str, Any]:
 
 def artifact(folder: Path, table: pa.Table) -> Artifact:
     storage = open_storage(folder)
-    write_shards(storage, table, 1 << 20)
-    entry = FileEntry(path=shard_path(0), num_bytes=0, sha256="", num_rows=table.num_rows)
-    manifest = Manifest(step=folder.name, fingerprint="", config={}, inputs={}, files=(entry,))
-    return Artifact(storage, manifest)
+    manifest = Manifest(step=folder.name, fingerprint="", config={}, inputs={})
+    return write_artifact(storage, manifest, FileList.of(write_shards(storage, table, 1 << 20)))
 
 
 def mixed(
@@ -252,7 +251,9 @@ def test_rows_that_cannot_be_read_are_written_down(tmp_path: Path, formatter: Fo
     config = MixtureConfig.model_validate({"fret_weight": 0, "labelled": [human]})
     metrics, _ = mixed(tmp_path, formatter, config)
     assert metrics["labelled"]["human"]["rejected"] == {"no text in field 'positive'": 1}
-    (reject,) = read_table(open_storage(tmp_path / "mixture"), "rejects/00000.parquet").to_pylist()
+    (reject,) = read_table(
+        open_storage(tmp_path / "mixture"), "rejects/000000000.parquet"
+    ).to_pylist()
     assert reject["id"] == "human: human.jsonl:20" and "and the answer?" in reject["text"]
     with pytest.raises(TooManyRejects, match=r"share of 0\.04 of 20"):
         mixed(tmp_path, formatter, config.model_copy(update={"max_reject_share": 0.04}))

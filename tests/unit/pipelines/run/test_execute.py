@@ -102,7 +102,7 @@ def test_fresh_that_is_refused_for_anything_else_touches_nothing(
 
 def test_fresh_makes_the_steps_anew_and_leaves_all_else(run: Path, recipe: Recipe) -> None:
     (run / "notes.txt").write_text("mine")
-    shard = run / "passages" / "shards" / "00000.parquet"
+    shard = run / "passages" / "shards" / "000000000.parquet"
     before = shard.stat().st_mtime_ns
     start(recipe, run, until="seeds")
     assert shard.stat().st_mtime_ns == before

@@ -11,7 +11,8 @@ from transformers import BertConfig, BertModel
 
 from actors.encoder import Encoder
 from actors.encoder_templates import PromptTemplates
-from cluster.artifacts import Artifact, shard_path
+from cluster.artifacts import Artifact
+from cluster.file_list import shard_path
 from cluster.steps import StepContext
 from cluster.storage import open_storage, write_table
 from pipelines.records import EXAMPLE

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from actors.encoder import Encoder
-from cluster.artifacts import shard_path
+from cluster.file_list import shard_path
 from cluster.storage import open_storage, read_table, write_table
 from pipelines.mining.embeddings import vector_column
 from pipelines.records import TEXT
@@ -54,7 +54,7 @@ def texts(tmp_path: Path) -> str:
         write_table(open_storage(folder), shard_path(shard), table)
     held_out = [row | {"batch": number // 4} for number, row in enumerate(rows[48:])]
     table = pa.Table.from_pylist(held_out, schema=TEXT)
-    write_table(open_storage(folder), "validation/shards/00000.parquet", table)
+    write_table(open_storage(folder), "validation/shards/000000000.parquet", table)
     return str(folder)
 
 

@@ -3,8 +3,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from cluster.artifacts import shard_path
 from cluster.errors import UserError
+from cluster.file_list import shard_path
 from cluster.storage import LocalStorage, write_table
 from pipelines.records import EXAMPLE
 from pipelines.training.examples import Batch, count_batches, iterate_batches, iterate_validation

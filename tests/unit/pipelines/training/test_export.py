@@ -20,9 +20,7 @@ TEXTS = ["the boundary layer of a flat plate", "x", "a longer text " * 9]
 
 
 def artifact(folder: Path, config: dict[str, Json], metrics: dict[str, Json]) -> Artifact:
-    manifest = Manifest(
-        step="s", fingerprint="f", config=config, inputs={}, files=(), metrics=metrics
-    )
+    manifest = Manifest(step="s", fingerprint="f", config=config, inputs={}, metrics=metrics)
     return Artifact(open_storage(folder), manifest)
 
 

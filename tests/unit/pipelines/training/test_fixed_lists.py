@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from actors.encoder import Encoder
-from cluster.artifacts import shard_path
+from cluster.file_list import shard_path
 from cluster.storage import open_storage, write_table
 from pipelines.records import FIXED_EXAMPLE
 from pipelines.training import gradients
@@ -68,7 +68,7 @@ def examples(tmp_path: Path) -> str:
     rows = [row(batch, size) for batch in range(NUM_BATCHES) for size in (*SIZES, None, None)]
     for shard, (start, end) in enumerate([(0, 20), (20, 36), (36, 48)]):
         write(shard_path(shard), rows[start:end])
-    write("validation/shards/00000.parquet", [row(0, 3), row(0, 3)])
+    write("validation/shards/000000000.parquet", [row(0, 3), row(0, 3)])
     return str(tmp_path / "mixture")
 
 

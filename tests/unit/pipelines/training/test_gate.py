@@ -111,7 +111,7 @@ def test_interpolations_lie_between_the_two(weights: tuple[float, ...]) -> None:
 
 def saved(encoder: Encoder, folder: Path) -> Artifact:
     encoder.save(folder / "encoder", model_card="")
-    manifest = Manifest(step="s", fingerprint="f", config={}, inputs={}, files=())
+    manifest = Manifest(step="s", fingerprint="f", config={}, inputs={})
     return Artifact(open_storage(folder), manifest)
 
 
@@ -177,7 +177,7 @@ def test_gate_writes_the_start_where_the_student_is_no_better(
         assert torch.equal(chosen.model.state_dict()[name], weights), name
     assert [row["weight"] for row in metrics["candidates"]] == [0.0, 0.5, 1.0]
     assert "p" not in metrics["candidates"][0]
-    table = read_table(open_storage(tmp_path / "gate"), "shards/00000.parquet")
+    table = read_table(open_storage(tmp_path / "gate"), "shards/000000000.parquet")
     assert table.num_rows == 100
     assert table["ndcg_at_10"][0].as_py() == pytest.approx([0.5, 0.5, 0.4])
 
