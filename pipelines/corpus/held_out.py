@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from actors.words import compared_words, letter_share, num_words, sentence_starts
 from cluster.artifacts import Artifact
-from pipelines.corpus.cutting import MIN_WORDS, Passage
+from pipelines.corpus.cutting import Passage
+from pipelines.corpus.filters.length import MIN_WORDS
 from pipelines.ids import document_name
 
 HELD_OUT = "held out for the gate"  # why training may not use a query

@@ -6,7 +6,7 @@ import pytest
 
 from actors.words import num_words
 from pipelines.corpus.cutting import _within, clean, cut, passages_of, reject_reason
-from pipelines.datasets.corpus import Document
+from pipelines.datasets.documents import Document
 from pipelines.ids import passage_id
 
 WORDS = [f"word{number}" for number in range(1000)]
