@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, TypeGuard
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -209,7 +209,10 @@ class Corpus:
             )
             try:
                 for item in _READERS[_format(file)](source):
-                    yield self._of_row(*item) if _is_row(item) else item
+                    if isinstance(item, tuple) and len(item) == 2:
+                        yield self._of_row(*item)
+                    else:
+                        yield item
             except Unreadable as error:
                 yield source.name, str(error), ""
 
@@ -263,10 +266,6 @@ _DATA_SUFFIXES = frozenset(
 _ABOUT = ("readme", "license", "licence", "copying", "notice", "citation", "changelog")
 # What Hugging Face's `save_to_disk` and hub write beside the rows.
 _DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_dict.json", "dataset_infos.json")
-
-
-def _is_row(item: Item) -> TypeGuard[Row]:
-    return isinstance(item, tuple) and len(item) == 2
 
 
 def _field(row: dict[str, Any], name: str) -> Any:

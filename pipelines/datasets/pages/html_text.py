@@ -7,7 +7,12 @@ import io
 import re
 import zlib
 
-from pipelines.datasets.sources.streams import MAX_ROW_BYTES, Unreadable, too_long
+from pipelines.datasets.sources.streams import (
+    MAX_ROW_BYTES,
+    Unreadable,
+    read_bounded,
+    too_long,
+)
 
 _META = re.compile(rb"""<(?:meta|\?xml)[^>]*?(?:charset|encoding)\s*=\s*["']?\s*([\w.:-]+)""", re.I)
 _META_BYTES = 4096  # where browsers look for it, and some more
@@ -83,6 +88,8 @@ def _codec(name: str) -> str | None:
 
 
 def _undo(content: bytes, coding: str) -> bytes:
+    from fastwarc.stream_io import BrotliReader, ZstdReader
+
     if coding == "chunked":
         return _dechunked(content)
     if coding in ("gzip", "x-gzip") and content.startswith(b"\x1f\x8b"):
@@ -90,16 +97,9 @@ def _undo(content: bytes, coding: str) -> bytes:
     if coding == "deflate":
         return _inflated(content, zlib.MAX_WBITS) or _inflated(content, -zlib.MAX_WBITS) or content
     if coding == "zstd" and content.startswith(b"\x28\xb5\x2f\xfd"):
-        from fastwarc import ZstdReader
-
-        return bytes(ZstdReader(io.BytesIO(content)).read(MAX_ROW_BYTES + 1))
+        return read_bounded(ZstdReader(io.BytesIO(content)))
     if coding == "br":
-        from fastwarc.stream_io import BrotliReader
-
-        try:
-            return bytes(BrotliReader(io.BytesIO(content)).read(MAX_ROW_BYTES + 1))
-        except (OSError, ValueError):
-            return content
+        return read_bounded(BrotliReader(io.BytesIO(content))) or content
     if coding in ("gzip", "x-gzip", "zstd", "identity", "utf-8", "none", "binary", "8bit", "7bit"):
         return content  # what crawlers undid, and what servers write that name no coding
     raise Unreadable(f"the coding {coding[:40]!r}, which is not known")

@@ -126,7 +126,7 @@ class _Worker:
         slot, self.slot = self.slot, None
         assert slot is not None and slot.page is not None
         try:
-            slot.result = self.pipe.recv()
+            slot.result, slot.page = self.pipe.recv(), None
         except (EOFError, OSError):
             self._process.join()
             slot.num_ended += 1

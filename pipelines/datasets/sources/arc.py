@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import BinaryIO
 
 from cluster.errors import Reject, excerpt
 from pipelines.datasets.documents import Page
 from pipelines.datasets.sources.http_pages import http_page
-from pipelines.datasets.sources.streams import MAX_ROW_BYTES, Source, Unreadable
+from pipelines.datasets.sources.streams import MAX_ROW_BYTES, Source, Unreadable, read_bounded
 
 _DAY = re.compile(r"(\d{4})(\d\d)(\d\d)")
 
@@ -25,7 +24,7 @@ def arc_pages(source: Source) -> Iterator[Page | Reject]:
         while True:
             try:
                 record = next(records)
-                block = _read(record.raw_stream)
+                block = read_bounded(record.raw_stream)
                 name = f"{source.name}:{records.get_record_offset()}"  # reads the record to its end
             except StopIteration:
                 return
@@ -46,11 +45,3 @@ def arc_pages(source: Source) -> Iterator[Page | Reject]:
                 source.passed_over[found] += 1
             else:
                 yield found
-
-
-def _read(stream: BinaryIO) -> bytes:
-    """Returns a record's block, or more than MAX_ROW_BYTES of a longer one."""
-    block = bytearray()
-    while len(block) <= MAX_ROW_BYTES and (part := stream.read(1 << 20)):
-        block += part
-    return bytes(block)

@@ -28,7 +28,7 @@ def tsv_rows(source: Source) -> Iterator[Row | Reject]:
 def _rows(stream: BinaryIO, name: str, delimiter: str, quoting: int) -> Iterator[Row | Reject]:
     csv.field_size_limit(MAX_ROW_BYTES)
     lines = _Lines(stream)
-    rows = csv.reader(lines, delimiter=delimiter, quoting=quoting)  # type: ignore[arg-type]
+    rows = csv.reader(lines, delimiter=delimiter, quoting=quoting)
     header: list[str] | None = None
     while True:
         lines.row_bytes = 0

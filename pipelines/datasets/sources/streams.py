@@ -7,7 +7,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -95,6 +95,15 @@ def bounded_lines(stream: BinaryIO) -> Iterator[bytes | None]:
         while line and not line.endswith(b"\n"):
             line = stream.readline(1 << 20)
         yield None
+
+
+def read_bounded(stream: BinaryIO) -> bytes:
+    """Returns what can be read of the rest of a stream; of a longer one, over MAX_ROW_BYTES."""
+    content = bytearray()
+    with suppress(OSError, ValueError, EOFError):  # what is missing shows in the length
+        while len(content) <= MAX_ROW_BYTES and (part := stream.read(1 << 20)):
+            content += part
+    return bytes(content)
 
 
 def too_long(what: str) -> str:

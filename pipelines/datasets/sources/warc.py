@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from cluster.errors import Reject, excerpt
 from pipelines.datasets.documents import Document, Page
 from pipelines.datasets.sources.http_pages import HTML, http_page
-from pipelines.datasets.sources.streams import MAX_ROW_BYTES, Source, too_long
+from pipelines.datasets.sources.streams import MAX_ROW_BYTES, Source, read_bounded, too_long
 
 if TYPE_CHECKING:
     from fastwarc import WarcRecord
@@ -38,7 +38,7 @@ def warc_pages(source: Source) -> Iterator[Page | Document | Reject]:
                 except (OSError, ValueError) as error:
                     failure = f"broken record of an archive: {excerpt(error)}"
                     break
-                place, block, failure = int(record.stream_pos), _read(record), ""
+                place, block, failure = int(record.stream_pos), read_bounded(record.reader), ""
                 num_records += 1
                 yield from _found(source, f"{source.name}:{place}", record, block)
                 # Within a plain file's record there may be something like the start of another.
@@ -56,17 +56,6 @@ def _records(stream: BinaryIO, at: int) -> Iterator[WarcRecord]:
 
     stream.seek(at)
     return iter(ArchiveIterator(stream, parse_http=False, auto_decode="none"))
-
-
-def _read(record: WarcRecord) -> bytes:
-    """Returns a record's block, or more than MAX_ROW_BYTES of a longer one."""
-    block = bytearray()
-    try:
-        while len(block) <= MAX_ROW_BYTES and (part := record.reader.read(_WINDOW)):
-            block += part
-    except (OSError, ValueError):
-        pass  # what is missing shows in its length
-    return bytes(block)
 
 
 def _found(
@@ -99,12 +88,16 @@ def _found(
 
 
 def _text(name: str, block: bytes, url: str | None, languages: str | None) -> Document | Reject:
-    """Returns the text of WET, in which Common Crawl names languages, the commonest first."""
+    """Returns the text of WET, whose languages Common Crawl names by ISO 639-3, the first most."""
+    import pycountry
+
     try:
         text = block.decode()
     except UnicodeDecodeError as error:
         return name, "not UTF-8", f"byte {error.start}"
-    language = (languages or "").partition(",")[0] or None
+    code = (languages or "").partition(",")[0] or None
+    known = code and pycountry.languages.get(alpha_3=code)
+    language = getattr(known, "alpha_2", code)  # as BCP 47 has it: the shortest code there is
     return Document(name=name, title="", text=text, url=url, language=language)
 
 

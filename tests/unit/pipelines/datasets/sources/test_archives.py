@@ -26,7 +26,8 @@ def record(
 ) -> bytes:
     head = (
         f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: {url}\r\nContent-Type: {media}\r\n"
-        f"WARC-Date: 2024-05-06T07:08:09Z\r\nContent-Length: {len(block)}\r\n\r\n"
+        "WARC-Date: 2024-05-06T07:08:09Z\r\nWARC-Identified-Content-Language: deu,eng\r\n"
+        f"Content-Length: {len(block)}\r\n\r\n"
     )
     return head.encode() + block + b"\r\n\r\n"
 
@@ -66,7 +67,9 @@ def test_pages_and_texts_are_told_from_what_else_an_archive_holds(tmp_path: Path
     assert found[1] == Page(
         name=f"x.warc:{starts[4]}", content=b"<p>x", url="http://e", crawl_date="2024-05-06"
     )
-    text = Document(name=f"x.warc:{starts[6]}", title="", text="Grüße", url="http://g")
+    text = Document(
+        name=f"x.warc:{starts[6]}", title="", text="Grüße", url="http://g", language="de"
+    )
     assert found[2] == text
     assert [each[:2] for each in found[3:]] == [  # type: ignore[index]
         (f"x.warc:{starts[7]}", "not UTF-8"),
