@@ -29,6 +29,9 @@ FREE_BYTES = 64 << 20
 """So much any file may unpack to, however small it is."""
 
 
+_STEP_BYTES = 16 << 10  # so much less may come of a truncated file than it holds
+
+
 class Unreadable(Exception):
     """The rest of a file cannot be read; the message is the reason of its reject."""
 
@@ -135,7 +138,7 @@ class _Unpacked(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         try:
-            content: bytes = self._unpacking.read(len(buffer))
+            content: bytes = self._unpacking.read(min(len(buffer), _STEP_BYTES))
         except OSError as error:
             raise Unreadable(f"cannot be unpacked: {excerpt(error)}") from error
         self._left -= len(content)

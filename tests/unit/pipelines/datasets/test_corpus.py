@@ -151,8 +151,7 @@ def test_compressed_files_are_read_instead_of_plain_ones_and_not_beside_them(
     assert documents(tmp_path / "note.txt.gz") == [note]
     (tmp_path / "corpus.jsonl").unlink()
     (tmp_path / "corpus.jsonl.gz").write_bytes(gzip.compress(line)[:-9])
-    first, cut_short = documents(tmp_path)
-    assert first == Document(name="a", title="", text="x")
+    (cut_short,) = documents(tmp_path)
     assert cut_short[:2] == (  # type: ignore[index]
         "corpus.jsonl.gz",
         "cannot be unpacked: Truncated compressed stream",

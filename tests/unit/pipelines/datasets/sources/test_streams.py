@@ -36,9 +36,10 @@ def test_truncated_file_gives_what_it_holds_and_then_says_so(tmp_path: Path, end
         pytest.raises(Unreadable, match="cannot be unpacked"),
         source(tmp_path, f"x{ending}", packed[:-9]).stream() as stream,
     ):
-        lines += bounded_lines(stream)
-    # pyarrow gives a MiB at a time; of bz2, whole blocks alone.
-    assert ending == ".bz2" or b"".join(lines)[:10] == content[:10]
+        for line in bounded_lines(stream):
+            lines.append(line or b"")
+    # Of bz2, whole blocks alone.
+    assert ending == ".bz2" or len(b"".join(lines)) > len(content) - (1 << 18)
 
 
 @pytest.mark.parametrize("ending", PACK)
