@@ -57,8 +57,18 @@ class CorpusConfig(Config):
         default=("*",), description="of a folder: files like any of these, such as 'news/*'"
     )
     format: Literal[
-        *("auto", "arc", "arrow", "beir", "csv", "html", "json", "jsonl", "parquet", "text"),
-        *("tsv", "warc"),
+        "auto",
+        "arc",
+        "arrow",
+        "beir",
+        "csv",
+        "html",
+        "json",
+        "jsonl",
+        "parquet",
+        "text",
+        "tsv",
+        "warc",
     ] = "auto"
     text_field: str = Field(
         default="text", description="a.b names the field b of the field a, here and below"

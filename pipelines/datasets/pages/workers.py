@@ -125,6 +125,7 @@ class _Worker:
         """
         slot, self.slot = self.slot, None
         assert slot is not None and slot.page is not None
+        name = slot.page.name
         try:
             slot.result, slot.page = self.pipe.recv(), None
         except (EOFError, OSError):
@@ -133,9 +134,9 @@ class _Worker:
             code = self._process.exitcode or 0
             how = signal.Signals(-code).name if code < 0 else f"exit {code}"
             if how == "SIGXCPU":
-                slot.result = slot.page.name, f"took longer than {self._max_page_s} s", ""
+                slot.result = name, f"took longer than {self._max_page_s} s", ""
             elif slot.num_ended > 1:
-                slot.result = slot.page.name, f"ended the process that read it ({how})", ""
+                slot.result = name, f"ended the process that read it ({how})", ""
             self.end()
             return False
         return True

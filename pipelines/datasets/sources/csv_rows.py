@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from cluster.errors import Reject
 from cluster.row_files import Row, short
@@ -25,7 +25,9 @@ def tsv_rows(source: Source) -> Iterator[Row | Reject]:
         yield from _rows(stream, source.name, "\t", csv.QUOTE_NONE)
 
 
-def _rows(stream: BinaryIO, name: str, delimiter: str, quoting: int) -> Iterator[Row | Reject]:
+def _rows(
+    stream: BinaryIO, name: str, delimiter: str, quoting: Literal[0, 3]
+) -> Iterator[Row | Reject]:
     csv.field_size_limit(MAX_ROW_BYTES)
     lines = _Lines(stream)
     rows = csv.reader(lines, delimiter=delimiter, quoting=quoting)

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from cluster.errors import excerpt
 from cluster.row_files import utf8_name
@@ -100,7 +100,13 @@ def bounded_lines(stream: BinaryIO) -> Iterator[bytes | None]:
         yield None
 
 
-def read_bounded(stream: BinaryIO) -> bytes:
+class Readable(Protocol):
+    """What gives bytes, at most `size` at a time and none at its end."""
+
+    def read(self, size: int, /) -> bytes: ...  # noqa: D102
+
+
+def read_bounded(stream: Readable) -> bytes:
     """Returns what can be read of the rest of a stream; of a longer one, over MAX_ROW_BYTES."""
     content = bytearray()
     with suppress(OSError, ValueError, EOFError):  # what is missing shows in the length

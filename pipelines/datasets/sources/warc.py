@@ -73,8 +73,9 @@ def _found(
     date = (headers.get("WARC-Date") or "")[:10] or None
     media = (headers.get("Content-Type") or "").partition(";")[0].strip().lower()
     found: Page | Document | Reject | str = kind
-    if kind == "response" and media == "application/http":
-        found = http_page(name, block, url, date)
+    if kind == "response":
+        is_http = media == "application/http"
+        found = http_page(name, block, url, date) if is_http else media or kind
     elif kind == "resource":
         found = Page(name=name, content=block, url=url, crawl_date=date) if media in HTML else media
     elif kind == "conversion":
@@ -98,6 +99,7 @@ def _text(name: str, block: bytes, url: str | None, languages: str | None) -> Do
     code = (languages or "").partition(",")[0] or None
     known = code and pycountry.languages.get(alpha_3=code)
     language = getattr(known, "alpha_2", code)  # as BCP 47 has it: the shortest code there is
+    text = text.replace("\n", "\n\n")  # each line is a paragraph of the page, or a part of its menu
     return Document(name=name, title="", text=text, url=url, language=language)
 
 
