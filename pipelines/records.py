@@ -8,6 +8,11 @@ PASSAGE = pa.schema(
         ("title", pa.string()),
         ("text", pa.string()),
         ("source", pa.string()),  # "<document>#<part>", parts counted from 1
+        # Of a web page, as far as they are known.
+        ("url", pa.string()),
+        ("date", pa.string()),  # published, YYYY-MM-DD
+        ("language", pa.string()),  # the first part of a BCP 47 tag
+        ("headings", pa.list_(pa.string())),  # that it stands under, and within it
     ]
 )
 

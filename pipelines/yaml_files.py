@@ -35,6 +35,7 @@ _SCALARS = (
 )
 _LEADING_ZERO = re.compile(r"[-+]?0[0-9]+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_PATTERN = re.compile(r"(?<=[\[,])\s*(\*(?:[^\[\]{},]*[^\[\]{},\s])?)")
 
 
 def read_yaml(content: str | bytes, place: str) -> Any:
@@ -52,12 +53,16 @@ def read_yaml(content: str | bytes, place: str) -> Any:
 def read_value(text: str, place: str) -> Any:
     """Reads the value of a setting: a list, mapping or quoted text as YAML, else the whole text.
 
+    Items such as `*.txt` need no quotes where a list has neither quotes nor anchors to name.
+
     Raises:
         UserError: As :func:`read_yaml`, or something follows the value.
     """
     text = text.strip()
     if not text.startswith(("[", "{", '"', "'")):
         return _plain(text, place)
+    if text.startswith("[") and not {"&", '"', "'"}.intersection(text):
+        text = _PATTERN.sub(r"'\1'", text)
     value, end = _read(text, place)
     if text[end:].strip():
         raise UserError(

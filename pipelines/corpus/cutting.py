@@ -11,18 +11,16 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from actors.words import letter_share, normalized, num_words, sentence_starts, word_spans
+from actors.words import normalized, num_words, sentence_starts, word_spans
+from pipelines.corpus.filters import FILTERS
 from pipelines.ids import passage_id
 
 if TYPE_CHECKING:
-    from pipelines.datasets.corpus import Document
+    from pipelines.datasets.documents import Document
 
 T = TypeVar("T")
-
-MIN_WORDS = 8
-"""A passage of fewer words says too little to write a question about."""
 
 # Controls, invisible format characters but the joiners (which carry meaning in several scripts),
 # halves of surrogate pairs, private use and what is no character.
@@ -31,17 +29,28 @@ _UNWRITTEN = re.compile(
     "\ufdd0-\ufdef\ufeff\ufff9-\ufffb\ufffe\uffff\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
     "\U000e0000-\U000e00ff\U000f0000-\U0010ffff]"
 )
-_CODE_SYMBOLS = "{}[]()<>=|\\/$#@;`~^&+"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Passage:
-    """A part of a document; `source` is `<document name>#<part>`, parts counted from 1."""
+    """A part of a document; `source` is `<document name>#<part>`, parts counted from 1.
+
+    `headings` are the one it stands under and those within it.
+    """
 
     id: str
     title: str
     text: str
     source: str
+    url: str | None = None
+    date: str | None = None
+    language: str | None = None
+    headings: tuple[str, ...] = ()
+
+    @classmethod
+    def of_row(cls, row: dict[str, Any]) -> Passage:
+        """Returns the passage of a row of `pipelines.records.PASSAGE`."""
+        return cls(**row | {"headings": tuple(row["headings"] or ())})
 
 
 def clean(text: str) -> str:
@@ -99,28 +108,33 @@ def cut(text: str, *, max_words: int = 160, min_words: int = 20) -> list[str]:
 def passages_of(document: Document, *, max_words: int = 160, min_words: int = 20) -> list[Passage]:
     """Cleans and cuts a document. Unfit passages are included: see `reject_reason`."""
     title = " ".join(clean(document.title).split())
-    return [
-        Passage(
-            id=passage_id(title, text), title=title, text=text, source=f"{document.name}#{part}"
+    known = {" ".join(clean(heading).split()) for heading in document.headings}
+    pieces = cut(clean(document.text), max_words=max_words, min_words=min_words)
+    passages = []
+    above: tuple[str, ...] = ()
+    for part, text in enumerate(pieces, start=1):
+        lines = text.split("\n")
+        within = tuple(line for line in lines if line in known)
+        headings = within if lines[0] in known else above + within
+        above = headings[-1:]
+        passages.append(
+            Passage(
+                id=passage_id(title, text),
+                title=title,
+                text=text,
+                source=f"{document.name}#{part}",
+                url=document.url,
+                date=document.date,
+                language=document.language,
+                headings=headings,
+            )
         )
-        for part, text in enumerate(
-            cut(clean(document.text), max_words=max_words, min_words=min_words), start=1
-        )
-    ]
+    return passages
 
 
 def reject_reason(text: str) -> str | None:
-    """Says why a text is unfit to be a passage, or None when it is fit."""
-    num_characters = len("".join(text.split()))
-    if not num_characters:
-        return "empty"
-    if num_words(text) < MIN_WORDS:
-        return "too short"
-    if letter_share(text) < 0.6:
-        return "too few letters"
-    if sum(map(text.count, _CODE_SYMBOLS)) > 0.12 * num_characters:
-        return "mostly code"
-    return None
+    """Says why a text is unfit to be a passage, or None when it is fit: the first filter's word."""
+    return next((reason for filter_ in FILTERS if (reason := filter_(text))), None)
 
 
 def _parts(

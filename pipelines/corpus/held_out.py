@@ -18,7 +18,8 @@ import pyarrow as pa
 
 from actors.words import compared_words, letter_share, num_words, sentence_starts
 from cluster.artifacts import Artifact
-from pipelines.corpus.cutting import MIN_WORDS, Passage
+from pipelines.corpus.cutting import Passage
+from pipelines.corpus.filters.length import MIN_WORDS
 from pipelines.ids import document_name
 
 HELD_OUT = "held out for the gate"  # why training may not use a query
@@ -100,7 +101,7 @@ class TrainingPassages(Artifact):
 def read_passages(passages: Artifact) -> Iterator[Passage]:
     """Yields the passages of a corpus, a shard in memory at a time."""
     for table in passages.tables():
-        yield from (Passage(**row) for row in table.to_pylist())
+        yield from map(Passage.of_row, table.to_pylist())
 
 
 def repeated_titles(passages: Iterable[Passage]) -> frozenset[str]:

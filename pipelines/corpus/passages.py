@@ -15,7 +15,8 @@ from cluster.errors import DUPLICATE, DUPLICATES, NEAR_DUPLICATE, Reject, UserEr
 from cluster.steps import Step, StepContext
 from pipelines.corpus.cutting import Passage, passages_of, reject_reason
 from pipelines.corpus.near_duplicates import near_duplicates
-from pipelines.datasets.corpus import Corpus, Document
+from pipelines.datasets.corpus import Corpus
+from pipelines.datasets.documents import Document
 from pipelines.fingerprints import fingerprinted
 from pipelines.records import PASSAGE
 
@@ -63,6 +64,7 @@ def make_passages(
         "num_passages": len(passages),
         "num_duplicates": sum(reason in DUPLICATES for _, reason, _ in rejects),
         "files_passed_over": dict(corpus.passed_over),
+        "records_passed_over": dict(corpus.records_passed_over),
         "icu_version": icu4py.icu_version,  # its dictionaries decide where words end
     }
 

@@ -72,7 +72,7 @@ def choose_seeds(
     documents: list[str] = []
     if held_out is not None:
         documents = hold_out(
-            [Passage(**row) for row in passages.to_pylist()],
+            [Passage.of_row(row) for row in passages.to_pylist()],
             num_queries=held_out.num_queries,
             num_passages=held_out.num_seeds,
             seed=config.seed,

@@ -1,13 +1,12 @@
-"""Corpora as people have them: JSONL, Parquet, plain text, a BEIR folder, on a disk or on S3.
+"""Corpora as people have them: rows, texts, web pages and archives of them, on a disk or on S3.
 
-A row that cannot be read is a reject with its reason. A corpus that does not exist, that is not
-what the recipe says, or a file of it that is not what its name says, is the user's mistake. What is
-read and what is not stands in docs/what-is-read.md.
+What cannot be read, a row, a page or the rest of a file, is a reject with its reason. A corpus that
+does not exist, or that is not what the recipe says, is the user's mistake. What is read and what is
+not stands in docs/what-is-read.md; `sources/` has a reader for each format.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
@@ -17,34 +16,36 @@ from pydantic import Field, model_validator
 from cluster.artifacts import fingerprint
 from cluster.config import Config
 from cluster.errors import Reject, UserError, excerpt
-from cluster.json_lines import GZIP
-from cluster.parquet import parquet_columns
-from cluster.row_files import (
-    FORMATS,
-    Row,
-    beir_corpora,
-    file_format,
-    file_lines,
-    find_files,
-    is_beir,
-    jsonl_rows,
-    parquet_rows,
-    short,
-    suffix,
-    utf8_name,
-    without_copies,
-)
+from cluster.row_files import Row, find_files, short
 from cluster.storage import file_versions
+from pipelines.datasets.documents import Document, Page
+from pipelines.datasets.pages.main_text import MainText
+from pipelines.datasets.pages.workers import PageWorkers
+from pipelines.datasets.sources.arc import arc_pages
+from pipelines.datasets.sources.arrow import arrow_rows
+from pipelines.datasets.sources.csv_rows import csv_rows, tsv_rows
+from pipelines.datasets.sources.html import html_pages
+from pipelines.datasets.sources.json_rows import json_rows, jsonl_rows
+from pipelines.datasets.sources.parquet import parquet_rows
+from pipelines.datasets.sources.streams import PACKED, Source, Unreadable
+from pipelines.datasets.sources.text import texts
+from pipelines.datasets.sources.warc import warc_pages
 from pipelines.fingerprints import NotFingerprinted
 
+Item = Row | Document | Page | Reject
 
-@dataclass(frozen=True, kw_only=True)
-class Document:
-    """A source text: `name` is its locator in the corpus, unique and stable."""
-
-    name: str
-    title: str
-    text: str
+_READERS: dict[str, Callable[[Source], Iterator[Item]]] = {
+    "arc": arc_pages,
+    "arrow": arrow_rows,
+    "csv": csv_rows,
+    "html": html_pages,
+    "json": json_rows,
+    "jsonl": jsonl_rows,
+    "parquet": parquet_rows,
+    "text": texts,
+    "tsv": tsv_rows,
+    "warc": warc_pages,
+}
 
 
 class CorpusConfig(Config):
@@ -56,10 +57,32 @@ class CorpusConfig(Config):
     include: tuple[str, ...] = Field(
         default=("*",), description="of a folder: files like any of these, such as 'news/*'"
     )
-    format: Literal["auto", "beir", "jsonl", "parquet", "text"] = "auto"
-    text_field: str = "text"
+    format: Literal[
+        "auto",
+        "arc",
+        "arrow",
+        "beir",
+        "csv",
+        "html",
+        "json",
+        "jsonl",
+        "parquet",
+        "text",
+        "tsv",
+        "warc",
+    ] = "auto"
+    text_field: str = Field(
+        default="text", description="a.b names the field b of the field a, here and below"
+    )
     title_field: str = "title"
+    url_field: str = "url"
+    html_field: str | None = Field(
+        default=None, description="that holds HTML, whose main text is taken instead of text_field"
+    )
     id_field: str | None = Field(default=None, description="default: _id or id, else the line")
+    main_text: MainText = Field(
+        default="trafilatura", description="what finds the main text of web pages; or resiliparse"
+    )
     max_words: int = Field(default=160, ge=16, description="of a passage; longer texts are cut")
     min_words: int = Field(
         default=20, ge=1, description="of a text's last passage; it takes from the one before"
@@ -87,12 +110,14 @@ class Corpus:
     Attributes:
         files: The files that are read, in their order.
         passed_over: Files that are not, by suffix; hidden ones are not counted.
+        records_passed_over: What archives hold beside pages, by kind, as far as they were read.
     """
 
     def __init__(self, config: CorpusConfig) -> None:
         """Finds the corpus's files; raises UserError where there is none."""
         self.config = config
         self.passed_over: Counter[str] = Counter()
+        self.records_passed_over: Counter[str] = Counter()
         self.format: str = config.format
         self._names: dict[str, None] = {}
         self.storage, all_files = find_files(config.path)
@@ -107,10 +132,10 @@ class Corpus:
                 f"corpus {config.path} has {len(all_files)} files and none like"
                 f" {' or '.join(config.include)}: correct corpus.include"
             )
-        if self.format == "auto" and is_beir(files):
+        if self.format == "auto" and _is_beir(files):
             self.format = "beir"
         self.files = _choose(files, self.format)
-        self.passed_over.update(map(suffix, set(files) - set(self.files)))
+        self.passed_over.update(map(_suffix, set(files) - set(self.files)))
         self._check_files()
 
     def version(self) -> str:
@@ -120,17 +145,16 @@ class Corpus:
     def documents(self) -> Iterator[Document | Reject]:
         """Yields each document, or why it could not be read, in the order of the files.
 
+        Pages are read by processes beside this one, which end with the iterator.
+
         Raises:
-            UserError: A file is not what its suffix says, or no row has a field that the recipe
-                names, which shows at the end.
+            UserError: No row has a field that the recipe names, which shows at the end; or a file
+                with columns lacks that of the text.
         """
         self._names.clear()
-        for file in self.files:
-            if _format(file) == "text":
-                yield self._text(file)
-                continue
-            for row in self._rows(file):
-                yield row if len(row) == 3 else self._document(row[1], row[0])
+        self.records_passed_over.clear()
+        with PageWorkers(self.config.main_text) as workers:
+            yield from workers.documents(self._items())
         self._check_fields()
 
     def _check_files(self) -> None:
@@ -154,9 +178,10 @@ class Corpus:
 
     def _check_fields(self) -> None:
         config = self.config
-        named = {"text_field": config.text_field, "id_field": config.id_field}
-        if config.title_field != CorpusConfig.model_fields["title_field"].default:
-            named["title_field"] = config.title_field
+        named = {"id_field": config.id_field, self._content_key: self._content_field}
+        for option in ("title_field", "url_field"):
+            if getattr(config, option) != CorpusConfig.model_fields[option].default:
+                named[option] = getattr(config, option)
         for option, name in named.items():
             if self._names and name is not None and name not in self._names:
                 there = excerpt(", ".join(self._names))
@@ -165,71 +190,119 @@ class Corpus:
                     f" corpus.{option}"
                 )
 
-    def _note(self, names: Iterable[str]) -> None:
-        """Remembers fields that rows have: the first ones, and any that the recipe names."""
-        config = self.config
-        named = (config.text_field, config.title_field, config.id_field)
-        self._names.update(
-            (name, None) for name in names if len(self._names) < 100 or name in named
-        )
-
-    def _rows(self, file: str) -> Iterator[Row | Reject]:
-        config, place = self.config, f"corpus file {utf8_name(file)}"
-        if _format(file) == "jsonl":
-            for row in jsonl_rows(self.storage, file):
-                if len(row) == 2:
-                    self._note(row[1])
-                yield row
-            return
-        content = self.storage.read_bytes(file)
-        names = parquet_columns(content, place)
-        if config.text_field not in names:
-            raise UserError(
-                f"{place} has no column {config.text_field!r}, only"
-                f" {excerpt(', '.join(names))}: set corpus.text_field"
-            )
-        self._note(names)
-        columns = dict.fromkeys([config.text_field, config.title_field, *self._id_fields])
-        yield from parquet_rows(content, list(columns), place, utf8_name(file))
-
-    def _text(self, file: str) -> Document | Reject:
-        name = utf8_name(file)
-        try:
-            text = b"".join(file_lines(self.storage, file)).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            return name, "not UTF-8", f"byte {error.start} of {name}"
-        return Document(name=name, title=PurePosixPath(name.removesuffix(GZIP)).stem, text=text)
+    @property
+    def _content_key(self) -> str:
+        return "html_field" if self.config.html_field else "text_field"
 
     @property
-    def _id_fields(self) -> list[str]:
-        return [self.config.id_field] if self.config.id_field else ["_id", "id"]
+    def _content_field(self) -> str:
+        return self.config.html_field or self.config.text_field
 
-    def _document(self, row: dict[str, Any], where: str) -> Document | Reject:
-        text, title = row.get(self.config.text_field), row.get(self.config.title_field)
-        id_ = next((row[field] for field in self._id_fields if row.get(field) is not None), where)
+    @property
+    def _id_fields(self) -> tuple[str, ...]:
+        return (self.config.id_field,) if self.config.id_field else ("_id", "id")
+
+    @property
+    def _fields(self) -> tuple[str, ...]:
+        """The fields that are read of rows, that of the text or the HTML first."""
+        config = self.config
+        fields = (self._content_field, config.title_field, config.url_field, *self._id_fields)
+        return tuple(dict.fromkeys(fields))
+
+    def _items(self) -> Iterator[Document | Page | Reject]:
+        for file in self.files:
+            source = Source(
+                storage=self.storage,
+                path=file,
+                fields=self._fields,
+                columns=self._names,
+                passed_over=self.records_passed_over,
+            )
+            try:
+                for item in _READERS[_format(file)](source):
+                    if isinstance(item, tuple) and len(item) == 2:
+                        yield self._of_row(*item)
+                    else:
+                        yield item
+            except Unreadable as error:
+                yield source.name, str(error), ""
+
+    def _of_row(self, where: str, row: dict[str, Any]) -> Document | Page | Reject:
+        fields = {name: value for name in self._fields if (value := _field(row, name)) is not None}
+        # The first names of rows are remembered for errors, and any that the recipe names.
+        new = row if len(self._names) < 100 else ()
+        self._names.update(dict.fromkeys((*new, *fields)))
+        id_ = next((fields[name] for name in self._id_fields if name in fields), where)
         if not isinstance(id_, str | int | float):
             return where, "its id is neither a text nor a number", short(row)
-        if not isinstance(text, str):
-            return str(id_), f"no text in field {self.config.text_field!r}", short(row)
-        return Document(name=str(id_), title=title if isinstance(title, str) else "", text=text)
+        content = fields.get(self._content_field)
+        if not isinstance(content, str):
+            return str(id_), f"no text in field {self._content_field!r}", short(row)
+        title, url = (
+            value if isinstance(value := fields.get(name), str) else None
+            for name in (self.config.title_field, self.config.url_field)
+        )
+        if self.config.html_field is None:
+            return Document(name=str(id_), title=title or "", text=content, url=url)
+        return Page(
+            name=str(id_),
+            title=title or "",
+            url=url,
+            content=content.encode(),
+            charset="utf-8",
+        )
 
 
-_FORMATS = {**FORMATS, ".txt": "text", ".md": "text", ".rst": "text"}
-_ACCEPTED = "a BEIR folder, .jsonl, .ndjson, .txt, .md and .rst (each may be .gz), and .parquet"
+_SUFFIXES = {
+    **{f".{each}": each for each in ("arc", "arrow", "csv", "html", "json", "jsonl", "parquet")},
+    **{f".{each}": each for each in ("tsv", "warc")},
+    **dict.fromkeys((".txt", ".md", ".rst"), "text"),
+    ".htm": "html",
+    ".ndjson": "jsonl",
+    ".wet": "warc",
+    ".xhtml": "html",
+}
+_ACCEPTED = (
+    "a BEIR folder, .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .txt, .md, .rst, .html,"
+    " .htm, .xhtml, .warc, .wet and .arc (each may be .gz, .zst or .bz2)"
+)
 # Formats that hold data and are not read here.
 _DATA_SUFFIXES = frozenset(
     f".{each}"
     for each in (
-        *("arrow", "avro", "bz2", "csv", "db", "doc", "docx", "epub", "feather", "gz", "htm"),
-        *("html", "json", "orc", "pdf", "pkl", "sqlite", "tar", "tgz", "tsv", "warc", "wet"),
-        *("xlsx", "xml", "xz", "zip", "zst"),
+        *("avro", "bz2", "db", "doc", "docx", "epub", "feather", "gz", "orc", "pdf", "pkl"),
+        *("sqlite", "tar", "tgz", "xlsx", "xml", "xz", "zip", "zst"),
     )
 )
 _ABOUT = ("readme", "license", "licence", "copying", "notice", "citation", "changelog")
+# What Hugging Face's `save_to_disk` and hub write beside the rows.
+_DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_dict.json", "dataset_infos.json")
 
 
-def _format(file: str) -> str | None:
-    return file_format(file, _FORMATS)
+def _field(row: dict[str, Any], name: str) -> Any:
+    """Returns a field, or one within another that `name` gives with a dot, or None."""
+    if name in row or "." not in name:
+        return row.get(name)
+    value: Any = row
+    for step in name.split("."):
+        value = value.get(step) if isinstance(value, dict) else None
+    return value
+
+
+def _unpacked(file: str) -> PurePosixPath:
+    """Returns a file's path without the end that says how it is packed."""
+    path = PurePosixPath(file)
+    return path.with_suffix("") if path.suffix.lower() in PACKED else path
+
+
+def _suffix(file: str) -> str:
+    return (_unpacked(file).suffix or PurePosixPath(file).suffix).lower()
+
+
+def _format(file: str) -> str:
+    """Returns a file's format by its suffix in any case; "" if it is not read here."""
+    name = _unpacked(file).name.lower()
+    return "" if name in _DESCRIPTIONS else _SUFFIXES.get(PurePosixPath(name).suffix, "")
 
 
 def _is_about(file: str) -> bool:
@@ -237,14 +310,26 @@ def _is_about(file: str) -> bool:
     return _format(file) == "text" and PurePosixPath(file).name.lower().startswith(_ABOUT)
 
 
+def _is_beir(files: Iterable[str]) -> bool:
+    """Says whether the files are a BEIR folder's, whose queries are JSON lines too."""
+    return {"corpus.jsonl", "queries.jsonl"} <= {_unpacked(file).name for file in files}
+
+
 def _choose(files: list[str], format_: str) -> list[str]:
-    """Returns the files that are read: of the format, or of every format that there is."""
+    """Returns the files that are read: of the format, or of every format that there is.
+
+    Packed files that lie beside the same file unpacked are left out.
+    """
     if format_ == "beir":
-        chosen = beir_corpora(files)
+        chosen = [file for file in files if _unpacked(file).name == "corpus.jsonl"]
     elif format_ == "auto":
         chosen = [file for file in files if _format(file)]
         if any(_format(file) != "text" for file in chosen):
             chosen = [file for file in chosen if not _is_about(file)]
     else:
         chosen = [file for file in files if _format(file) == format_]
-    return without_copies(chosen)
+    return [
+        file
+        for file in chosen
+        if (unpacked := str(_unpacked(file))) == file or unpacked not in chosen
+    ]

@@ -24,7 +24,8 @@ from cluster.artifacts import Artifact
 from cluster.errors import TokayError, UserError
 from cluster.storage import open_storage
 from pipelines.corpus.cutting import Passage, passages_of, reject_reason
-from pipelines.datasets.corpus import Corpus, Document
+from pipelines.datasets.corpus import Corpus
+from pipelines.datasets.documents import Document
 from pipelines.datasets.labelled_sets import HUB
 from pipelines.fret.corpus_queries import TASKS, draw_queries
 from pipelines.fret.fusion import LLM_JUDGES, steps_unasked

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from cluster.artifacts import REJECT_SCHEMA
 from cluster.errors import UserError
 from pipelines.corpus.cutting import passages_of, reject_reason
-from pipelines.datasets.corpus import Corpus, CorpusConfig, Document
+from pipelines.datasets.corpus import Corpus, CorpusConfig
+from pipelines.datasets.documents import Document
 
 FIELDS = ("_id", "id", "title", "text")
 

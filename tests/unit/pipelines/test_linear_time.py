@@ -10,8 +10,8 @@ from actors import words
 from pipelines.corpus import cutting
 from pipelines.corpus.cutting import passages_of, reject_reason
 from pipelines.datasets import decontamination
-from pipelines.datasets.corpus import Document
 from pipelines.datasets.decontamination import Decontamination
+from pipelines.datasets.documents import Document
 from pipelines.demo import python_documentation
 from pipelines.fret import prompts
 from pipelines.report import labels

@@ -16,7 +16,8 @@ from actors.words import (
     word_spans,
 )
 from pipelines.corpus.cutting import clean, cut, passages_of, reject_reason
-from pipelines.datasets.corpus import Corpus, CorpusConfig, Document
+from pipelines.datasets.corpus import Corpus, CorpusConfig
+from pipelines.datasets.documents import Document
 
 LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ro", "ru", "th", "tr", "vi", "zh")
 

@@ -104,6 +104,10 @@ def test_yaml_of_any_shape_is_read_or_refused_soon(piece: str) -> None:
         ("'x # y'", "x # y"),
         ('["x #1", b]', ["x #1", "b"]),
         ("{a: 1e-3}", {"a": 0.001}),
+        ("[*.warc*,*.arc*]", ["*.warc*", "*.arc*"]),
+        ("[news/*, * , 3]", ["news/*", "*", 3]),
+        ('["a,*b", c]', ["a,*b", "c"]),
+        ("[&x 1, *x]", [1, 1]),
     ],
 )
 def test_set_keeps_every_character_of_its_value(text: str, value: Any) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from actors.words import num_words
 from pipelines.corpus.cutting import _within, clean, cut, passages_of, reject_reason
-from pipelines.datasets.corpus import Document
+from pipelines.datasets.documents import Document
 from pipelines.ids import passage_id
 
 WORDS = [f"word{number}" for number in range(1000)]
@@ -174,6 +174,23 @@ def test_passages_of_number_the_parts_of_a_document() -> None:
     )
     parts = passages_of(short, max_words=60, min_words=10)
     assert [num_words(part.text) for part in parts] == [50, 12]  # 20 would take the 20 before
+
+
+def test_passages_keep_what_is_known_of_their_page_and_the_headings_over_them() -> None:
+    document = Document(
+        name="doc",
+        title="",
+        text="\n\n".join(["First", words(0, 30), words(30, 60), "Second", words(60, 85)]),
+        url="http://x.org",
+        date="2020-01-02",
+        language="en",
+        headings=("First", " Second", "Elsewhere"),
+    )
+    parts = passages_of(document, max_words=40, min_words=5)
+    assert [part.headings for part in parts] == [("First",), ("First", "Second"), ("Second",)]
+    assert {(part.url, part.date, part.language) for part in parts} == {
+        ("http://x.org", "2020-01-02", "en")
+    }
 
 
 @pytest.mark.parametrize(

@@ -57,12 +57,12 @@ def test_files_that_are_not_read_are_told(tmp_path: Path, caplog: pytest.LogCapt
     folder.mkdir()
     text = "The harbour office opens at seven in the morning and closes after the last ferry."
     (folder / "x.jsonl").write_text(json.dumps({"text": text}))
-    for name in ("1.csv", "2.csv", "README.md"):
+    for name in ("1.pdf", "2.pdf", "README.md"):
         (folder / name).write_text("")
     with caplog.at_level(logging.WARNING):
         passages = made(folder, tmp_path / "run")
-    assert passages.manifest.metrics["files_passed_over"] == {".csv": 2, ".md": 1}
-    assert "these files are not read: 2 .csv, 1 .md" in caplog.text
+    assert passages.manifest.metrics["files_passed_over"] == {".pdf": 2, ".md": 1}
+    assert "these files are not read: 2 .pdf, 1 .md" in caplog.text
 
 
 def test_sample_is_of_whole_documents_and_a_larger_one_contains_it(tmp_path: Path) -> None:

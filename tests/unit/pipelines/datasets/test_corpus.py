@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from cluster.errors import UserError
 from cluster.storage import open_storage
-from pipelines.datasets.corpus import Corpus, CorpusConfig, Document
+from pipelines.datasets.corpus import Corpus, CorpusConfig
+from pipelines.datasets.documents import Document
 
 
 def documents(path: object, **config: object) -> list[Document | tuple[str, str, str]]:
@@ -86,17 +87,15 @@ def test_version_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
         ("nothing", {}, "does not exist or is empty"),
         ("odd", {}, "no file that looks like a corpus"),
         ("odd", {"format": "parquet"}, r"has no file of parquet, only 1 \.zip"),
-        ("bad", {}, r"corpus file x\.parquet is not a readable Parquet file"),
         ("cols", {}, "no column 'text', only body"),
     ],
 )
 def test_unusable_corpus_is_one_line(
     tmp_path: Path, path: str, config: dict[str, object], message: str
 ) -> None:
-    for name in ("odd", "bad", "cols"):
+    for name in ("odd", "cols"):
         (tmp_path / name).mkdir()
     (tmp_path / "odd" / "x.zip").write_bytes(b"")
-    (tmp_path / "bad" / "x.parquet").write_bytes(b"PAR0")
     pq.write_table(pa.table({"body": ["t"]}), tmp_path / "cols" / "x.parquet")
     with pytest.raises(UserError, match=message):
         documents(tmp_path / path, **config)
@@ -108,10 +107,10 @@ def test_folder_of_several_formats_is_read_whole_in_the_order_of_names(tmp_path:
     (tmp_path / "c.txt").write_text("three")
     (tmp_path / "d.NDJSON.gz").write_bytes(gzip.compress(b'{"_id": "z", "text": "four"}'))
     (tmp_path / "README.md").write_text("What these files are")
-    (tmp_path / "table.csv").write_text("id,text")
+    (tmp_path / "table.xlsx").write_bytes(b"id,text")
     corpus = Corpus(CorpusConfig(path=str(tmp_path)))
     assert [document.name for document in corpus.documents()] == ["j", "p", "c.txt", "z"]  # type: ignore[union-attr]
-    assert corpus.passed_over == {".md": 1, ".csv": 1}
+    assert corpus.passed_over == {".md": 1, ".xlsx": 1}
     assert [d.name for d in documents(tmp_path, format="text")] == ["README.md", "c.txt"]  # type: ignore[union-attr]
     assert [d.name for d in documents(tmp_path, format="jsonl")] == ["j", "z"]  # type: ignore[union-attr]
 
@@ -120,11 +119,11 @@ def test_readme_is_not_taken_for_the_data_beside_it(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("What these files are")
     assert [d.name for d in documents(tmp_path)] == ["README.md"]  # type: ignore[union-attr]
     for number in range(2):
-        (tmp_path / f"{number}.csv").write_text("id,text")
-    with pytest.raises(UserError, match=r"holds 2 \.csv, which are not read, beside README\.md"):
+        (tmp_path / f"{number}.xlsx").write_text("id,text")
+    with pytest.raises(UserError, match=r"holds 2 \.xlsx, which are not read, beside README\.md"):
         documents(tmp_path)
     (tmp_path / "one.txt").write_text("a text")
-    with pytest.raises(UserError, match=r"holds 2 \.csv, which are not read"):
+    with pytest.raises(UserError, match=r"holds 2 \.xlsx, which are not read"):
         documents(tmp_path)
     assert len(documents(tmp_path, format="text")) == 2
 
@@ -152,8 +151,11 @@ def test_compressed_files_are_read_instead_of_plain_ones_and_not_beside_them(
     assert documents(tmp_path / "note.txt.gz") == [note]
     (tmp_path / "corpus.jsonl").unlink()
     (tmp_path / "corpus.jsonl.gz").write_bytes(gzip.compress(line)[:-9])
-    with pytest.raises(UserError, match=r"corpus\.jsonl\.gz cannot be unpacked"):
-        documents(tmp_path)
+    (cut_short,) = documents(tmp_path)
+    assert cut_short[:2] == (  # type: ignore[index]
+        "corpus.jsonl.gz",
+        "cannot be unpacked: Truncated compressed stream",
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from cluster.errors import UserError
 from cluster.storage import join, open_storage
 from pipelines.corpus.cutting import Passage
 from pipelines.datasets.beir import read_beir
-from pipelines.datasets.corpus import Corpus, CorpusConfig, Document
+from pipelines.datasets.corpus import Corpus, CorpusConfig
+from pipelines.datasets.documents import Document
 from pipelines.demo import command, data
 from pipelines.demo.command import run_demo
 from pipelines.demo.data import write_documents, write_test_set
