@@ -1,6 +1,8 @@
 """Which documents are held out, and what queries they bring with them."""
 
+import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +16,7 @@ from pipelines.corpus.held_out import (
     held_out_documents,
     hold_out,
     own_queries,
+    read_passages,
     repeated_titles,
     sentence_spans,
 )
@@ -168,7 +171,22 @@ def test_passages_for_training_are_those_of_other_documents(seeds: Seeds) -> Non
     made = seeds(HoldOut(num_queries=20, num_seeds=6), 10)
     names, passages = held_out_documents(made["seeds"]), made["passages"]
     left = TrainingPassages(passages.storage, passages.manifest, names)
+    left = pickle.loads(pickle.dumps(left))  # it may travel to another process
     tables = list(left.tables(["id", "title"]))
     assert {tuple(table.column_names) for table in tables} == {("id", "title")}
     ids = [id_ for table in tables for id_ in table["id"].to_pylist()]
     assert ids == [row.id for row in corpus(40) if document_name(row.source) not in names]
+
+
+def test_passages_are_read_as_they_were_cut(tmp_path: Path) -> None:
+    plain = passage("d", "Bees", BEES)
+    of_page = replace(plain, url="http://x.org", language="en", headings=("Bees", "Dances"))
+
+    def write(context: StepContext) -> dict[str, int]:
+        table = pa.Table.from_pylist([vars(plain), vars(of_page)], schema=PASSAGE)
+        context.log.append(write_shards(context.storage, table, 1))
+        return {}
+
+    steps = [Step(name="passages", config={}, inputs=(), work=write)]
+    made = Run(str(tmp_path), steps).execute(JsonLines())["passages"]
+    assert list(read_passages(made)) == [plain, of_page]
