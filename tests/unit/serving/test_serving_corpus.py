@@ -11,6 +11,8 @@ import pytest
 from actors.encoder import Encoder
 from cluster.artifacts import Manifest, list_files, write_artifact, write_shards
 from cluster.errors import TokayError, UserError
+from cluster.file_list import FileList
+from cluster.files import FileEntry
 from cluster.storage import open_storage
 from serving.corpus import check_corpus, load_corpus
 
@@ -261,16 +263,14 @@ def test_nothing_to_serve_is_refused(encoder: Encoder, tmp_path: Path) -> None:
             check(str(tmp_path))
 
 
-def test_shards_outside_of_their_folder_are_not_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["../../private.parquet", "shards/../../../private.parquet"])
+def test_shards_outside_of_their_folder_are_not_read(path: str, tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["secret"]}), tmp_path / "private.parquet")
-    (tmp_path / "run/index").mkdir(parents=True)
-    entry = {"path": "../../private.parquet", "num_bytes": 1, "sha256": "0" * 64, "num_rows": 1}
-    for path in ("../../private.parquet", "shards/../../../private.parquet"):
-        manifest = {"step": "index", "fingerprint": "f", "config": {}, "inputs": {}, "files": []}
-        manifest["files"] = [{**entry, "path": path}]
-        (tmp_path / "run/index/manifest.json").write_text(json.dumps(manifest))
-        with pytest.raises(TokayError):
-            check_corpus(str(tmp_path / "run/index"))
+    entry = FileEntry(path=path, num_bytes=1, sha256="0" * 64, num_rows=1)
+    manifest = Manifest(step="index", fingerprint="f", config={}, inputs={})
+    write_artifact(open_storage(tmp_path / "run/index"), manifest, FileList.of([entry]))
+    with pytest.raises(TokayError, match=r"files\.parquet is not what this version"):
+        check_corpus(str(tmp_path / "run/index"))
 
 
 def test_queries_of_a_beir_folder_are_not_served(encoder: Encoder, tmp_path: Path) -> None:
