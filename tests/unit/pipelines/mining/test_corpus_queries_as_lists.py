@@ -28,7 +28,7 @@ from pipelines.fret import corpus_queries, fret
 from pipelines.ids import passage_id, query_id
 from pipelines.mining import candidates
 from pipelines.mining.embeddings import vector_column
-from pipelines.mixture.fixed_passages import _read_lists
+from pipelines.mixture.fixed_passages import read_lists
 from pipelines.recipe.read import load_recipe
 from pipelines.records import EMBEDDED_PASSAGE, PASSAGE, QUERY
 from pipelines.run.console import JsonLines
@@ -203,7 +203,7 @@ def test_queries_of_the_corpus_become_lists_beside_those_of_the_llm(
     assert any(IDS["glass"] in row["candidate_ids"] for row in rows)
 
     encoder: Any = Letters()
-    lists = _read_lists(artifacts["fret"], recipe.mixture, encoder, {})
+    lists = read_lists(artifacts["fret"], recipe.mixture, encoder, {})
     assert Counter(lists["task"].to_pylist()) == {
         "question answering": 2,
         "title": 4,

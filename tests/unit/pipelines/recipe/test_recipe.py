@@ -279,7 +279,8 @@ def test_training_that_would_learn_nothing_is_refused(settings: list[str], messa
 def test_missing_recipe_names_those_that_exist() -> None:
     with pytest.raises(
         UserError,
-        match="one of cluster, gecko, gecko-mini, gpu, gpu-80gb, gpu-8x80gb, laptop, multilingual",
+        match="one of adapt, cluster, gecko, gecko-mini, gpu, gpu-80gb, gpu-8x80gb, laptop,"
+        " multilingual",
     ):
         load_recipe("lptop")
 
