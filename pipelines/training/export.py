@@ -13,7 +13,6 @@ from cluster.steps import Step, StepContext
 from cluster.storage import join
 from pipelines.corpus.held_out import HELD_OUT
 from pipelines.encoders import MODEL, TRAINED, upload_folder
-from pipelines.fret.fret import AUTO
 from pipelines.fret.fusion import asks_llm
 from pipelines.training.gate import START
 from pipelines.training.student import StudentConfig
@@ -125,7 +124,7 @@ def _trained_on(sets: dict[str, int], fret: Artifact) -> str:
     num_queries = counts["num_queries"] - counts["dropped_by"].get(HELD_OUT, 0)
     fusion = fret.manifest.config["fusion"]
     made = "A large language model wrote and labelled FRet's examples (Gecko, arXiv 2403.20327)"
-    if fusion != AUTO and not asks_llm(fusion):
+    if not asks_llm(fusion):
         made = (
             "FRet's queries were written by a large language model or taken from the corpus, and"
             f" the order of their candidates is by {fusion}, not by the language model"
