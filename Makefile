@@ -34,10 +34,10 @@ $(STAMP): requirements-cpu.txt requirements-cpu-torch.txt pyproject.toml
 demo: $(STAMP)  ## search the documentation of this Python environment, end to end (10 minutes)
 	@$(BIN)/tokay demo
 
-test: $(STAMP)  ## every test that needs no GPU, but for `make chaos` (12 to 20 minutes)
+test: $(STAMP)  ## every test that needs no GPU, but for `make chaos` (some 23 minutes)
 	@$(BIN)/pytest -m "not gpu and not chaos" -n 2 --dist loadfile --no-loadscope-reorder
 
-chaos: $(STAMP)  ## storage and workers that fail again and again (some 10 minutes)
+chaos: $(STAMP)  ## storage and workers that fail again and again (6 minutes)
 	@$(BIN)/pytest -m "chaos and not gpu" -n 2 --dist loadfile
 
 quick: $(STAMP)  ## the tests that start no engine and do not fuzz (some 5 minutes)

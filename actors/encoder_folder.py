@@ -158,6 +158,8 @@ def read_modules(folder: Path) -> list[tuple[str, Path]]:
                 f"{file}: type {brief(module.type, 100)}: accepted are {', '.join(MODULE_NAMES)} of"
                 " sentence_transformers.models"
             )
+    if not modules:
+        raise UserError(f"{file}: it lists no module: fetch the model again")
     if len({module.name for module in modules}) < len(modules):
         raise UserError(f"{file}: two modules have one name: give each its own")
     return [(MODULES[module.type], _inside(folder, module, file)) for module in modules]

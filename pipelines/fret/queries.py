@@ -53,7 +53,7 @@ class QueriesConfig(Config):
         default=False,
         description="put the prompt, with its instruction, into the model's chat template",
     )
-    temperature: float = Field(default=0.5, ge=0)
+    temperature: float = Field(default=0.5, ge=0, le=2, description="vLLM takes 2 at most")
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_query_tokens: int = Field(default=40, ge=8)
     max_passage_tokens: int = Field(default=160, ge=16)

@@ -13,6 +13,7 @@ from cluster.steps import Step, StepContext
 from cluster.storage import join
 from pipelines.corpus.held_out import HELD_OUT
 from pipelines.encoders import MODEL, TRAINED, upload_folder
+from pipelines.fret.fusion import asks_llm
 from pipelines.training.gate import START
 from pipelines.training.student import StudentConfig
 
@@ -79,6 +80,10 @@ def export_student(
     about = "".join(
         (_taught_by(taught) if taught else "", _trained_on(sets, context.input("fret")))
     )
+    adapter = context.inputs.get("linear_adapter")
+    if adapter and decided.get("weight") != START:
+        num_lists = adapter.manifest.metrics["num_lists"]
+        about += f"\nThen a linear layer behind the pooling learned the order of {num_lists} lists."
     card = _model_card(
         recipe_name, student.model, encoder, sizes, list(sets), about, decided.get("decision", "")
     )
@@ -117,8 +122,14 @@ def _trained_on(sets: dict[str, int], fret: Artifact) -> str:
         return f"Trained on: {listed}."
     counts = fret.manifest.metrics
     num_queries = counts["num_queries"] - counts["dropped_by"].get(HELD_OUT, 0)
-    return f"""Trained on: {listed}. FRet examples were written and labelled by a large
-language model (Gecko, arXiv 2403.20327): {num_queries} queries, {counts["num_kept"]} kept.
+    fusion = fret.manifest.config["fusion"]
+    made = "A large language model wrote and labelled FRet's examples (Gecko, arXiv 2403.20327)"
+    if not asks_llm(fusion):
+        made = (
+            "FRet's queries were written by a large language model or taken from the corpus, and"
+            f" the order of their candidates is by {fusion}, not by the language model"
+        )
+    return f"""Trained on: {listed}. {made}: {num_queries} queries, {counts["num_kept"]} kept.
 Queries that overlap with the run's {counts["num_evaluation_queries"]} evaluation queries were
 taken out; the highest word overlap left is {counts["highest_overlap_kept"]}."""
 

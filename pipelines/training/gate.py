@@ -217,14 +217,12 @@ def run_gate(
     from pipelines.training.interpolation import interpolate
     from pipelines.training.layers import add_linear_adapter
 
-    start, trained = (
-        Encoder.load(
-            join(context.input(name).uri, folder),
-            device="cpu",
-            trust_remote_code=student.trust_remote_code,
-        )
-        for name, folder in folders.items()
-    )
+    def load(name: str) -> Encoder:
+        folder = join(context.input(name).uri, folders[name])
+        trust = student.trust_remote_code
+        return Encoder.load(folder, device="cpu", trust_remote_code=trust)
+
+    start, trained = map(load, folders)
     after = {name: tensor.clone() for name, tensor in trained.model.state_dict().items()}
     if start.model.state_dict().keys() != after.keys():  # what the linear adapter is mixed with
         add_linear_adapter(start, torch.eye(start.dimensions))
@@ -234,7 +232,9 @@ def run_gate(
 
     def write(weight: float, folder: str) -> None:
         trained.model.load_state_dict(interpolate(before, after, weight))
-        trained.save(folder, model_card="# What the gate chose, before its export\n")
+        # The start is written as it came, without a matrix that changes nothing.
+        chosen = load(next(iter(folders))) if weight == START else trained
+        chosen.save(folder, model_card="# What the gate chose, before its export\n")
 
     total, done = len(weights) * judge.num_texts, 0
     for weight in weights:

@@ -56,7 +56,9 @@ def step(recipe: Recipe) -> Step:
         from pipelines.training.layers import add_linear_adapter
 
         trained = context.input("training")
-        encoder = load_encoder(saved_encoder(trained, student, folder=TRAINED), device="cpu")
+        saved = saved_encoder(trained, student, folder=TRAINED)
+        # Of bfloat16 weights, as the student may be searched with, the saved ones would be rounded.
+        encoder = load_encoder(saved.model_copy(update={"dtype": "float32"}), device="cpu")
         places: dict[str, int] = {}
         lists = read_lists(context.input("fret"), recipe.mixture, encoder, places)
         vectors, _ = read_vectors(context.input("embeddings"), places, None, encoder)

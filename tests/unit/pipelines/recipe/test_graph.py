@@ -256,6 +256,10 @@ def test_a_linear_adapter_stands_between_training_and_gate_and_needs_lists(folde
     assert names[place - 1 : place + 2] == ["training", "linear_adapter", "gate"]
     assert step(made, "gate").inputs[:2] == ("student", "linear_adapter")
     ungated = run(folder, fixed, *lists, "linear_adapter={}")
+    longer = run(folder, fixed, *lists, "linear_adapter={epochs: 4}")
+    for name, changed in (("training", False), ("linear_adapter", True), ("export", True)):
+        prints = [each.fingerprint(step(each, name)) for each in (ungated, longer)]
+        assert (prints[0] != prints[1]) == changed
     assert "linear_adapter" in step(ungated, "export").inputs
     with pytest.raises(UserError, match=r"mixture\.fixed_passages is off"):
         run(folder, "linear_adapter={}")

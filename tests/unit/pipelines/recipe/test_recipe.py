@@ -279,7 +279,8 @@ def test_training_that_would_learn_nothing_is_refused(settings: list[str], messa
 def test_missing_recipe_names_those_that_exist() -> None:
     with pytest.raises(
         UserError,
-        match="one of cluster, gecko, gecko-mini, gpu, gpu-80gb, gpu-8x80gb, laptop, multilingual",
+        match="one of adapt, cluster, gecko, gecko-mini, gpu, gpu-80gb, gpu-8x80gb, laptop,"
+        " multilingual",
     ):
         load_recipe("lptop")
 
@@ -453,3 +454,8 @@ def test_headline_of_the_evaluation_cannot_be_what_chooses_the_model() -> None:
         load_recipe("laptop", [sets, "gate.test_set=other", watched])
     held_out = load_recipe("laptop", ["gate={num_queries: 7, num_seeds: 3}"]).gate
     assert held_out is not None and held_out.hold_out == HoldOut(num_queries=7, num_seeds=3)
+
+
+def test_a_temperature_that_vllm_refuses_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"queries\.temperature: .*less than or equal to 2"):
+        load_recipe("laptop", [f"corpus.path={tmp_path}", "queries.temperature=3"])

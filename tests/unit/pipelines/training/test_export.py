@@ -11,7 +11,7 @@ from cluster.errors import TokayError
 from cluster.steps import StepContext
 from cluster.storage import open_storage
 from pipelines.training.export import export_student
-from pipelines.training.layers import add_projection
+from pipelines.training.layers import add_linear_adapter, add_projection
 from pipelines.training.student import MODEL, StudentConfig, make_student
 
 TinyModel = Callable[..., Path]
@@ -45,7 +45,7 @@ def inputs_of(trained: Encoder, tmp_path: Path) -> dict[str, Artifact]:
     }
     return {
         "training": artifact(tmp_path / "training", loss, {}),
-        "fret": artifact(tmp_path / "fret", {}, fret),
+        "fret": artifact(tmp_path / "fret", {"fusion": "ql+rc"}, fret),
         "mixture": artifact(tmp_path / "mixture", {}, {"sets": {"fret": 8}}),
     }
 
@@ -93,6 +93,25 @@ def test_export_is_what_the_gate_chose_and_its_card_says_so_first(
     # The start has seen nothing of the training.
     assert ("Not trained in this run." in card, "datasets: []" in card) == (weight == 0,) * 2
     assert ("Matryoshka" in card) == ("Trained on: fret" in card) == (weight != 0)
+
+
+def test_card_says_who_labelled_and_names_the_linear_adapter(
+    context: MakeContext, inputs: dict[str, Artifact], tmp_path: Path
+):
+    fret = inputs["fret"].manifest.metrics
+    inputs["fret"] = artifact(tmp_path / "hybrid", {"fusion": "hybrid"}, fret)
+    adapted = Encoder.load(str(tmp_path / "training/encoder"), device="cpu")
+    add_linear_adapter(adapted, torch.randn(24, 24))
+    adapted.save(tmp_path / "adapted/encoder", model_card="")
+    inputs["linear_adapter"] = artifact(tmp_path / "adapted", {}, {"num_lists": 11})
+    step = context(tmp_path / "export", **inputs)
+    assert export_student("r", StudentConfig(model="base"), TEXTS, step)["parity_cosine"] > 0.9999
+    exported = Encoder.load(str(tmp_path / "export/model"), device="cpu")
+    assert len(exported.model.projection) == 4
+    card = (tmp_path / "export/model/README.md").read_text()
+    assert "order of their candidates is by hybrid, not by the language model: 6 queries" in card
+    assert "wrote and labelled" not in card
+    assert "learned the order of 11 lists" in card
 
 
 def test_student_with_code_of_its_own_is_exported(

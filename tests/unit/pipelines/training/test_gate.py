@@ -238,4 +238,5 @@ def test_start_without_the_linear_adapter_is_mixed_with_it_and_stays_what_it_was
     add_linear_adapter(models[1], torch.randn(16, 16))
     metrics, chosen = gate(START, START, START)
     assert metrics["exported"] == "the start"
+    assert chosen.model.state_dict().keys() == models[0].model.state_dict().keys()
     assert np.allclose(chosen.encode(["a text"]), before, atol=1e-6)

@@ -4,10 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from actors.encoder import Encoder
+from cluster.artifacts import Artifact, Manifest
+from cluster.steps import StepContext
+from cluster.storage import open_storage
+from pipelines.recipe.read import load_recipe
+from pipelines.training import linear_adapter
 from pipelines.training.layers import add_linear_adapter, add_projection
 from pipelines.training.linear_adapter import LinearAdapterConfig, fit_matrix
 
@@ -96,3 +102,31 @@ def test_the_adapter_stands_behind_all_that_the_encoder_has(
     encoder.save(str(tmp_path / "saved"), model_card="# one\n")
     loaded = Encoder.load(str(tmp_path / "saved"), device="cpu")
     assert loaded.encode(["a passage"]) == pytest.approx(expected[:1], abs=1e-5)
+
+
+def test_the_step_keeps_the_weights_exact_whatever_the_student_is_searched_with(
+    tiny_model: Callable[..., Path],
+    context: Callable[..., StepContext],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lists: Lists,
+) -> None:
+    before = Encoder.load(str(tiny_model("bert", tmp_path / "tiny")), device="cpu")
+    before.save(tmp_path / "training/encoder", model_card="")
+    manifest = Manifest(step="s", fingerprint="f", config={}, inputs={}, files=())
+    made = Artifact(open_storage(tmp_path / "training"), manifest)
+    _, _, places, scores = lists
+    texts = [f"query {number}" for number in range(len(places))]
+    table = pa.table({"text": texts, "places": places, "teacher_scores": scores})
+    vectors = np.random.default_rng(0).normal(size=(200, before.dimensions)).astype(np.float16)
+    monkeypatch.setattr(linear_adapter, "read_lists", lambda *_: table)
+    monkeypatch.setattr(linear_adapter, "read_vectors", lambda *_: (vectors, None))
+    recipe = load_recipe("adapt", [f"corpus.path={tmp_path}", "student.dtype=bfloat16"])
+    inputs = {"training": made, "fret": made, "embeddings": made}
+    metrics = linear_adapter.step(recipe).work(context(tmp_path / "linear_adapter", **inputs))
+    assert metrics["num_lists"] == 300
+    after = Encoder.load(str(tmp_path / "linear_adapter/encoder"), device="cpu").model.state_dict()
+    for name, weights in before.model.state_dict().items():
+        assert torch.equal(after[name], weights), name
+    matrix = after["projection.0.weight"]
+    assert not torch.equal(matrix, matrix.bfloat16().float())
