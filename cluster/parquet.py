@@ -18,16 +18,21 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+_MAX_FOOTER_BYTES = 256 << 20
 # Arrow keeps its schema in the footer, in base64, and a type's class under this key. Searching for
 # the text, at each of the three places in a base64 group, needs no trust in the footer's structure.
 _EXTENSION = b"ARROW:extension:name"
 _EXTENSION_IN_BASE64 = tuple(b64encode(_EXTENSION[start : start + 18]) for start in range(3))
 
 
-def open_parquet(content: bytes | BinaryIO, place: str) -> pq.ParquetFile:
+def open_parquet(
+    content: bytes | BinaryIO, place: str, *, streamed: bool = False
+) -> pq.ParquetFile:
     """Opens a Parquet file that holds no extension types; `place` is for errors.
 
     Of a file that can be read by range, the footer is read, and later the columns in question.
+    One that is `streamed` may be larger than memory: it is read in small pieces, and texts come as
+    dictionaries, so that a text that it holds once, and names a million times, is in memory once.
 
     Raises:
         StorageError: It is not Parquet, or a column has an extension type.
@@ -39,6 +44,8 @@ def open_parquet(content: bytes | BinaryIO, place: str) -> pq.ParquetFile:
     size = source.seek(0, io.SEEK_END)
     source.seek(max(size - 8, 0))
     num_bytes = min(int.from_bytes(source.read(4), "little"), size)
+    if num_bytes > _MAX_FOOTER_BYTES:
+        raise StorageError(f"{place} is not a readable Parquet file: a footer of {num_bytes} bytes")
     source.seek(max(size - 8 - num_bytes, 0))
     end = source.read()  # the footer, which Arrow gets as it was read here, and not anew
     # Before Arrow sees the file, which makes the types, and may run their code, to open it.
@@ -50,10 +57,14 @@ def open_parquet(content: bytes | BinaryIO, place: str) -> pq.ParquetFile:
     with _one_line(place):
         # Else Arrow takes Parquet's own JSON and UUID for extension types too.
         footer = pq.ParquetFile(pa.BufferReader(end), arrow_extensions_enabled=False).metadata
+        columns = map(footer.schema.column, range(footer.num_columns))
+        texts = [each.path for each in columns if each.physical_type == "BYTE_ARRAY"]
         return pq.ParquetFile(
             pa.PythonFile(source, "r"),
             metadata=footer,
-            pre_buffer=True,  # columns that lie side by side are one read
+            read_dictionary=texts if streamed else None,
+            pre_buffer=not streamed,  # columns that lie side by side are one read
+            buffer_size=1 << 20 if streamed else 0,
             arrow_extensions_enabled=False,
         )
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 _BATCH_BYTES = 32 << 20
-_MAX_FOOTER_BYTES = 256 << 20
 
 
 def parquet_rows(source: Source) -> Iterator[Row | Reject]:
@@ -46,38 +45,10 @@ def parquet_rows(source: Source) -> Iterator[Row | Reject]:
 
 
 def _open(content: BinaryIO) -> pq.ParquetFile:
-    """Opens a file whose footer holds no extension types; texts come as dictionaries.
-
-    So a text that a file holds once, and names a million times, is in memory once.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    size = content.seek(0, 2)
-    content.seek(max(0, size - 8))
-    footer_bytes = int.from_bytes(content.read(4), "little") + 8
-    if footer_bytes > _MAX_FOOTER_BYTES:
-        raise Unreadable(f"not a readable Parquet file: a footer of {footer_bytes} bytes")
-    content.seek(max(0, size - footer_bytes))
     try:
-        metadata = open_parquet(content.read(), "the file").metadata
-        texts = [
-            metadata.schema.column(number).path
-            for number in range(metadata.num_columns)
-            if metadata.schema.column(number).physical_type == "BYTE_ARRAY"
-        ]
-        return pq.ParquetFile(
-            content,
-            metadata=metadata,
-            read_dictionary=texts,
-            pre_buffer=False,
-            buffer_size=1 << 20,
-            arrow_extensions_enabled=False,
-        )
+        return open_parquet(content, "the file", streamed=True)
     except StorageError as error:
         raise Unreadable(str(error)) from error
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise Unreadable(f"not a readable Parquet file: {excerpt(error)}") from error
 
 
 def _batch_rows(file: pq.ParquetFile, names: list[str], file_bytes: int) -> int:
