@@ -123,8 +123,8 @@ def test_a_cell_stands_by_its_keys_and_not_where_it_failed():
 
 
 def test_a_cell_that_fails_is_a_line_with_its_error(tmp_path: Path):
-    keys = keys_of(CONFIG, "hybrid-lists", 6)
-    cell = {"variant": "hybrid-lists", "set": "absent", "layers": 6, "seed": 0, "keys": keys}
+    keys = keys_of(CONFIG, "adapt", 6)
+    cell = {"variant": "adapt", "set": "absent", "layers": 6, "seed": 0, "keys": keys}
     failed = run_cell(cell, tmp_path / "data", tmp_path / "runs")
     assert failed["exit_code"] == 2
     assert "data/retrieval/absent" in failed["error"]
