@@ -164,7 +164,8 @@ def _rows(
         for each in cut:
             if isinstance(each, Passage):
                 counted["num_passages"] += 1
-                yield {**vars(each), "source": utf8_name(each.source), "reason": None}
+                names = {"source": utf8_name(each.source), "url": each.url and utf8_name(each.url)}
+                yield vars(each) | names | {"reason": None}
             else:
                 counted["num_rejects"] += 1
                 source, reason, text = map(utf8_name, each)
