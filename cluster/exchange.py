@@ -27,6 +27,7 @@ from cluster.file_list import shard_path
 from cluster.files import FileEntry
 from cluster.parquet import parquet_table
 from cluster.ray_errors import reported_error
+from cluster.shard_log import ShardLog
 from cluster.steps import StepContext
 from cluster.storage import Storage, join, open_storage, write_table
 
@@ -98,6 +99,43 @@ def run_exchange(exchange: Exchange, sources: Sequence[Any], context: StepContex
     return counts
 
 
+def run_described(
+    work: Callable[..., tuple[list[FileEntry], Any]],
+    arguments: Sequence[tuple[Any, ...]],
+    log: ShardLog,
+    num_cpus: float = 1.0,
+) -> Iterator[tuple[int, Any]]:
+    """Runs Ray tasks that write files; yields each one's number and what it tells, as they end.
+
+    What tasks of an earlier run have told comes first; those whose files are all there do not run
+    again.
+
+    Args:
+        work: Takes one of `arguments`; returns the descriptions of what it wrote to `shards/` or
+            `rejects/`, at least one, and JSON that is kept with them.
+        arguments: Of each task.
+        log: Of the folder that the tasks write to; it is resumed here.
+        num_cpus: That each task asks for.
+
+    Raises:
+        TokayError: A task failed for good.
+    """
+    done, tallies = log.resume()
+    told: dict[int, Any] = {}
+    for tally in map(json.loads, tallies):
+        if all(done.find(path) for path in tally["paths"]):
+            told[tally["task"]] = tally["told"]
+    yield from told.items()
+    rest = ((work, n, given) for n, given in enumerate(arguments) if n not in told)
+    try:
+        for number, files, tells in run_tasks(_described, rest, num_cpus):
+            tally = {"task": number, "paths": [file.path for file in files], "told": tells}
+            log.append(files, json.dumps(tally).encode())
+            yield number, tells
+    finally:
+        log.flush()
+
+
 def run_tasks(
     work: Callable[..., Any], arguments: Iterator[tuple[Any, ...]], num_cpus: float = 1.0
 ) -> Iterator[Any]:
@@ -126,6 +164,12 @@ def run_tasks(
     finally:
         for reference in running:
             ray.cancel(reference, force=False)
+
+
+def _described(
+    work: Callable[..., tuple[list[FileEntry], Any]], number: int, given: tuple[Any, ...]
+) -> tuple[int, list[FileEntry], Any]:
+    return number, *work(*given)
 
 
 def _split(exchange: Exchange, number: int, source: Any, spills: Storage) -> None:

@@ -6,9 +6,9 @@ from actors.words import normalized
 
 
 def passage_id(title: str, text: str) -> str:
-    """Returns 16 hexadecimal characters that depend on nothing but title and text."""
+    """Returns 32 hexadecimal characters that depend on nothing but title and text."""
     content = normalized(f"{title}\x1f{text}")
-    return blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    return blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def document_name(source: str) -> str:

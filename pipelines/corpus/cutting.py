@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.words import normalized, num_words, sentence_starts, word_spans
+from cluster.errors import Reject
 from pipelines.corpus.filters import FILTERS
 from pipelines.ids import passage_id
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from pipelines.datasets.documents import Document
 
 T = TypeVar("T")
+
+SHOWN = 200  # characters of what was refused
 
 # Controls, invisible format characters but the joiners (which carry meaning in several scripts),
 # halves of surrogate pairs, private use and what is no character.
@@ -130,6 +133,18 @@ def passages_of(document: Document, *, max_words: int = 160, min_words: int = 20
             )
         )
     return passages
+
+
+def fit_passages(
+    document: Document, *, max_words: int = 160, min_words: int = 20
+) -> Iterator[Passage | Reject]:
+    """Cleans and cuts a document; yields its passages, and what is unfit as a reject."""
+    passages = passages_of(document, max_words=max_words, min_words=min_words)
+    if not passages:
+        yield document.name, "empty", document.text[:SHOWN]
+    for passage in passages:
+        reason = reject_reason(passage.text)
+        yield passage if reason is None else (passage.source, reason, passage.text[:SHOWN])
 
 
 def reject_reason(text: str) -> str | None:

@@ -6,7 +6,8 @@ not stands in docs/what-is-read.md; `sources/` has a reader for each format.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
@@ -17,7 +18,7 @@ from cluster.artifacts import fingerprint
 from cluster.config import Config
 from cluster.errors import Reject, UserError, excerpt
 from cluster.row_files import Row, find_files, short
-from cluster.storage import file_versions
+from cluster.storage import S3Storage, file_versions
 from pipelines.datasets.documents import Document, Page
 from pipelines.datasets.pages.main_text import MainText
 from pipelines.datasets.pages.workers import PageWorkers
@@ -111,6 +112,7 @@ class Corpus:
         files: The files that are read, in their order.
         passed_over: Files that are not, by suffix; hidden ones are not counted.
         records_passed_over: What archives hold beside pages, by kind, as far as they were read.
+        field_names: The first names of fields that rows have, and any that the recipe names.
     """
 
     def __init__(self, config: CorpusConfig) -> None:
@@ -119,7 +121,7 @@ class Corpus:
         self.passed_over: Counter[str] = Counter()
         self.records_passed_over: Counter[str] = Counter()
         self.format: str = config.format
-        self._names: dict[str, None] = {}
+        self.field_names: dict[str, None] = {}
         self.storage, all_files = find_files(config.path)
         if not all_files:
             raise UserError(
@@ -142,6 +144,20 @@ class Corpus:
         """Returns a fingerprint of the corpus's content."""
         return fingerprint([list(each) for each in file_versions(self.storage, self.files)])
 
+    def sizes(self) -> list[int]:
+        """Returns the bytes of each file; those of several on S3 by a listing."""
+        sizes: dict[str, int] = {}
+        if len(self.files) > 1 and isinstance(self.storage, S3Storage):
+            sizes = {file.path: file.num_bytes for file in self.storage.scan()}
+        return [sizes[f] if f in sizes else self.storage.size(f) for f in self.files]
+
+    def some(self, files: Sequence[str]) -> "Corpus":
+        """Returns a corpus of some of its files, which is small enough to travel."""
+        part = copy(self)
+        part.files = list(files)
+        part.passed_over, part.records_passed_over, part.field_names = Counter(), Counter(), {}
+        return part
+
     def documents(self) -> Iterator[Document | Reject]:
         """Yields each document, or why it could not be read, in the order of the files.
 
@@ -151,11 +167,36 @@ class Corpus:
             UserError: No row has a field that the recipe names, which shows at the end; or a file
                 with columns lacks that of the text.
         """
-        self._names.clear()
+        yield from self.read()
+        self.check_fields(self.field_names)
+
+    def read(self, num_cores: int | None = None) -> Iterator[Document | Reject]:
+        """Yields what `documents` does, of a part of a corpus that need not have every field.
+
+        Pages are read by `num_cores` processes, as many as there are cores if None.
+
+        Raises:
+            UserError: A file with columns lacks that of the text.
+        """
+        self.field_names.clear()
         self.records_passed_over.clear()
-        with PageWorkers(self.config.main_text) as workers:
+        with PageWorkers(self.config.main_text, max_workers=num_cores) as workers:
             yield from workers.documents(self._items())
-        self._check_fields()
+
+    def check_fields(self, names: Iterable[str]) -> None:
+        """Raises UserError if rows have fields and the recipe names one that is not among them."""
+        config = self.config
+        there = dict.fromkeys(names)
+        named = {"id_field": config.id_field, self._content_key: self._content_field}
+        for option in ("title_field", "url_field"):
+            if getattr(config, option) != CorpusConfig.model_fields[option].default:
+                named[option] = getattr(config, option)
+        for option, name in named.items():
+            if there and name is not None and name not in there:
+                raise UserError(
+                    f"corpus {config.path}: no row has the field {name!r}, only"
+                    f" {excerpt(', '.join(there))}: correct corpus.{option}"
+                )
 
     def _check_files(self) -> None:
         config = self.config
@@ -174,20 +215,6 @@ class Corpus:
                     f"corpus {config.path} holds {beside}, which are not read, beside"
                     f" {excerpt(self.files[0])}: accepted are {_ACCEPTED}; write corpus.format:"
                     " text to read the texts alone"
-                )
-
-    def _check_fields(self) -> None:
-        config = self.config
-        named = {"id_field": config.id_field, self._content_key: self._content_field}
-        for option in ("title_field", "url_field"):
-            if getattr(config, option) != CorpusConfig.model_fields[option].default:
-                named[option] = getattr(config, option)
-        for option, name in named.items():
-            if self._names and name is not None and name not in self._names:
-                there = excerpt(", ".join(self._names))
-                raise UserError(
-                    f"corpus {config.path}: no row has the field {name!r}, only {there}: correct"
-                    f" corpus.{option}"
                 )
 
     @property
@@ -215,7 +242,7 @@ class Corpus:
                 storage=self.storage,
                 path=file,
                 fields=self._fields,
-                columns=self._names,
+                columns=self.field_names,
                 passed_over=self.records_passed_over,
             )
             try:
@@ -230,8 +257,8 @@ class Corpus:
     def _of_row(self, where: str, row: dict[str, Any]) -> Document | Page | Reject:
         fields = {name: value for name in self._fields if (value := _field(row, name)) is not None}
         # The first names of rows are remembered for errors, and any that the recipe names.
-        new = row if len(self._names) < 100 else ()
-        self._names.update(dict.fromkeys((*new, *fields)))
+        new = row if len(self.field_names) < 100 else ()
+        self.field_names.update(dict.fromkeys((*new, *fields)))
         id_ = next((fields[name] for name in self._id_fields if name in fields), where)
         if not isinstance(id_, str | int | float):
             return where, "its id is neither a text nor a number", short(row)

@@ -38,15 +38,21 @@ class _Slot:
 
 
 class PageWorkers:
-    """As many processes as there are cores, started with the first page.
+    """As many processes as there are cores, or `max_workers`, started with the first page.
 
     Leave it as a context, or its processes outlive it.
     """
 
-    def __init__(self, main_text: MainText, *, max_page_s: int = MAX_PAGE_S) -> None:
+    def __init__(
+        self,
+        main_text: MainText,
+        *,
+        max_page_s: int = MAX_PAGE_S,
+        max_workers: int | None = None,
+    ) -> None:
         self._settings = (main_text, max_page_s)
         self._workers: list[_Worker] = []
-        self._max_workers = len(os.sched_getaffinity(0))
+        self._max_workers = max_workers or len(os.sched_getaffinity(0))
 
     def __enter__(self) -> PageWorkers:
         return self
