@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import StorageError
-from cluster.file_list import shard_path
+from cluster.file_list import FileList, shard_path
 from cluster.files import FileEntry
 from cluster.parquet import parquet_table
 from cluster.ray_errors import reported_error
@@ -32,7 +32,28 @@ from cluster.storage import Storage, join, open_storage, write_table
 
 PARTITION = "partition"  # the column that says where a row goes
 _READERS = 8  # spills that a task reads at once
+_TASK_BYTES = 16 << 20  # of the shards that a task reads
 _OFFSET_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A value that goes once to each node, whose tasks all read it there."""
+
+    _held: Any
+
+    @classmethod
+    def of(cls, value: Any) -> Shared:
+        """Puts the value where tasks find it."""
+        import ray
+
+        return cls(ray.put(value) if ray.is_initialized() else value)
+
+    def get(self) -> Any:
+        """Returns the value; arrays lie in the node's memory and cannot be written to."""
+        import ray
+
+        return ray.get(self._held) if isinstance(self._held, ray.ObjectRef) else self._held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +124,17 @@ def run_tasks(
 ) -> Iterator[Any]:
     """Yields what Ray tasks return, as they end; twice as many are asked for as have a place.
 
-    A task whose process or node is lost runs again, three times at most.
+    A task whose process or node is lost runs again, three times at most. Where Ray does not run, as
+    in a unit test, this process does the work itself.
 
     Raises:
         TokayError: A task failed.
     """
     import ray
 
+    if not ray.is_initialized():
+        yield from (work(*given) for given in arguments)
+        return
     task = ray.remote(work).options(num_cpus=num_cpus, scheduling_strategy="SPREAD")
     running: list[Any] = []
     try:
@@ -126,6 +151,21 @@ def run_tasks(
     finally:
         for reference in running:
             ray.cancel(reference, force=False)
+
+
+def shard_groups(shards: FileList, num_bytes: int = _TASK_BYTES) -> Iterator[tuple[int, FileList]]:
+    """Yields shards that lie side by side, to be read by one task, and the number of the first.
+
+    Together they have so many bytes at most, unless one alone has more.
+    """
+    start, total = 0, 0
+    for number, shard in enumerate(shards):
+        if number > start and total + shard.num_bytes > num_bytes:
+            yield start, shards[start:number]
+            start, total = number, 0
+        total += shard.num_bytes
+    if start < len(shards):
+        yield start, shards[start:]
 
 
 def _split(exchange: Exchange, number: int, source: Any, spills: Storage) -> None:
