@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import StorageError
-from cluster.file_list import FileList, shard_path
+from cluster.file_list import shard_path
 from cluster.files import FileEntry
 from cluster.parquet import parquet_table
 from cluster.ray_errors import reported_error
@@ -32,7 +32,6 @@ from cluster.storage import Storage, join, open_storage, write_table
 
 PARTITION = "partition"  # the column that says where a row goes
 _READERS = 8  # spills that a task reads at once
-_TASK_BYTES = 16 << 20  # of the shards that a task reads
 _OFFSET_BYTES = 8
 
 
@@ -50,7 +49,7 @@ class Shared:
         return cls(ray.put(value) if ray.is_initialized() else value)
 
     def get(self) -> Any:
-        """Returns the value; arrays lie in the node's memory and cannot be written to."""
+        """Returns the value, made anew each time; arrays stay where they lie, and are read-only."""
         import ray
 
         return ray.get(self._held) if isinstance(self._held, ray.ObjectRef) else self._held
@@ -151,21 +150,6 @@ def run_tasks(
     finally:
         for reference in running:
             ray.cancel(reference, force=False)
-
-
-def shard_groups(shards: FileList, num_bytes: int = _TASK_BYTES) -> Iterator[tuple[int, FileList]]:
-    """Yields shards that lie side by side, to be read by one task, and the number of the first.
-
-    Together they have so many bytes at most, unless one alone has more.
-    """
-    start, total = 0, 0
-    for number, shard in enumerate(shards):
-        if number > start and total + shard.num_bytes > num_bytes:
-            yield start, shards[start:number]
-            start, total = number, 0
-        total += shard.num_bytes
-    if start < len(shards):
-        yield start, shards[start:]
 
 
 def _split(exchange: Exchange, number: int, source: Any, spills: Storage) -> None:

@@ -20,8 +20,8 @@ import pyarrow as pa
 
 from actors.words import compared_words, letter_share, num_words, sentence_starts
 from cluster.artifacts import Artifact
-from cluster.exchange import run_tasks, shard_groups
-from cluster.files import FileEntry
+from cluster.exchange import run_tasks
+from cluster.shard_groups import ShardGroup, shard_groups
 from pipelines.corpus.cutting import Passage
 from pipelines.corpus.filters.length import MIN_WORDS
 from pipelines.ids import document_name
@@ -202,22 +202,20 @@ def _smallest_documents(passages: Artifact, seed: int) -> np.ndarray:
     found = np.empty(0, np.uint64)
 
     def arguments() -> Iterator[tuple[Any, ...]]:
-        for _, shards in shard_groups(passages.shards):
+        for group in shard_groups(passages):
             is_full = len(found) == _MAX_DOCUMENTS
-            yield passages, list(shards), seed, found[-1] if is_full else np.uint64(2**64 - 1)
+            yield group, seed, found[-1] if is_full else np.uint64(2**64 - 1)
 
     for draws in run_tasks(_documents_below, arguments()):
         found = np.unique(np.concatenate([found, draws]))[:_MAX_DOCUMENTS]
     return found
 
 
-def _documents_below(
-    passages: Artifact, shards: list[FileEntry], seed: int, highest: np.uint64
-) -> np.ndarray:
+def _documents_below(group: ShardGroup, seed: int, highest: np.uint64) -> np.ndarray:
     names = {
         document_name(source)
-        for shard in shards
-        for source in passages.shard(shard, ["source"])["source"].to_pylist()
+        for table in group.tables(["source"])
+        for source in table["source"].to_pylist()
     }
     draws = draw_numbers(_prefix(seed), names)
     return np.unique(draws[draws <= highest])
@@ -227,10 +225,7 @@ def _count_documents(passages: Artifact, seed: int, wanted: np.ndarray) -> list[
     """Returns what the documents with these draws have, in the order of the draws."""
     if not len(wanted):
         return []
-    reads = (
-        (number, passages, list(shards), seed, wanted)
-        for number, shards in shard_groups(passages.shards)
-    )
+    reads = ((group, seed, wanted) for group in shard_groups(passages))
     documents: dict[str, _Counted] = {}
     for _, parts in sorted(run_tasks(_count_parts, reads), key=itemgetter(0)):
         for part in parts:
@@ -240,7 +235,7 @@ def _count_documents(passages: Artifact, seed: int, wanted: np.ndarray) -> list[
                 known.num_sentences += part.num_sentences
     titles = frozenset(each.title for each in documents.values() if each.title is not None)
     holders: dict[str, set[str]] = defaultdict(set)
-    reads_titles = ((passages, list(s), titles) for _, s in shard_groups(passages.shards))
+    reads_titles = ((group, titles) for group in shard_groups(passages))
     for found in run_tasks(_title_holders, reads_titles):
         for title, names in found.items():
             holders[title] |= names
@@ -251,16 +246,14 @@ def _count_documents(passages: Artifact, seed: int, wanted: np.ndarray) -> list[
     return [documents[names[place]] for place in np.argsort(draw_numbers(_prefix(seed), names))]
 
 
-def _count_parts(
-    number: int, passages: Artifact, shards: list[FileEntry], seed: int, wanted: np.ndarray
-) -> tuple[int, list[_Counted]]:
-    """Counts what the documents with the wanted draws have in some shards; returns `number` too."""
+def _count_parts(group: ShardGroup, seed: int, wanted: np.ndarray) -> tuple[int, list[_Counted]]:
+    """Counts what the documents with the wanted draws have in a group; returns its number too."""
     parts: dict[str, list[Passage]] = defaultdict(list)
-    for shard in shards:
-        names = list(map(document_name, passages.shard(shard, ["source"])["source"].to_pylist()))
+    for shard, table in zip(group.shards, group.tables(["source"]), strict=True):
+        names = list(map(document_name, table["source"].to_pylist()))
         theirs = np.isin(draw_numbers(_prefix(seed), names), wanted)
         if theirs.any():
-            for row in passages.shard(shard).filter(pa.array(theirs)).to_pylist():
+            for row in group.artifact.shard(shard).filter(pa.array(theirs)).to_pylist():
                 parts[document_name(row["source"])].append(Passage.of_row(row))
     counted = []
     for name, document in parts.items():
@@ -273,16 +266,13 @@ def _count_parts(
                 num_sentences=kinds["first sentence"],
             )
         )
-    return number, counted
+    return group.number, counted
 
 
-def _title_holders(
-    passages: Artifact, shards: list[FileEntry], titles: frozenset[str]
-) -> dict[str, set[str]]:
+def _title_holders(group: ShardGroup, titles: frozenset[str]) -> dict[str, set[str]]:
     """Returns the documents that have each of the titles; two at most, which are enough to tell."""
     holders: dict[str, set[str]] = defaultdict(set)
-    for shard in shards:
-        table = passages.shard(shard, ["title", "source"])
+    for table in group.tables(["title", "source"]):
         for title, source in zip(*(column.to_pylist() for column in table.columns), strict=True):
             title = title.casefold()
             if title in titles and len(holders[title]) < 2:

@@ -12,10 +12,11 @@ from pydantic import Field
 
 from cluster.artifacts import Artifact, Json
 from cluster.config import Config
-from cluster.exchange import Shared, run_tasks, shard_groups
+from cluster.exchange import Shared, run_tasks
 from cluster.file_list import shard_path
 from cluster.files import FileEntry
 from cluster.plain_json import dump_json
+from cluster.shard_groups import ShardGroup, shard_groups
 from cluster.steps import Step, StepContext
 from cluster.storage import Storage, write_table
 from pipelines.corpus.held_out import FILE, draw_numbers, hold_out
@@ -90,10 +91,7 @@ def choose_seeds(
     others = _Smallest(config.num_seeds)
     theirs = _Smallest(held_out.num_seeds if held_out else 0)
     draws = _Draws(passages=passages, seed=config.seed, held_out=Shared.of(frozenset(documents)))
-    groups = (
-        (draws, number, list(shards), others.highest, theirs.highest)
-        for number, shards in shard_groups(passages.shards)
-    )
+    groups = ((draws, group, others.highest, theirs.highest) for group in shard_groups(passages))
     num_read = 0
     for drawn, drawn_of_theirs, num_rows in run_tasks(_draw_from, groups):
         others.add(drawn)
@@ -162,12 +160,12 @@ class _Draws:
 
 
 def _draw_from(
-    draws: _Draws, first: int, shards: list[FileEntry], highest: np.uint64, of_theirs: np.uint64
+    draws: _Draws, group: ShardGroup, highest: np.uint64, of_theirs: np.uint64
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Returns the draws of shards that may be among the smallest, and how many rows they have."""
+    """Returns the draws of a group that may be among the smallest, and how many rows it has."""
     others, theirs, num_rows = [], [], 0
-    for number, shard in enumerate(shards, first):
-        found, is_held_out = draws.of(draws.passages.shard(shard, ["id", "source"]))
+    for number, rows in enumerate(group.tables(["id", "source"]), group.number):
+        found, is_held_out = draws.of(rows)
         drawn = np.empty(len(found), _DRAWN)
         drawn["draw"], drawn["shard"] = found, number
         others.append(drawn[~is_held_out & (found <= highest)])
@@ -250,7 +248,8 @@ class _Part:
 
 def _write_part(draws: _Draws, part: _Part, size: int, storage: Storage) -> list[FileEntry]:
     """Writes shards of `size` rows, with no more in memory than one and a shard of passages."""
-    written, waiting = [], None
+    written: list[FileEntry] = []
+    waiting: pa.Table | None = None
 
     def write(rows: pa.Table) -> None:
         path = shard_path(part.first + len(written))

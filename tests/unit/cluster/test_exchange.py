@@ -9,9 +9,8 @@ import pytest
 
 from cluster import exchange
 from cluster.errors import StorageError
-from cluster.exchange import PARTITION, Exchange, Shared, run_tasks, shard_groups
-from cluster.file_list import FileList, shard_path
-from cluster.files import FileEntry
+from cluster.exchange import PARTITION, Exchange, Shared, run_tasks
+from cluster.file_list import shard_path
 from cluster.storage import S3Storage, Storage, open_storage, read_table
 
 
@@ -80,19 +79,6 @@ def test_partition_is_read_without_the_others(bucket: str, monkeypatch: pytest.M
     rows = exchange._read_spill(storage, exchange._spill_path(0), 7, 50)
     assert rows is not None and rows["number"].to_pylist() == list(range(7, 10_000, 50))
     assert (len(read) <= 2 and sum(read) < size / 2) or size < 1 << 17
-
-
-def test_shards_that_one_task_reads_lie_side_by_side_and_are_not_too_large() -> None:
-    sizes = [5, 5, 1, 20, 3, 7, 1]
-    files = FileList.of(
-        FileEntry(path=shard_path(n), num_bytes=size, sha256="0" * 64, num_rows=1)
-        for n, size in enumerate(sizes)
-    )
-    groups = [
-        (start, [file.num_bytes for file in group]) for start, group in shard_groups(files, 10)
-    ]
-    assert groups == [(0, [5, 5]), (2, [1]), (3, [20]), (4, [3, 7]), (6, [1])]
-    assert list(shard_groups(FileList.of([]))) == []
 
 
 def test_without_ray_this_process_does_the_work() -> None:

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 
 from cluster.artifacts import Artifact, unfinished_artifact, write_shards
-from cluster.exchange import shard_groups
 from cluster.file_list import FileList
+from cluster.shard_groups import shard_groups
 from cluster.steps import Run, Step, StepContext
 from cluster.storage import open_storage, read_table
 from pipelines.corpus import seeds as seeds_step
