@@ -36,6 +36,26 @@ _READERS = 8  # spills that a task reads at once
 _OFFSET_BYTES = 8
 
 
+@dataclass(frozen=True)
+class Shared:
+    """A value that goes once to each node, whose tasks all read it there."""
+
+    _held: Any
+
+    @classmethod
+    def of(cls, value: Any) -> Shared:
+        """Puts the value where tasks find it."""
+        import ray
+
+        return cls(ray.put(value) if ray.is_initialized() else value)
+
+    def get(self) -> Any:
+        """Returns the value, made anew each time; arrays stay where they lie, and are read-only."""
+        import ray
+
+        return ray.get(self._held) if isinstance(self._held, ray.ObjectRef) else self._held
+
+
 @dataclass(frozen=True, kw_only=True)
 class Exchange(ABC):
     """A frozen, picklable description of one exchange.
@@ -141,13 +161,17 @@ def run_tasks(
 ) -> Iterator[Any]:
     """Yields what Ray tasks return, as they end; twice as many are asked for as have a place.
 
-    A task whose process or node is lost runs again, three times at most.
+    A task whose process or node is lost runs again, three times at most. Where Ray does not run, as
+    in a unit test, this process does the work itself.
 
     Raises:
         TokayError: A task failed.
     """
     import ray
 
+    if not ray.is_initialized():
+        yield from (work(*given) for given in arguments)
+        return
     task = ray.remote(work).options(num_cpus=num_cpus, scheduling_strategy="SPREAD")
     running: list[Any] = []
     try:

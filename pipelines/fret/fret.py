@@ -8,32 +8,51 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Literal
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
-import pyarrow as pa
-import pyarrow.compute as pc
+import numpy as np
 from pydantic import Field, field_validator
 
-from cluster.artifacts import Artifact, Json
+from cluster.artifacts import Artifact, Json, unfinished_artifact
 from cluster.config import Config
-from cluster.steps import Step, StepContext
-from cluster.storage import write_table
-from pipelines.corpus.near_duplicates import near_duplicates
-from pipelines.datasets.decontamination import Decontamination
+from cluster.exchange import Exchange, Shared, run_exchange, run_tasks
+from cluster.file_list import shard_path
+from cluster.shard_groups import shard_groups
+from cluster.steps import Progress, Step, StepContext
+from cluster.storage import join, open_storage, write_table
+from pipelines.datasets.decontamination import REASONS, Decontamination
 from pipelines.fingerprints import fingerprinted
-from pipelines.fret.corpus_queries import TASKS
-from pipelines.fret.fusion import JUDGES, LLM_JUDGES, asks_cross_encoder, asks_llm, choose_labels
-from pipelines.fret.judging import judging_of
-from pipelines.fret.pairs import scored_candidates
-from pipelines.fret.scored_queries import QueryScores, judged_first, with_scores
-from pipelines.records import FRET, PASSAGE
+from pipelines.fret.figures import ShardFigures, figures_of
+from pipelines.fret.fusion import JUDGES, LLM_JUDGES, asks_cross_encoder, asks_llm
+from pipelines.fret.judging import Judging, judging_of
+from pipelines.fret.labelling import (
+    CANDIDATES_SOURCE,
+    DROPPED_SOURCE,
+    LABELS_SOURCE,
+    PASSAGES_SOURCE,
+    QUERIES_PER_SHARD,
+    SCORES_SOURCE,
+    TEXTS_PER_SHARD,
+    TEXTS_SOURCE,
+    FindTexts,
+    JoinTexts,
+    LabelQueries,
+    Source,
+    num_partitions,
+    sources_of,
+    wanted_codes,
+)
+from pipelines.fret.repeated_queries import FindRepeated, drop_repeated
+from pipelines.records import FRET
 
 if TYPE_CHECKING:
     from pipelines.recipe.recipe import Recipe
 
 TITLE = "choose positives and hard negatives"
-MAX_LISTED = 100
 AUTO = "auto"
+_MAX_WANTED = 10_000_000  # texts up to which the codes of their passages, 40 MB, go to every node
 _SCORING = ("probe", "scores", "cross_scores")  # the steps that may have scored pairs
 
 
@@ -153,44 +172,120 @@ def make_fret(
     the negatives' texts, which nobody reads, are left out. Where a probe found the teacher to be no
     better than the order of the candidates, nothing but its own queries was scored: then the first
     are labelled, as many as would have been scored. That order is by the judge `ordered_by`.
+
+    All of it is done by exchanges and tasks; see `labelling` and `repeated_queries`.
     """
     candidates, probe = context.input("candidates"), context.inputs.get("probe")
-    scores = QueryScores(*(context.inputs[name] for name in _SCORING if name in context.inputs))
-    dropped, metrics = _filter(config, decontamination, candidates, scores)
     judged = config.scores_pairs and not probe
     judging = judging_of(config.fusion, config.scale, ordered_by) if judged else None
-    label_all = fixed or not config.scores_pairs
+    known = Shared.of(decontamination)
     num_unscored = 0 if config.scores_pairs else sys.maxsize
+    label_all = fixed or not config.scores_pairs
     if probe:
         config = as_chosen(config, probe)
         if probe.manifest.metrics["fusion"] is None:
             num_unscored = probe.manifest.metrics["num_scored"]
-    if label_all or num_unscored:
-        ids = _nearest(candidates, sys.maxsize if label_all else num_unscored)
+    parts = num_partitions(candidates.num_rows, QUERIES_PER_SHARD)
+    label = LabelQueries(
+        num_partitions=parts,
+        config=config,
+        decontamination=known,
+        label_all=label_all,
+        num_unscored=num_unscored,
+        only_positives=fixed,
+    )
+    scores = [context.inputs[name] for name in _SCORING if name in context.inputs]
+    sources = list(sources_of(CANDIDATES_SOURCE, candidates))
+    sources += [source for each in scores for source in sources_of(SCORES_SOURCE, each)]
+    labels, counts = _exchange(label, sources, "labels", context)
+    repeated = FindRepeated(num_partitions=parts, threshold=config.max_query_similarity)
+    alike, _ = _exchange(repeated, list(sources_of(LABELS_SOURCE, labels)), "repeated", context)
+    texts = _texts(labels, counts["num_texts"], fixed, context)
+    sources = [*sources_of(LABELS_SOURCE, labels), *sources_of(TEXTS_SOURCE, texts)]
+    sources += sources_of(DROPPED_SOURCE, _dropped(alike, context))
+    run_exchange(JoinTexts(num_partitions=parts, rows_each=QUERIES_PER_SHARD), sources, context)
+    if not candidates.num_rows:  # a shard without rows keeps the columns
+        context.log.append([write_table(context.storage, shard_path(0), FRET.empty_table())])
+    return _metrics(decontamination, known, judging, context)
+
+
+def _part(name: str, context: StepContext) -> StepContext:
+    """Returns the context of a part of the work, which has a folder and a log of its own."""
+    storage = open_storage(join(context.storage.uri, "work", name))
+    return replace(context, storage=storage, progress=_Part(context.progress, name))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Says which part of the step it is."""
+
+    progress: Progress
+    name: str
+
+    def update(self, done: float, total: float | None = None, note: str = "") -> None:
+        self.progress.update(done, total, f"{self.name}: {note}" if note else self.name)
+
+
+def _exchange(
+    exchange: Exchange, sources: list[Source], name: str, context: StepContext
+) -> tuple[Artifact, Counter[str]]:
+    """Returns what an exchange brings together on the way, and its counts."""
+    part = _part(name, context)
+    counts = run_exchange(exchange, sources, part)
+    return unfinished_artifact(part.storage, part.log.files()), counts
+
+
+def _texts(labels: Artifact, num_texts: int, fixed: bool, context: StepContext) -> Artifact:
+    """Returns the texts that the labels ask for, each for each query that asks for it."""
+    passages, wanted, num_rows = context.input("passages"), None, num_texts
+    if num_texts <= _MAX_WANTED:
+        asking = ((group, fixed) for group in shard_groups(labels))
+        parts = [np.empty(0, np.uint32), *run_tasks(wanted_codes, asking)]
+        wanted = Shared.of(np.unique(np.concatenate(parts)))
     else:
-        ids = scores.passage_ids
-    texts = PassageTexts(context.input("passages"), ids)
-    totals = Counter(_count([]))
-    for shard in candidates.shards:
-        rows = []
-        for found in candidates.shard(shard).to_pylist():
-            row = _NOT_LABELLED | found | {"dropped_by": dropped.get(found["id"])}
-            if found["dropped_by"] is None:
-                columns, num_judged = _judged(found, scores.of(row["id"]), num_unscored)
-                row |= columns
-                if label_all and num_judged:
-                    num_judged = len(row["candidate_ids"])
-                row |= _labels(row, num_judged, config, texts)
-            if fixed:
-                row |= {"negative_titles": [], "negatives": []}
-            rows.append(row)
-            if judging and row["task"] not in TASKS:
-                judging.add_row(row)
-        table = pa.Table.from_pylist(rows, schema=FRET)
-        context.log.append([write_table(context.storage, shard.path, table)])
-        totals.update(_count(rows))
-        context.progress.update(totals["num_queries"], candidates.num_rows)
-    return {**totals, **metrics, **(judging.metrics() if judging else {})}
+        num_rows += passages.num_rows
+    find = FindTexts(
+        num_partitions=num_partitions(num_rows, TEXTS_PER_SHARD),
+        only_positives=fixed,
+        wanted=wanted,
+    )
+    sources = [*sources_of(LABELS_SOURCE, labels), *sources_of(PASSAGES_SOURCE, passages)]
+    return _exchange(find, sources, "texts", context)[0]
+
+
+def _dropped(alike: Artifact, context: StepContext) -> Artifact:
+    """Returns which queries are dropped because they repeat others."""
+    part = _part("dropped", context)
+    for written in run_tasks(drop_repeated, iter([(alike, part.storage)])):
+        part.log.append(written)
+    return unfinished_artifact(part.storage, part.log.files())
+
+
+def _metrics(
+    decontamination: Decontamination,
+    known: Shared,
+    judging: Judging | None,
+    context: StepContext,
+) -> dict[str, Json]:
+    """Returns the figures of all shards, which tasks count."""
+    files, new = context.log.files().below("shards/"), deepcopy(judging)
+    shards = ((number, context.storage, file.path, known, new) for number, file in enumerate(files))
+    total, waiting, number = ShardFigures(judging=judging), dict[int, ShardFigures](), 0
+    for place, figures in run_tasks(figures_of, shards):
+        waiting[place] = figures
+        while number in waiting:  # in order, since sums of fractions depend on it
+            total.add(waiting.pop(number))
+            number += 1
+            context.progress.update(number, len(files), "counting")
+    return {
+        **total.counts,
+        "dropped_by": dict(total.dropped_by),
+        "num_evaluation_queries": len(decontamination),
+        "highest_overlap_kept": round(total.highest_overlap, 4),
+        "num_contaminated": sum(total.dropped_by[reason] for reason in REASONS),
+        "contaminated": total.contaminated,
+        **(judging.metrics() if judging else {}),
+    }
 
 
 def as_chosen(config: FretConfig, probe: Artifact) -> FretConfig:
@@ -205,126 +300,3 @@ def as_chosen(config: FretConfig, probe: Artifact) -> FretConfig:
     else:
         update = {"fusion": chosen["fusion"], "scale": chosen["scale"]}
     return config.model_copy(update=update)
-
-
-class PassageTexts:
-    """Titles and texts by passage id, held as Arrow columns."""
-
-    def __init__(self, passages: Artifact, ids: pa.ChunkedArray) -> None:
-        """Reads those of the artifact's passages that have these ids."""
-        columns = ["id", "title", "text"]
-        read = passages.tables(columns)
-        tables = [table.filter(pc.is_in(table["id"], value_set=ids)) for table in read]
-        self._table = pa.concat_tables([PASSAGE.empty_table().select(columns), *tables])
-        self._rows = {id_: row for row, id_ in enumerate(self._table["id"].to_pylist())}
-
-    def __getitem__(self, passage_id: str) -> tuple[str, str]:
-        """Returns (title, text); raises KeyError for an id that is not in the corpus."""
-        row = self._rows[passage_id]
-        return self._table["title"][row].as_py(), self._table["text"][row].as_py()
-
-
-def _filter(
-    config: FretConfig,
-    decontamination: Decontamination,
-    candidates: Artifact,
-    scores: QueryScores,
-) -> tuple[dict[str, str], dict[str, Json]]:
-    """Returns why each dropped query is dropped, by its id, and figures of decontamination."""
-    dropped: dict[str, str] = {}
-    kept: dict[str, str] = {}  # ids by query
-    contaminated: list[dict[str, str]] = []
-    for table in candidates.tables(["id", "query", "dropped_by"]):
-        for row in table.to_pylist():
-            id_, query, error = row["id"], row["query"], row["dropped_by"]
-            if error is None:
-                error = next((s["error"] for s in scores.of(id_).values() if s["error"]), None)
-            if error is not None:
-                dropped[id_] = error
-            elif repeated := decontamination.repeated(query):
-                dropped[id_], evaluation_query = repeated
-                contaminated.append({"query": query, "evaluation_query": evaluation_query})
-            elif query.casefold() in kept:
-                dropped[id_] = "repeats another query"
-            else:
-                kept[query.casefold()] = id_
-    ids = list(kept.values())
-    near = near_duplicates(list(kept), config.max_query_similarity)
-    dropped |= {ids[place]: "nearly repeats another query" for place in near}
-    highest = decontamination.highest_overlap(query for query in kept if kept[query] not in dropped)
-    return dropped, {
-        "dropped_by": dict(Counter(dropped.values())),
-        "num_evaluation_queries": len(decontamination),
-        "highest_overlap_kept": round(highest, 4),
-        "num_contaminated": len(contaminated),
-        "contaminated": contaminated[:MAX_LISTED],
-    }
-
-
-_NOT_LABELLED: dict[str, Any] = dict.fromkeys(FRET.names) | {
-    name: [] for name in FRET.names if pa.types.is_list(FRET.field(name).type)
-}
-
-
-def _nearest(candidates: Artifact, num: int) -> pa.ChunkedArray:
-    """Returns the ids of the passages that are labelled where not all were scored by the LLM."""
-    tables = candidates.tables(["id", "seed_id", "dropped_by", "candidate_ids"])
-    rows = (row for table in tables for row in table.to_pylist() if row["dropped_by"] is None)
-    ids = sorted({id_ for row in rows for id_ in scored_candidates(row, num)})
-    return pa.chunked_array([pa.array(ids, pa.string())])
-
-
-def _judged(
-    row: dict[str, Any], scored: dict[str, dict[str, Any]], num_unscored: int
-) -> tuple[dict[str, Any], int]:
-    """Returns a query's candidates with their scores, and how many of the first are to be labelled.
-
-    They are those that were scored or else, of a query that was not, the nearest `num_unscored`.
-    """
-    if any(score["error"] for score in scored.values()):
-        return {}, 0
-    if scored:
-        return with_scores(row, scored), len(scored)
-    nearest = set(scored_candidates(row, num_unscored))
-    return judged_first(row, nearest), len(nearest)
-
-
-def _labels(
-    row: dict[str, Any], num_judged: int, config: FretConfig, texts: PassageTexts
-) -> dict[str, Any]:
-    """Returns the labels of a query by its first `num_judged` candidates; none if none was."""
-    if num_judged == 0:
-        return {}
-    ids = row["candidate_ids"][:num_judged]
-    unknown = [float("nan")] * num_judged
-    labels = choose_labels(
-        {judge: (row[column] + unknown)[:num_judged] for judge, column in JUDGES.items()},
-        seed_place=ids.index(row["seed_id"]),
-        config=config,
-        query_id=row["id"],
-    )
-    positive_id = ids[labels.positive]
-    negative_ids = [ids[place] for place in labels.negatives]
-    return {
-        "fused": labels.fused,
-        "positive_id": positive_id,
-        "positive_title": texts[positive_id][0],
-        "positive": texts[positive_id][1],
-        "positive_is_seed": positive_id == row["seed_id"],
-        "negative_ids": negative_ids,
-        "negative_titles": [texts[id_][0] for id_ in negative_ids],
-        "negatives": [texts[id_][1] for id_ in negative_ids],
-    }
-
-
-def _count(rows: list[dict[str, Any]]) -> dict[str, int]:
-    scored = [row for row in rows if row["fused"]]
-    kept = [row for row in scored if row["dropped_by"] is None]
-    return {
-        "num_queries": len(rows),
-        "num_kept": len(kept),
-        "num_scored": len(scored),
-        "num_positive_is_not_seed": sum(not row["positive_is_seed"] for row in scored),
-        "num_kept_positive_is_not_seed": sum(not row["positive_is_seed"] for row in kept),
-        "num_without_negative": sum(not row["negative_ids"] for row in kept),
-    }

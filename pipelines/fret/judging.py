@@ -167,6 +167,14 @@ class Judging:
         self._firsts += firsts
         self._better += firsts[:, None] > firsts[None, :] + _EQUAL
 
+    def add_all(self, other: Judging) -> None:
+        """Adds the queries that another one with the same rankings has counted."""
+        if other.num_queries:
+            self.num_queries += other.num_queries
+            self._judges = other._judges
+            self._firsts += other._firsts
+            self._better += other._better
+
     def add_row(self, row: Mapping[str, Any]) -> None:
         """Counts a row of FRet, if it was scored and the retriever has its seed among the scored.
 

@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.artifacts import Artifact, Json
-from cluster.exchange import PARTITION, Exchange, run_exchange, run_tasks
-from cluster.files import FileEntry
+from cluster.artifacts import Json
+from cluster.exchange import PARTITION, Exchange, Shared, run_exchange, run_tasks
+from cluster.shard_groups import ShardGroup, shard_groups
 from cluster.steps import Step, StepContext
 from pipelines.records import PAIRS
 
@@ -93,17 +93,14 @@ def group_pairs(
         queries: Whose pairs.
         num_shards: As many as there are of candidates if None.
     """
-    import ray
-
-    artifacts = [context.input("candidates"), context.input("passages")]
-    sources = [(artifact, shard) for artifact in artifacts for shard in artifact.shards]
-    wanted = None
-    if artifacts[0].num_rows * num_scored <= _MAX_WANTED:
-        asked = ((artifacts[0], shard, num_scored, queries) for shard in artifacts[0].shards)
+    candidates, wanted = context.input("candidates"), None
+    sources = [*shard_groups(candidates), *shard_groups(context.input("passages"))]
+    if candidates.num_rows * num_scored <= _MAX_WANTED:
+        asked = ((group, num_scored, queries) for group in shard_groups(candidates))
         parts = list(run_tasks(_scored_ids, asked))
-        wanted = ray.put(np.unique(np.concatenate([np.empty(0, np.uint64), *parts])))
+        wanted = Shared.of(np.unique(np.concatenate([np.empty(0, np.uint64), *parts])))
     pairs = _Pairs(
-        num_partitions=num_shards or artifacts[0].num_shards,
+        num_partitions=num_shards or candidates.num_shards,
         order=("passage_id", "query_id"),
         num_scored=num_scored,
         queries=queries,
@@ -119,22 +116,22 @@ class _Pairs(Exchange):
     Attributes:
         num_scored: Candidates of each query.
         queries: Whose pairs.
-        wanted: A reference to the sorted beginnings of the ids of all passages that have pairs, so
-            that the texts of others do not travel. None where there are too many.
+        wanted: The sorted beginnings of the ids of all passages that have pairs, so that the texts
+            of others do not travel. None where there are too many.
     """
 
     num_scored: int
     queries: Queries
-    wanted: Any
+    wanted: Shared | None
 
-    def split(self, source: tuple[Artifact, FileEntry]) -> pa.Table:
-        """Returns the pairs of a shard of candidates, or the passages of a shard of them."""
-        artifact, shard = source
-        table = artifact.shard(shard)
-        if "candidate_ids" in table.schema.names:
-            rows = _pairs(table, self.num_scored, self.queries)
-        else:
-            rows = [{"passage_id": row["id"], **row} for row in self._wanted(table).to_pylist()]
+    def split(self, source: ShardGroup) -> pa.Table:
+        """Returns the pairs of candidates, or passages."""
+        rows: list[dict[str, Any]] = []
+        for table in source.tables():
+            if "candidate_ids" in table.schema.names:
+                rows += _pairs(table, self.num_scored, self.queries)
+            else:
+                rows += [{"passage_id": r["id"], **r} for r in self._wanted(table).to_pylist()]
         places = [int(row["passage_id"][:8], 16) * self.num_partitions >> 32 for row in rows]
         table = pa.Table.from_pylist(rows, schema=_ROWS)
         return table.append_column(PARTITION, pa.array(places, pa.int64()))
@@ -146,12 +143,10 @@ class _Pairs(Exchange):
         return table, {"num_passages": table.num_rows, "num_pairs": num_pairs}
 
     def _wanted(self, passages: pa.Table) -> pa.Table:
-        import ray
-
         if self.wanted is None:
             return passages
         ids = _beginnings(passages["id"].to_pylist())
-        return passages.filter(pa.array(np.isin(ids, ray.get(self.wanted))))
+        return passages.filter(pa.array(np.isin(ids, self.wanted.get())))
 
 
 def scored_candidates(row: dict[str, Any], num_scored: int) -> list[str]:
@@ -171,12 +166,13 @@ def _pairs(candidates: pa.Table, num_scored: int, queries: Queries) -> list[dict
     ]
 
 
-def _scored_ids(
-    candidates: Artifact, shard: FileEntry, num_scored: int, queries: Queries
-) -> np.ndarray:
-    """Returns the beginnings of the ids of all passages that a shard's queries have pairs with."""
-    rows = _pairs(candidates.shard(shard), num_scored, queries)
-    return np.unique(_beginnings([row["passage_id"] for row in rows]))
+def _scored_ids(candidates: ShardGroup, num_scored: int, queries: Queries) -> np.ndarray:
+    """Returns the beginnings of the ids of all passages that the queries have pairs with."""
+    parts = [
+        _beginnings([row["passage_id"] for row in _pairs(table, num_scored, queries)])
+        for table in candidates.tables()
+    ]
+    return np.unique(np.concatenate(parts))
 
 
 def _beginnings(ids: Sequence[str]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from cluster.artifacts import Artifact
 from pipelines.fret.fusion import SCORED
 from pipelines.records import CANDIDATES
 
-_PAIR = pa.schema(
+PAIR = pa.schema(
     [
         ("query_id", pa.string()),
         ("passage_id", pa.string()),
@@ -34,14 +34,9 @@ class QueryScores:
 
         What several of them say of a pair is brought together.
         """
-        tables = [_one_row_a_pair(table) for artifact in artifacts for table in artifact.tables()]
-        self._pairs = pa.concat_tables([_PAIR.empty_table(), *tables]).sort_by("query_id")
+        tables = [one_row_a_pair(table) for artifact in artifacts for table in artifact.tables()]
+        self._pairs = pa.concat_tables([PAIR.empty_table(), *tables]).sort_by("query_id")
         self._query_ids = np.array(self._pairs["query_id"].to_pylist(), dtype=np.bytes_)
-
-    @property
-    def passage_ids(self) -> pa.ChunkedArray:
-        """The passages that were scored."""
-        return pc.unique(self._pairs["passage_id"])
 
     def of(self, query_id: str) -> dict[str, dict[str, Any]]:
         """Returns a query's scores, by passage id, each with `ql`, `rc`, `ce` and `error`.
@@ -51,11 +46,16 @@ class QueryScores:
         key = query_id.encode()
         start = int(np.searchsorted(self._query_ids, key))
         end = int(np.searchsorted(self._query_ids, key, side="right"))
-        found: dict[str, dict[str, Any]] = {}
-        for row in self._pairs.slice(start, end - start).to_pylist():
-            known = {name: value for name, value in row.items() if value is not None}
-            found[row["passage_id"]] = found.get(row["passage_id"], row) | known
-        return found
+        return of_one_query(self._pairs.slice(start, end - start).to_pylist())
+
+
+def of_one_query(pairs: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns the scores of a query's pairs by passage id; of one pair all rows are one."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in pairs:
+        known = {name: value for name, value in row.items() if value is not None}
+        found[row["passage_id"]] = found.get(row["passage_id"], row) | known
+    return found
 
 
 def judged_first(row: dict[str, Any], judged: Collection[str]) -> dict[str, Any]:
@@ -87,8 +87,8 @@ def with_scores(row: dict[str, Any], scored: dict[str, dict[str, Any]]) -> dict[
     return columns
 
 
-def _one_row_a_pair(scores: pa.Table) -> pa.Table:
-    """Turns lists of a passage's queries into rows."""
+def one_row_a_pair(scores: pa.Table) -> pa.Table:
+    """Returns a row of `PAIR` for each query of each passage."""
     parents = pc.list_parent_indices(scores["query_ids"])
     columns = {
         "query_id": pc.list_flatten(scores["query_ids"]),
@@ -98,4 +98,4 @@ def _one_row_a_pair(scores: pa.Table) -> pa.Table:
     for judge, name in SCORED.items():
         there = name in scores.column_names
         columns[judge] = pc.list_flatten(scores[name]) if there else pa.nulls(len(parents))
-    return pa.table({name: columns[name] for name in _PAIR.names}).cast(_PAIR)
+    return pa.table({name: columns[name] for name in PAIR.names}).cast(PAIR)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
@@ -108,15 +109,14 @@ def count_batches(uri: str) -> int:
         UserError: There are none.
     """
     storage = open_storage(uri)
-    for path in reversed(_shards(storage)):
-        numbers = read_table(storage, path, ["batch"])["batch"]
-        if len(numbers):
-            return int(numbers[-1].as_py()) + 1
-    raise UserError(f"training examples {uri} hold no row: the mixture step must come first")
+    last = _last_batch(storage, _shards(storage))
+    if last < 0:
+        raise UserError(f"training examples {uri} hold no row: the mixture step must come first")
+    return last + 1
 
 
 def iterate_batches(uri: str, start: int = 0) -> Iterator[Batch]:
-    """Yields the batches from number `start` on, reading shard by shard.
+    """Yields the batches from number `start` on, reading shard by shard, and none before it.
 
     Raises:
         UserError: The rows are not in the order of batches.
@@ -126,6 +126,11 @@ def iterate_batches(uri: str, start: int = 0) -> Iterator[Batch]:
 
     storage = open_storage(uri)
     paths = _shards(storage)
+    if start:
+        places = range(len(paths))
+        paths = paths[
+            bisect_left(places, start, key=lambda place: _last_batch(storage, paths[: place + 1])) :
+        ]
     columns, make = _kind(storage, paths[0]) if paths else (_COLUMNS, _batch)
     rest: pa.Table | None = None
     number = start
@@ -153,9 +158,19 @@ def iterate_validation(uri: str) -> Iterator[Batch]:
     yield from iterate_batches(join(uri, VALIDATION))
 
 
+def _last_batch(storage: Storage, paths: list[str]) -> int:
+    """Returns the last batch of some shards, -1 if they have no row; few are opened."""
+    for path in reversed(paths):
+        numbers = read_table(storage, path, ["batch"])["batch"]
+        if len(numbers):
+            return int(numbers[-1].as_py())
+    return -1
+
+
 def _kind(storage: Storage, path: str) -> tuple[list[str], Callable[[int, pa.Table], Batch]]:
     """Returns the columns that shards like this one have, and what makes a batch of its rows."""
-    names = open_parquet(storage.read_bytes(path), join(storage.uri, path)).schema_arrow.names
+    with storage.open(path) as file:
+        names = open_parquet(file, join(storage.uri, path)).schema_arrow.names
     if "vectors" in names:
         return _FIXED_COLUMNS, _batch_of_lists
     return (_TEXT_COLUMNS, _batch_of_texts) if "embedding" in names else (_COLUMNS, _batch)

@@ -9,7 +9,7 @@ import pytest
 
 from cluster import exchange
 from cluster.errors import StorageError
-from cluster.exchange import PARTITION, Exchange
+from cluster.exchange import PARTITION, Exchange, Shared, run_tasks
 from cluster.file_list import shard_path
 from cluster.storage import S3Storage, Storage, open_storage, read_table
 
@@ -79,3 +79,8 @@ def test_partition_is_read_without_the_others(bucket: str, monkeypatch: pytest.M
     rows = exchange._read_spill(storage, exchange._spill_path(0), 7, 50)
     assert rows is not None and rows["number"].to_pylist() == list(range(7, 10_000, 50))
     assert (len(read) <= 2 and sum(read) < size / 2) or size < 1 << 17
+
+
+def test_without_ray_this_process_does_the_work() -> None:
+    value = Shared.of({"a": 1})
+    assert list(run_tasks(lambda number: value.get()["a"] + number, iter([(1,), (2,)]))) == [2, 3]

@@ -8,11 +8,16 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from cluster.artifacts import Artifact, write_shards
+from cluster.artifacts import Artifact, unfinished_artifact, write_shards
+from cluster.file_list import FileList
+from cluster.shard_groups import shard_groups
 from cluster.steps import Run, Step, StepContext
+from cluster.storage import open_storage, read_table
+from pipelines.corpus import seeds as seeds_step
 from pipelines.corpus.cutting import Passage
 from pipelines.corpus.held_out import (
     TrainingPassages,
+    draw,
     held_out_documents,
     hold_out,
     own_queries,
@@ -93,18 +98,121 @@ def corpus(num_documents: int) -> list[Passage]:
     ]
 
 
-def test_documents_are_held_out_until_their_queries_and_passages_are_enough() -> None:
-    passages = corpus(40)
+class NoProgress:
+    def update(self, done: float, total: float | None = None, note: str = "") -> None: ...
+
+
+def stored(folder: Path, passages: list[Passage], rows_per_shard: int) -> Artifact:
+    table = pa.Table.from_pylist([vars(each) for each in passages], schema=PASSAGE)
+    storage = open_storage(folder)
+    return unfinished_artifact(storage, FileList.of(write_shards(storage, table, rows_per_shard)))
+
+
+def test_documents_are_held_out_until_their_queries_and_passages_are_enough(
+    tmp_path: Path,
+) -> None:
+    passages = stored(tmp_path / "a", corpus(40), 16)
     few = hold_out(passages, num_queries=5, num_passages=0, seed=0)
     assert len(few) == 2  # of three queries each
     more = hold_out(passages, num_queries=5, num_passages=9, seed=0)
     assert len(more) == 5  # of two passages each
     assert more[:2] == few
-    assert hold_out(passages[::-1], num_queries=5, num_passages=9, seed=0) == more
+    backwards = stored(tmp_path / "b", corpus(40)[::-1], 16)
+    assert hold_out(backwards, num_queries=5, num_passages=9, seed=0) == more
     assert hold_out(passages, num_queries=5, num_passages=9, seed=1) != more
     # A quarter at most.
     assert len(hold_out(passages, num_queries=500, num_passages=0, seed=0)) == 10
-    assert hold_out(corpus(3), num_queries=5, num_passages=0, seed=0) == []
+    assert (
+        hold_out(stored(tmp_path / "c", corpus(3), 2), num_queries=5, num_passages=0, seed=0) == []
+    )
+
+
+def in_memory(
+    passages: list[Passage], *, num_queries: int, num_passages: int, seed: int
+) -> list[str]:
+    """What is to be held out, by the whole corpus in memory."""
+    by_document: dict[str, list[Passage]] = {}
+    for each in passages:
+        by_document.setdefault(document_name(each.source), []).append(each)
+    repeated = repeated_titles(passages)
+    order = sorted(by_document, key=lambda name: draw(f"{seed} held out {name}"))
+    chosen: list[str] = []
+    queries, size = 0, 0
+    for name in order[: len(order) // 4]:
+        if queries >= num_queries and size >= num_passages:
+            break
+        chosen.append(name)
+        queries += len(own_queries(by_document[name], repeated))
+        size += len(by_document[name])
+    return chosen
+
+
+@pytest.mark.parametrize(("rows_per_shard", "task_bytes"), [(7, 1), (7, 1 << 20), (1000, 1)])
+def test_held_out_documents_do_not_depend_on_shards_and_tasks(
+    rows_per_shard: int, task_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Titles that documents share, documents that a shard's end cuts, and some with no query."""
+    passages = []
+    for n in range(32):
+        title = f"the title of number {n // 2 if n % 3 else n}"
+        for part in range(1, 2 + n % 4):
+            body = BEES if n % 5 else "Short."
+            text = f"Sentence {part} of document {n}. {body}"
+            passages.append(passage(f"d{n}", title, text, part))
+    monkeypatch.setattr(shard_groups, "__defaults__", (task_bytes,))
+    artifact = stored(tmp_path, passages, rows_per_shard)
+    for num_queries, num_passages, seed in [(0, 0, 0), (3, 0, 1), (1, 9, 2), (500, 1, 3)]:
+        asked = {"num_queries": num_queries, "num_passages": num_passages, "seed": seed}
+        assert hold_out(artifact, **asked) == in_memory(passages, **asked)
+
+
+@pytest.mark.parametrize(("rows_per_shard", "num_seeds"), [(9, 1), (9, 20), (9, 99), (99, 20)])
+def test_seeds_are_those_of_the_smallest_draws_in_the_order_of_the_corpus(
+    rows_per_shard: int, num_seeds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_groups, "__defaults__", (1,))
+    passages = corpus(40)
+    inputs = {"passages": stored(tmp_path / "p", passages, rows_per_shard)}
+    config = SeedsConfig(num_seeds=num_seeds, rows_per_shard=2, seed=3)
+    held_out = HoldOut(num_queries=9, num_seeds=5)
+
+    def made() -> StepContext:
+        storage = open_storage(tmp_path / "s")
+        context = StepContext(storage=storage, inputs=inputs, progress=NoProgress())
+        choose_seeds(config, held_out, context)
+        context.log.flush()
+        return context
+
+    context = made()
+    names = in_memory(passages, num_queries=9, num_passages=5, seed=3)
+    order = sorted(passages, key=lambda each: draw(f"3 {each.id}"))
+    theirs = [each for each in order if document_name(each.source) in names][:5]
+    others = [each for each in order if document_name(each.source) not in names][:num_seeds]
+    chosen = {each.id for each in theirs + others}
+    files = context.log.files()
+    tables = [read_table(context.storage, file.path) for file in files]
+    assert [t.num_rows for t in tables[:-1]] == [2] * (len(tables) - 1)
+    rows = pa.concat_tables(tables).to_pylist()
+    assert [row["id"] for row in rows] == [each.id for each in passages if each.id in chosen]
+    assert {row["id"] for row in rows if row["held_out"]} == {each.id for each in theirs}
+    # After a loss what is missing is written again, and the rest stays as it is.
+    context.storage.delete(files[0].path)
+    assert made().log.files() == files
+    assert read_table(context.storage, files[0].path).equals(tables[0])
+
+
+def test_no_seed_leaves_the_columns(tmp_path: Path) -> None:
+    """No document is fit for training where all are held out: there is one empty shard."""
+    inputs = {"passages": stored(tmp_path / "p", corpus(4), 3)}
+    storage = open_storage(tmp_path / "s")
+    context = StepContext(storage=storage, inputs=inputs, progress=NoProgress())
+    config = SeedsConfig(num_seeds=1, rows_per_shard=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seeds_step, "hold_out", lambda *_, **__: [f"d{n}" for n in range(4)])
+        choose_seeds(config, HoldOut(num_queries=0, num_seeds=0), context)
+    (file,) = context.log.files()
+    table = read_table(storage, file.path)
+    assert table.num_rows == 0 and table.schema.equals(SEED)
 
 
 Seeds = Callable[[HoldOut | None, int], dict[str, Artifact]]

@@ -111,6 +111,24 @@ def test_no_passage_gives_a_second_sentence_before_each_has_given_one() -> None:
 Taken = Any
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_parts_give_what_the_whole_corpus_gives_in_whatever_order_they_come(
+    backwards: bool,
+) -> None:
+    passages = corpus(12)
+    passages += [passage(f"e{n}", f"THE TITLE OF {n}", "Another of these texts.") for n in range(6)]
+    config = CorpusQueriesConfig(max_titles=9, max_sentences=20)
+    parts = []
+    for start in range(0, len(passages), 5):
+        parts.append(corpus_queries._Drawn(config))
+        for number, each in enumerate(passages[start : start + 5], start):
+            parts[-1].add(number, each)
+    whole = corpus_queries._Drawn(config)
+    for part in parts[::-1] if backwards else parts:
+        whole.add_all(part)
+    assert whole.rows() == draw_queries(passages, config)
+
+
 @pytest.fixture
 def take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Taken:
     """Runs the step over the corpus, cut into shards of some size."""

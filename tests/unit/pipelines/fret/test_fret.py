@@ -8,9 +8,14 @@ import pyarrow as pa
 import pytest
 
 from cluster.artifacts import Artifact, Json
+from cluster.errors import ArtifactError
+from cluster.shard_groups import shard_groups
 from cluster.steps import Run, Step
 from pipelines.datasets.decontamination import Decontamination
+from pipelines.fret import fret as fret_step
 from pipelines.fret.fret import FretConfig, make_fret
+from pipelines.fret.labelling import FindTexts, JoinTexts, LabelQueries
+from pipelines.fret.repeated_queries import FindRepeated
 from pipelines.run.console import JsonLines
 
 IDS = ["a", "b", "c"]
@@ -331,3 +336,92 @@ def test_table_of_judges_is_against_the_order_with_bm25(fret: MakeFret) -> None:
     metrics = fret([query], ordered_by="hybrid").manifest.metrics
     assert metrics["judges"][0]["ranking"] == "the retriever with BM25"
     assert metrics["judges"][0]["seed_first"] == 1.0
+
+
+def many(number: int) -> list[dict[str, Any]]:
+    """Queries of which some were dropped, some repeat others, and some have no usable scores."""
+    rows = []
+    names = ["ash", "bay", "cod", "dew", "elk", "fir", "gum", "hay", "ivy", "jay", "oak", "yew"]
+    for n in range(number):
+        who, where, when = "bee" if n % 3 else "owl", names[n // 2], names[n // 2 * 5 % 12]
+        text = f"what does the {who} near the {where} eat in the {when} winter"
+        row = scored(f"q{n}", text, "too short" if n % 7 == 3 else None)
+        if row["dropped_by"] is None:
+            first = None if n % 11 == 8 else n % 5
+            row |= {"seed_id": IDS[n % 3], "query_likelihoods": [first, n % 3, n % 4]}
+            row |= {"relevances": [1.0, n % 2, 2.0]}
+        rows.append(row)
+    return rows
+
+
+CONFIG = {"num_negatives": 2, "max_query_similarity": 0.5}
+
+
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the work done in many tasks, where a few would do."""
+    monkeypatch.setattr(fret_step, "QUERIES_PER_SHARD", 5)
+    monkeypatch.setattr(fret_step, "TEXTS_PER_SHARD", 6)
+    monkeypatch.setattr(shard_groups, "__defaults__", (1,))
+
+
+@pytest.mark.parametrize("max_wanted", [0, 1000])
+def test_rows_and_figures_do_not_depend_on_the_tasks(
+    max_wanted: int,
+    tmp_path: Path,
+    label: MakeFret,
+    by_passage: Callable[[list[dict[str, Any]]], pa.Table],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    rows = many(24)
+    judged = ["what does the owl near the dew eat in the dew winter"]
+    monkeypatch.setattr(fret_step, "_MAX_WANTED", max_wanted)
+    whole = label(tmp_path / "whole", rows, by_passage(rows), judged, CONFIG)
+    assert whole.num_shards == 1
+    request.getfixturevalue("in_parts")
+    parts = label(tmp_path / "parts", rows, by_passage(rows), judged, CONFIG)
+    assert [shard.num_rows for shard in parts.shards] == [5, 5, 5, 5, 4]
+    assert parts.read().equals(whole.read())
+    assert parts.manifest.metrics == whole.manifest.metrics
+    assert [row["id"] for row in parts.read().to_pylist()] == [row["id"] for row in rows]
+    assert {*parts.manifest.metrics["dropped_by"]} == {
+        *("too short", "too long", "repeats another query", "nearly repeats another query"),
+        *("repeats an evaluation query", "shares words with an evaluation query"),
+    }
+    assert len({row["positive_id"] for row in whole.read().to_pylist()}) == 4
+
+
+def test_step_that_was_killed_goes_on_where_it_was(
+    tmp_path: Path,
+    label: MakeFret,
+    by_passage: Callable[[list[dict[str, Any]]], pa.Table],
+    monkeypatch: pytest.MonkeyPatch,
+    in_parts: None,
+) -> None:
+    rows = many(24)
+    expected = label(tmp_path / "whole", rows, by_passage(rows), [], CONFIG)
+    merge, done = JoinTexts.merge, list[int]()
+
+    def dies(self: JoinTexts, joined: pa.Table) -> tuple[pa.Table, dict[str, int]]:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(joined.num_rows)
+        return merge(self, joined)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JoinTexts, "merge", dies)
+        with pytest.raises(KeyboardInterrupt):
+            label(tmp_path / "killed", rows, by_passage(rows), [], CONFIG)
+    for exchange in (LabelQueries, FindRepeated, FindTexts, JoinTexts):
+        monkeypatch.setattr(exchange, "split", None)  # they are done
+    monkeypatch.setattr(LabelQueries, "merge", None)
+    made = label(tmp_path / "killed", rows, by_passage(rows), [], CONFIG)
+    assert made.manifest.files == expected.manifest.files
+    assert made.manifest.metrics == expected.manifest.metrics
+
+
+def test_passage_that_is_not_in_the_corpus_is_named(fret: MakeFret) -> None:
+    row = scored("q1", "what makes bread rise") | {"candidate_ids": ["z", "b", "c"], "seed_id": "z"}
+    with pytest.raises(ArtifactError, match="passage z of the candidates is not among"):
+        fret([row])

@@ -5,8 +5,9 @@ import pytest
 
 from cluster.errors import UserError
 from cluster.file_list import shard_path
-from cluster.storage import LocalStorage, write_table
+from cluster.storage import LocalStorage, Storage, read_table, write_table
 from pipelines.records import EXAMPLE
+from pipelines.training import examples
 from pipelines.training.examples import Batch, count_batches, iterate_batches, iterate_validation
 
 
@@ -74,6 +75,28 @@ def test_held_out_batches_are_none_or_those_beside_the_shards(tmp_path: Path):
 def test_resumed_stream_is_the_rest_of_the_whole(tmp_path: Path, start: int):
     uri = write(tmp_path, [[0, 0, 1], [1, 1], [1, 2], [3]])
     assert read(uri, start) == read(uri)[start:]
+
+
+def test_resumed_stream_reads_no_text_of_the_shards_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = [[n, n] if n % 4 else [n, n + 1] if n % 8 else [] for n in range(40)]
+    numbers = sorted({number for shard in shards for number in shard})
+    shards = [[numbers.index(number) for number in shard] for shard in shards]
+    uri = write(tmp_path, shards)
+    whole, opened = read(uri), []
+
+    def noted(storage: Storage, path: str, columns: list[str] | None = None) -> pa.Table:
+        opened.append((path, columns == ["batch"]))
+        return read_table(storage, path, columns)
+
+    monkeypatch.setattr(examples, "read_table", noted)
+    for start in (1, 7, 30, len(whole)):
+        opened.clear()
+        assert read(uri, start) == whole[start:]
+        first = next((n for n, shard in enumerate(shards) if start in shard), len(shards))
+        assert min((p for p, only in opened if not only), default="z") >= shard_path(first - 1)
+        assert sum(only for _, only in opened) < 16
 
 
 @pytest.mark.parametrize("shards", [[[0, 1, 0]], [[0], [2]], [[1, 1]]])
