@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 Neighbours = tuple[np.ndarray, np.ndarray]
-IndexKind = Literal["auto", "flat", "ivf", "hnsw", "pq"]
+IndexKind = Literal["auto", "flat", "ivf", "pq"]
 
 # FAISS adds up float32 in an order that depends on the batch; scores this near may be a tie.
 _TIE = 1e-5
@@ -134,8 +134,7 @@ class ApproximateIndex:
     to about 1e-3 (`pq`: 1e-1), and equal scores come in no fixed order.
 
     Attributes:
-        kind: `ivf` (inverted lists), `hnsw` (a graph: fast queries, slow to build) or `pq`
-            (inverted lists of product-quantised residuals).
+        kind: `ivf` (inverted lists) or `pq` (inverted lists of product-quantised residuals).
     """
 
     def __init__(self, dimensions: int, kind: str, num_vectors: int) -> None:
@@ -148,7 +147,6 @@ class ApproximateIndex:
         per_code = max(size for size in (1, 2, 3, 4) if dimensions % size == 0)
         factories = {
             "ivf": f"IVF{self._num_lists},SQfp16",
-            "hnsw": "HNSW32,SQfp16",
             "pq": f"IVF{self._num_lists},PQ{dimensions // per_code}",
         }
         if kind not in factories:
@@ -156,10 +154,6 @@ class ApproximateIndex:
         # Any: only the factory string says which type it is.
         index: Any = faiss.index_factory(dimensions, factories[kind], faiss.METRIC_INNER_PRODUCT)
         self._index = index
-        if kind == "hnsw":
-            index.hnsw.efConstruction = 80
-            index.hnsw.efSearch = 128
-            return
         index.nprobe = max(16, self._num_lists // 20)
         index.cp.niter = 6
         index.cp.max_points_per_centroid = _POINTS_PER_LIST

@@ -50,7 +50,7 @@ class CandidatesConfig(Config):
     num_candidates: int = Field(default=20, ge=2, description="Gecko's N, by its name p20")
     index: IndexKind = Field(
         default="auto",
-        description="flat is exact; ivf, hnsw and pq are not, and their recall is audited; auto: by"
+        description="flat is exact; ivf and pq are not, and their recall is audited; auto: by"
         " an actor's bytes of float32 vectors: flat where they fit its GPU, and on the CPU to"
         " 256 MiB, ivf to 32 GiB, then pq",
     )

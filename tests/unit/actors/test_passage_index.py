@@ -159,7 +159,7 @@ def clustered(rng: np.random.Generator, rows: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("kind", "recall", "accuracy"), [("ivf", 0.9, 2e-3), ("hnsw", 0.9, 2e-3), ("pq", 0.4, 0.2)]
+    ("kind", "recall", "accuracy"), [("ivf", 0.9, 2e-3), ("pq", 0.4, 0.2)]
 )
 def test_approximate_index_finds_most_and_keeps_the_vectors(kind, recall, accuracy):
     rng = np.random.default_rng(5)
@@ -196,7 +196,7 @@ def test_exact_top_k_over_parts_equals_one_index():
         ("auto", 2**18, 257, "ivf"),
         ("auto", 2**23, 1024, "ivf"),
         ("auto", 2**23, 1025, "pq"),
-        ("hnsw", 5, 16, "hnsw"),
+        ("pq", 5, 16, "pq"),
     ],
 )
 def test_kind_of_index_goes_by_bytes(kind, num_vectors, dimensions, expected):
@@ -204,7 +204,7 @@ def test_kind_of_index_goes_by_bytes(kind, num_vectors, dimensions, expected):
 
 
 def test_unknown_kind_of_index_is_named():
-    with pytest.raises(ValueError, match="'tree': accepted are ivf, hnsw, pq"):
+    with pytest.raises(ValueError, match="'tree': accepted are ivf, pq"):
         ApproximateIndex(16, "tree", 10)
 
 

@@ -50,7 +50,7 @@ def shards_of(embeddings: Artifact, start: int = 0, end: int | None = None) -> E
 
 @pytest.mark.parametrize(
     ("kind", "chosen", "num_audited"),
-    [("auto", "flat", 0), ("ivf", "ivf", 64), ("hnsw", "hnsw", 64)],
+    [("auto", "flat", 0), ("ivf", "ivf", 64)],
 )
 def test_index_actor_finds_rows_of_the_whole_and_audits_itself(
     kind: str, chosen: str, num_audited: int, vectors: np.ndarray, embeddings: Artifact
