@@ -9,7 +9,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Literal, Protocol
 
 import numpy as np
@@ -158,20 +157,20 @@ class LexicalIndex:
 
 
 class IndexedTexts(Protocol):
-    """Texts, read one part at a time; picklable."""
+    """Texts and their ids, read one part at a time; picklable."""
 
-    def texts(self) -> Iterator[list[str]]:
-        """Reads the texts of a part."""
+    def parts(self) -> Iterator[tuple[np.ndarray, list[str]]]:
+        """Reads the ids of a part, as bytes, and its texts."""
 
 
-class LexicalIndexActor(LexicalIndex):
-    """A `LexicalIndex` over all the run's passages; runs as a Ray actor."""
+class LexicalIndexActor:
+    """A `LexicalIndex` over all the run's passages, which it knows by their ids; a Ray actor."""
 
     def __init__(
         self,
         texts: IndexedTexts,
         kind: str,
-        notes: Storage,
+        notes: Storage | None,
         *,
         k1: float,
         b: float,
@@ -180,15 +179,44 @@ class LexicalIndexActor(LexicalIndex):
         """Reads and indexes the texts.
 
         Args:
-            texts: The texts.
+            texts: The texts and their ids.
             kind: As which it notes in the step's folder that it has begun.
-            notes: The step's folder.
+            notes: The step's folder; None outside of Ray.
             k1: Of `LexicalIndex`.
             b: Of `LexicalIndex`.
             stemmer: Of `LexicalIndex`.
         """
-        actor_begins(notes, kind)
-        super().__init__(chain.from_iterable(texts.texts()), k1=k1, b=b, stemmer=stemmer)
+        if notes is not None:
+            actor_begins(notes, kind)
+        ids: list[np.ndarray] = []
+
+        def read() -> Iterator[str]:
+            for part, its_texts in texts.parts():
+                ids.append(part)
+                yield from its_texts
+
+        self._index = LexicalIndex(read(), k1=k1, b=b, stemmer=stemmer)
+        self._ids = np.concatenate(ids)
+        self._by_id = np.argsort(self._ids)
+
+    def search(
+        self, queries: Sequence[str], k: int, beside: np.ndarray
+    ) -> tuple[np.ndarray, LexicalHits]:
+        """Finds each query's k best passages, and scores them and some others.
+
+        Args:
+            queries: Without task or template.
+            k: How many to find.
+            beside: Ids of the others, which are all known, as bytes ``[queries, n]``; empty: none.
+
+        Returns:
+            Ids of `beside` and then of the k best, best first, bytes ``[queries, n + k]``, and what
+            BM25 says of them.
+        """
+        places = np.searchsorted(self._ids, beside, sorter=self._by_id)
+        rows = np.where(beside == b"", -1, self._by_id[places % len(self._ids)])
+        hits = self._index.search(queries, k, rows)
+        return np.where(hits.rows < 0, b"", self._ids[hits.rows]), hits
 
 
 def _best(scores: np.ndarray, k: int) -> np.ndarray:

@@ -8,13 +8,16 @@ suits how many vectors.
 from __future__ import annotations
 
 import ctypes
+import io
+import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from importlib import import_module
+from typing import Any, Literal, Self
 
 import numpy as np
 
 Neighbours = tuple[np.ndarray, np.ndarray]
-IndexKind = Literal["auto", "flat", "ivf", "hnsw", "pq"]
+IndexKind = Literal["auto", "flat", "ivf", "pq"]
 
 # FAISS adds up float32 in an order that depends on the batch; scores this near may be a tie.
 _TIE = 1e-5
@@ -24,9 +27,14 @@ _QUERIES_AT_ONCE = 256
 _MAX_GPU_K = 2048
 # Besides the vectors: 1.5 GiB that FAISS takes for its searches, and what cuBLAS and CUDA need.
 _GPU_WORKSPACE_BYTES = 2 * 2**30
-# The most that `auto` searches exactly on the CPU, and in half precision; of float32 vectors.
+# `auto` on the CPU is exact up to so many bytes of float32 vectors, whatever it costs, and beyond
+# where it costs less; more than the second an actor does not hold, of whatever precision.
 _MAX_FLAT_BYTES = 2**28
-_MAX_IVF_BYTES = 32 * 2**30
+_MAX_HELD_BYTES = 16 * 2**30
+# Measured on one core (200,000 clustered vectors of 384 dimensions, 64 queries at a time, k 20):
+# what a product costs in the training and the filling of inverted lists, and in their search, if
+# one of the exact search costs 1.
+_BUILD_COST, _SEARCH_COST = 0.17, 0.6
 
 
 class PassageIndex:
@@ -39,11 +47,15 @@ class PassageIndex:
         dimensions: Length of a vector.
     """
 
-    def __init__(self, dimensions: int, gpu: bool = False) -> None:
+    def __init__(self, dimensions: int, gpu: bool = False, order: np.ndarray | None = None) -> None:
         """Makes an empty index.
 
-        With `gpu` it searches on the first GPU that this process sees (needs ``faiss-gpu``), if the
-        vectors fit there (`fits_gpu`); they stay in the host's memory too.
+        Args:
+            dimensions: Length of a vector.
+            gpu: Whether to search on the first GPU that this process sees (needs ``faiss-gpu``), if
+                the vectors fit there (`fits_gpu`); they stay in the host's memory too.
+            order: The place of each row that will be added in the order of equal scores, int64
+                ``[rows]``; None: that of the rows.
         """
         import faiss
 
@@ -51,6 +63,7 @@ class PassageIndex:
         self._host: Any = faiss.IndexFlatIP(dimensions)
         self._gpu: Any = None
         self._gpu_wanted = gpu
+        self._order = order
 
     def __len__(self) -> int:
         return int(self._host.ntotal)
@@ -71,7 +84,7 @@ class PassageIndex:
         return vectors
 
     def search(self, queries: np.ndarray, k: int) -> Neighbours:
-        """Finds each query's k best rows, best first, equal scores in the order of rows.
+        """Finds each query's k best rows, best first, equal scores in the index's order.
 
         Args:
             queries: float32 ``[queries, dimensions]``.
@@ -117,7 +130,10 @@ class PassageIndex:
         vectors = faiss.rev_swig_ptr(self._host.get_xb(), len(self) * self.dimensions)
         candidates = vectors.reshape(len(self), self.dimensions)[rows]
         scores = np.einsum("qd,qkd->qk", queries, candidates, dtype=np.float64)
-        return _best(scores.astype(np.float32), rows, rows.shape[1])
+        order = rows if self._order is None else self._order[rows]
+        best = np.lexsort((order, -scores.astype(np.float32)), axis=1)
+        scores = np.take_along_axis(scores, best, axis=1).astype(np.float32)
+        return scores, np.take_along_axis(rows, best, axis=1)
 
     def _checked(self, vectors: np.ndarray) -> np.ndarray:
         if vectors.ndim != 2 or vectors.shape[1] != self.dimensions:
@@ -134,8 +150,7 @@ class ApproximateIndex:
     to about 1e-3 (`pq`: 1e-1), and equal scores come in no fixed order.
 
     Attributes:
-        kind: `ivf` (inverted lists), `hnsw` (a graph: fast queries, slow to build) or `pq`
-            (inverted lists of product-quantised residuals).
+        kind: `ivf` (inverted lists) or `pq` (inverted lists of product-quantised residuals).
     """
 
     def __init__(self, dimensions: int, kind: str, num_vectors: int) -> None:
@@ -144,11 +159,10 @@ class ApproximateIndex:
 
         self.kind = kind
         self.dimensions = dimensions
-        self._num_lists: int = max(1, min(1 << 16, round(2 * num_vectors**0.5)))
+        self._num_lists = _num_lists(num_vectors)
         per_code = max(size for size in (1, 2, 3, 4) if dimensions % size == 0)
         factories = {
             "ivf": f"IVF{self._num_lists},SQfp16",
-            "hnsw": "HNSW32,SQfp16",
             "pq": f"IVF{self._num_lists},PQ{dimensions // per_code}",
         }
         if kind not in factories:
@@ -156,12 +170,8 @@ class ApproximateIndex:
         # Any: only the factory string says which type it is.
         index: Any = faiss.index_factory(dimensions, factories[kind], faiss.METRIC_INNER_PRODUCT)
         self._index = index
-        if kind == "hnsw":
-            index.hnsw.efConstruction = 80
-            index.hnsw.efSearch = 128
-            return
-        index.nprobe = max(16, self._num_lists // 20)
-        index.cp.niter = 6
+        index.nprobe = _num_probes(self._num_lists)
+        index.cp.niter = _TRAINING_ROUNDS
         index.cp.max_points_per_centroid = _POINTS_PER_LIST
         index.make_direct_map(True)
 
@@ -181,6 +191,21 @@ class ApproximateIndex:
         """Appends float32 ``[rows, dimensions]``; their row numbers continue from the last."""
         self._index.add(np.ascontiguousarray(vectors, dtype=np.float32))
 
+    def write(self, file: io.RawIOBase) -> None:
+        """Writes the index to a file."""
+        faiss: Any = import_module("faiss")  # whose stubs have no callbacks
+        faiss.write_index(self._index, faiss.PyCallbackIOWriter(file.write))
+
+    @classmethod
+    def read(cls, file: io.BufferedIOBase, kind: str) -> Self:
+        """Reads an index of a kind from a file, which must be one of our own: FAISS trusts it."""
+        faiss: Any = import_module("faiss")
+        index = cls.__new__(cls)
+        index._index = faiss.read_index(faiss.PyCallbackIOReader(file.read))
+        index.kind, index.dimensions = kind, index._index.d
+        index._num_lists = index._index.nlist
+        return index
+
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """Returns the vectors of int64 ``[rows]`` as they are held, ``[rows, dimensions]``."""
         vectors: np.ndarray = self._index.reconstruct_batch(np.asarray(rows, dtype=np.int64))
@@ -198,16 +223,38 @@ class ApproximateIndex:
 
 
 _POINTS_PER_LIST = 30
+_TRAINING_ROUNDS = 6
 
 
-def choose_kind(kind: IndexKind, num_vectors: int, dimensions: int) -> str:
-    """Returns the kind that `auto` means for `num_vectors` on one actor that has no GPU."""
+def _num_lists(num_vectors: int) -> int:
+    return max(1, min(1 << 16, round(2 * math.sqrt(num_vectors))))
+
+
+def _num_probes(num_lists: int) -> int:
+    return max(16, num_lists // 20)
+
+
+def choose_kind(kind: IndexKind, num_vectors: int, dimensions: int, num_queries: int) -> str:
+    """Returns the kind that `auto` means for `num_vectors` on one actor that has no GPU.
+
+    It depends on nothing else, so that an actor which starts anew, elsewhere, chooses the same.
+    """
     if kind != "auto":
         return kind
     num_bytes = 4 * num_vectors * dimensions
-    if num_bytes <= _MAX_FLAT_BYTES:
+    cheap = num_bytes <= _MAX_HELD_BYTES and _exact_costs_less(num_vectors, num_queries)
+    if cheap or num_bytes <= _MAX_FLAT_BYTES:
         return "flat"
-    return "ivf" if num_bytes <= _MAX_IVF_BYTES else "pq"
+    return "ivf" if num_bytes <= 2 * _MAX_HELD_BYTES else "pq"
+
+
+def _exact_costs_less(num_vectors: int, num_queries: int) -> bool:
+    """Says whether all products cost less than to build inverted lists and to search some."""
+    num_lists = _num_lists(num_vectors)
+    build = num_lists * (_TRAINING_ROUNDS * _POINTS_PER_LIST * num_lists + num_vectors)
+    searched = num_lists + num_vectors * _num_probes(num_lists) / num_lists
+    of_index = _BUILD_COST * build + _SEARCH_COST * num_queries * searched
+    return num_queries * num_vectors <= of_index
 
 
 def fits_gpu(num_vectors: int, dimensions: int, share: float = 1.0) -> bool:
@@ -274,16 +321,13 @@ def exact_top_k(queries: np.ndarray, parts: Iterable[np.ndarray], k: int) -> Nei
 def merge_top_k(results: Sequence[Neighbours], k: int) -> Neighbours:
     """Merges what several shards found for the same queries into one list of the k best.
 
-    Each gives (scores, rows), its rows already numbered over the whole. Returns scores and rows, as
-    one index over all shards would give them.
+    Each gives (scores, rows), its rows already numbered over the whole, or ids in their place.
+    Returns both as one index over all shards would give them, equal scores in the order of rows or
+    ids.
     """
     if not results:
         raise ValueError("merge_top_k was given no results: give one (scores, rows) per shard")
     scores = np.concatenate([scores for scores, _ in results], axis=1)
     rows = np.concatenate([rows for _, rows in results], axis=1)
-    return _best(scores, rows, min(k, scores.shape[1]))
-
-
-def _best(scores: np.ndarray, rows: np.ndarray, k: int) -> Neighbours:
     order = np.lexsort((rows, -scores), axis=1)[:, :k]
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)

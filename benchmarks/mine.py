@@ -118,9 +118,9 @@ def tokay(connection: Connection, folder: Path) -> None:
     begin = time.perf_counter()
     index = IndexActor(
         EmbeddingShards(embeddings=embeddings, shards=embeddings.shards),
-        0,
         "auto",
         StageResources(),
+        len(queries),
     )
     built = time.perf_counter() - begin
     chosen = np.empty((len(queries), NUM_NEGATIVES), np.int64)
@@ -129,10 +129,10 @@ def tokay(connection: Connection, folder: Path) -> None:
         for number, start in enumerate(range(0, len(queries), 4096)):
             asked = np.ascontiguousarray(queries[start : start + 4096])
             own = positives[start : start + 4096]
-            similarities, rows = index.search(asked, NUM_CANDIDATES)
-            names = [f"{row:016x}" for row in own]
-            held = index.vectors(names)
-            limit = np.einsum("qd,qd->q", asked, np.stack([held[name] for name in names])) * MARGIN
+            similarities, ids = index.search(asked, NUM_CANDIDATES)
+            rows = np.array([int(id_ or b"-1", 16) for id_ in ids.ravel()]).reshape(ids.shape)
+            names = np.array([[f"{row:016x}"] for row in own], dtype=np.bytes_)
+            limit = index.similarities(asked, names)[:, 0] * MARGIN
             fit = (similarities < limit[:, None]) & (rows != own[:, None]) & (rows >= 0)
             first = np.argsort(~fit, axis=1, kind="stable")[:, :NUM_NEGATIVES]
             negatives = np.take_along_axis(np.where(fit, rows, -1), first, axis=1)

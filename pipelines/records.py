@@ -30,7 +30,11 @@ QUERY = pa.schema(
     ]
 )
 
-EMBEDDED_PASSAGE = PASSAGE.append(pa.field("embedding", pa.list_(pa.float32())))
+# A row for each passage, in the shards and the order of `passages`, which has the texts.
+EMBEDDING = pa.schema([("id", pa.string()), ("embedding", pa.list_(pa.float32()))])
+
+# What is served: with texts, so that the folder can be copied alone.
+EMBEDDED_PASSAGE = PASSAGE.append(EMBEDDING.field("embedding"))
 
 CANDIDATES = pa.schema(
     [

@@ -8,6 +8,7 @@ from cluster.artifacts import Json
 from cluster.steps import Step, StepContext
 from pipelines.encoders import saved_encoder
 from pipelines.mining.embeddings import embed_passages
+from pipelines.records import EMBEDDED_PASSAGE
 
 if TYPE_CHECKING:
     from pipelines.recipe.recipe import Recipe
@@ -20,7 +21,7 @@ def step(recipe: Recipe) -> Step:
 
     def embed(context: StepContext) -> dict[str, Json]:
         student = saved_encoder(context.input("export"), recipe.student)
-        return embed_passages(student, recipe.resources.encoder, context)
+        return embed_passages(student, recipe.resources.encoder, context, EMBEDDED_PASSAGE)
 
     return Step(
         name="index",

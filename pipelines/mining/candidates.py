@@ -15,16 +15,23 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from actors.index_actor import INDEX_ACTORS, IndexActor
+from actors.index_actor import (
+    INDEX_ACTORS,
+    IndexActor,
+    read_saved_indexes,
+    write_saved_indexes,
+)
 from actors.lexical_index import LexicalIndexActor
 from actors.passage_index import IndexKind, merge_top_k
 from cluster.actor_health import clear_actors, report_waiting
 from cluster.artifacts import Artifact, Joined, Json
 from cluster.config import Config
-from cluster.file_list import FileList
+from cluster.file_list import FileList, shard_number
+from cluster.files import FileEntry
 from cluster.ray_errors import reported_error
 from cluster.stages import Stage, StageFunction, StageOutput, StageResources, run_stage
 from cluster.steps import Step, StepContext
+from cluster.storage import Storage
 from pipelines.encoders import EncoderConfig, load_encoder
 from pipelines.fingerprints import fingerprinted
 from pipelines.mining.embeddings import column_vectors
@@ -50,9 +57,9 @@ class CandidatesConfig(Config):
     num_candidates: int = Field(default=20, ge=2, description="Gecko's N, by its name p20")
     index: IndexKind = Field(
         default="auto",
-        description="flat is exact; ivf, hnsw and pq are not, and their recall is audited; auto: by"
+        description="flat is exact; ivf and pq are not, and their recall is audited; auto: by"
         " an actor's bytes of float32 vectors: flat where they fit its GPU, and on the CPU to"
-        " 256 MiB, ivf to 32 GiB, then pq",
+        " 256 MiB or, to 16 GiB, where few queries cost less than an index; ivf to 32 GiB, then pq",
     )
     max_seed_rank: int | None = Field(
         default=None,
@@ -85,6 +92,7 @@ def step(recipe: Recipe) -> Step:
             "queries",
             *(["corpus_queries"] if recipe.corpus_queries else []),
             "embeddings",
+            *(["passages"] if recipe.candidates.lexical else []),
         ),
         work=lambda context: find_candidates(
             recipe.candidates,
@@ -107,29 +115,47 @@ _NO_CANDIDATES: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingShards:
-    """Some shards of the embeddings, as the index actors read their vectors or texts."""
+    """Some shards of the embeddings, as an index actor reads them."""
 
     embeddings: Artifact
     shards: FileList
+
+    @property
+    def name(self) -> str:
+        """Which shards they are."""
+        numbers = [shard_number(self.shards[place].path) for place in (0, -1)]
+        return "{:09d}-{:09d}".format(*numbers)
 
     def __len__(self) -> int:
         return self.shards.num_rows
 
     def ids(self) -> np.ndarray:
-        """Reads the passage ids as bytes: 16 a passage instead of 100."""
-        parts = [self.embeddings.shard(shard, ["id"])["id"].to_pylist() for shard in self.shards]
-        return np.concatenate([np.array(part, dtype=np.bytes_) for part in parts])
+        """Reads the passage ids."""
+        parts = (self.embeddings.shard(shard, ["id"]) for shard in self.shards)
+        return np.concatenate([_ids(part) for part in parts])
 
     def parts(self) -> Iterator[np.ndarray]:
         """Reads the vectors, a shard at a time."""
         for shard in self.shards:
             yield column_vectors(self.embeddings.shard(shard, ["embedding"])["embedding"])
 
-    def texts(self) -> Iterator[list[str]]:
-        """Reads the passages with their titles, a shard at a time."""
-        for shard in self.shards:
-            rows = self.embeddings.shard(shard, ["title", "text"]).to_pylist()
-            yield [f"{row['title']} {row['text']}" for row in rows]
+
+@dataclass(frozen=True, kw_only=True)
+class PassageTexts:
+    """The passages, as the actor of BM25 reads them."""
+
+    passages: Artifact
+
+    def parts(self) -> Iterator[tuple[np.ndarray, list[str]]]:
+        """Reads ids and texts, with their titles, a shard at a time."""
+        for table in self.passages.tables(["id", "title", "text"]):
+            rows = table.select(["title", "text"]).to_pylist()
+            yield _ids(table), [f"{row['title']} {row['text']}" for row in rows]
+
+
+def _ids(table: pa.Table) -> np.ndarray:
+    """Returns the ids of passages as bytes, a third of what they take as Python's texts."""
+    return np.array(table["id"].to_pylist(), dtype=np.bytes_)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,17 +164,16 @@ class FindCandidates(Stage):
 
     retriever: EncoderConfig
     config: CandidatesConfig
-    embeddings: Artifact
+    num_passages: int
     indexes: list[Any]  # handles of IndexActor
     lexical: Any = None  # the handle of LexicalIndexActor
     columns: tuple[str, ...] = tuple(QUERY.names)
 
     def load(self) -> StageFunction:
-        """Loads the retriever and the passage ids."""
+        """Loads the retriever."""
         encoder = load_encoder(self.retriever)
         embedding = ThreadPoolExecutor(1)  # while one shard is searched for, the next is embedded
-        ids = EmbeddingShards(embeddings=self.embeddings, shards=self.embeddings.shards).ids()
-        search = CandidateSearch(self.config, ids, self.indexes, self.lexical)
+        search = CandidateSearch(self.config, self.num_passages, self.indexes, self.lexical)
 
         async def find(queries: pa.Table) -> StageOutput:
             rows = [row | _NO_CANDIDATES for row in queries.to_pylist()]
@@ -175,11 +200,11 @@ class CandidateSearch:
     """Asks the index actors for the candidates of queries."""
 
     def __init__(
-        self, config: CandidatesConfig, ids: np.ndarray, indexes: Sequence[Any], lexical: Any
+        self, config: CandidatesConfig, num_passages: int, indexes: Sequence[Any], lexical: Any
     ) -> None:
-        """Takes the ids of all passages as bytes, and the handles of the actors."""
-        self._config, self._indexes, self._lexical = config, indexes, lexical
-        self._ids, self._by_id = ids, np.argsort(ids)
+        """Takes the number of all passages, and the handles of the actors."""
+        self._config, self._num_passages = config, num_passages
+        self._indexes, self._lexical = indexes, lexical
         self._sample: np.ndarray | None = None
 
     async def find(self, rows: Sequence[dict[str, Any]], vectors: np.ndarray) -> None:
@@ -188,29 +213,24 @@ class CandidateSearch:
         Best are those of the highest similarity, or sum with BM25; equal ones are ordered by id.
         """
         lexical = self._config.lexical
-        k = min(self._config.num_candidates, len(self._ids))
-        depth = min(DEPTH * k, len(self._ids)) if lexical else k
-        found = await asyncio.gather(
-            *(index.search.remote(vectors, depth) for index in self._indexes)
-        )
-        similarities, nearest = merge_top_k(found, depth)
-        seeds = np.array([row["seed_id"] for row in rows], dtype=self._ids.dtype)
-        seeds = self._by_id[np.searchsorted(self._ids, seeds, sorter=self._by_id)]
+        k = min(self._config.num_candidates, self._num_passages)
+        depth = min(DEPTH * k, self._num_passages) if lexical else k
+        similarities, nearest = merge_top_k(await self._ask("search", vectors, depth), depth)
+        seeds = np.array([[row["seed_id"]] for row in rows], dtype=np.bytes_)
         # Of each query the seed, then what the retriever found and, below, what BM25 did.
-        passages = np.column_stack([seeds, nearest])
+        ids = np.hstack([seeds, nearest])
         if lexical:
             queries = [row["query"] for row in rows]
-            hits = await self._lexical.search.remote(queries, depth, passages)
-            passages = hits.rows
-        similarities = await self._similarities(vectors, passages, similarities)
+            ids, hits = await self._lexical.search.remote(queries, depth, ids)
+        similarities = await self._similarities(vectors, ids, similarities)
         columns, order_by = {"similarities": similarities}, similarities
         if lexical:
             sample = await self._sampled()
             order_by = hybrid_scores(similarities, vectors, sample, hits, lexical.weight)
             columns |= {"lexical": hits.scores, "hybrid": order_by}
         for number, row in enumerate(rows):
-            places = 1 + best_places(passages[number, 1:], order_by[number, 1:], self._ids, k)
-            best = self._ids[passages[number, places]].astype(str).tolist()
+            places = 1 + best_places(ids[number, 1:], order_by[number, 1:], k)
+            best = ids[number, places].astype(str).tolist()
             row["seed_rank"] = seed_rank(row["seed_id"], best)
             if row["seed_rank"] == 0:
                 best[-1], places[-1] = row["seed_id"], 0
@@ -219,32 +239,33 @@ class CandidateSearch:
             row["dropped_by"] = failed_round_trip(row["seed_rank"], self._config.max_seed_rank)
 
     async def _similarities(
-        self, vectors: np.ndarray, passages: np.ndarray, of_nearest: np.ndarray
+        self, vectors: np.ndarray, ids: np.ndarray, of_nearest: np.ndarray
     ) -> np.ndarray:
         """Returns float32 ``[queries, n]``: as searched, or of stored vectors; 0 where is none."""
-        similarities = np.zeros(passages.shape, np.float32)
-        searched = np.s_[:, 1 : 1 + of_nearest.shape[1]]
-        similarities[searched] = np.where(passages[searched] < 0, 0, of_nearest)
-        others = passages.copy()
-        others[searched] = -1
-        queries, columns = np.nonzero(others >= 0)
-        rows, which = np.unique(others[queries, columns], return_inverse=True)
-        pairs = (await self._vectors(rows))[which], vectors[queries]
-        similarities[queries, columns] = np.einsum("nd,nd->n", *pairs, dtype=np.float64)
+        similarities = np.zeros(ids.shape, np.float32)
+        searched = np.zeros(ids.shape[1], bool)
+        searched[1 : 1 + of_nearest.shape[1]] = True
+        similarities[:, searched] = np.where(ids[:, searched] == b"", 0, of_nearest)
+        # Each passage is held by one actor; to the others its similarity is 0.
+        similarities[:, ~searched] = sum(
+            await self._ask("similarities", vectors, ids[:, ~searched])
+        )
         return similarities
 
     async def _sampled(self) -> np.ndarray:
         """Returns the vectors of passages that stand for all, always the same ones of a corpus."""
         if self._sample is None:  # ids are hashes: the first in their order are a random draw
-            self._sample = await self._vectors(self._by_id[:NUM_SAMPLED])
+            first = np.concatenate(await self._ask("first_ids", NUM_SAMPLED))
+            ids = np.sort(first)[:NUM_SAMPLED]
+            parts = await self._ask("vectors", ids)
+            places, vectors = (np.concatenate(each) for each in zip(*parts, strict=True))
+            self._sample = vectors[np.argsort(places)]
         return self._sample
 
-    async def _vectors(self, rows: np.ndarray) -> np.ndarray:
-        """Returns the vectors of passages by their numbers among all, ``[rows, dimensions]``."""
-        ids = self._ids[rows].astype(str).tolist()
-        parts = await asyncio.gather(*(index.vectors.remote(ids) for index in self._indexes))
-        held = {id_: vector for part in parts for id_, vector in part.items()}
-        return np.stack([held[id_] for id_ in ids])
+    async def _ask(self, method: str, *arguments: Any) -> list[Any]:
+        """Returns what each index actor answers."""
+        asked = (getattr(index, method).remote(*arguments) for index in self._indexes)
+        return list(await asyncio.gather(*asked))
 
 
 def check_index(config: CandidatesConfig, resources: StageResources) -> None:
@@ -279,7 +300,8 @@ def find_candidates(
     shards = embeddings.shards
     num_indexes = min(index_resources.num_actors, len(shards))
     size = -(-len(shards) // num_indexes)
-    indexes, first_row = [], 0
+    names = [name for name in ("queries", "corpus_queries") if name in context.inputs]
+    queries = Joined.of(*map(context.input, names))
     index_actor = ray.remote(IndexActor).options(
         num_cpus=index_resources.num_cpus,
         num_gpus=index_resources.num_gpus,
@@ -288,15 +310,18 @@ def find_candidates(
         resources=index_resources.custom,
     )
     clear_actors(context.storage, INDEX_ACTORS)
+    indexes = []
     for start in range(0, len(shards), size):
-        part = EmbeddingShards(embeddings=embeddings, shards=shards[start : start + size])
+        # A list of its own: a slice would travel with the whole.
+        own = FileList.of(shards[start : start + size])
+        part = EmbeddingShards(embeddings=embeddings, shards=own)
         indexes.append(
-            index_actor.remote(part, first_row, config.index, index_resources, context.storage)
+            index_actor.remote(
+                part, config.index, index_resources, queries.num_rows, context.storage
+            )
         )
-        first_row += len(part)
     lexical: list[Any] = []
     if config.lexical:
-        texts = EmbeddingShards(embeddings=embeddings, shards=shards)
         lexical_actor = ray.remote(LexicalIndexActor).options(
             num_cpus=index_resources.num_cpus,
             max_restarts=-1,
@@ -305,7 +330,7 @@ def find_candidates(
         )
         lexical = [
             lexical_actor.remote(
-                texts,
+                PassageTexts(passages=context.input("passages")),
                 INDEX_ACTORS,
                 context.storage,
                 k1=config.lexical.k1,
@@ -317,7 +342,7 @@ def find_candidates(
     stage = FindCandidates(
         retriever=retriever,
         config=config,
-        embeddings=embeddings,
+        num_passages=embeddings.num_rows,
         indexes=indexes,
         lexical=lexical[0] if lexical else None,
         resources=resources,
@@ -325,9 +350,10 @@ def find_candidates(
     try:
         # They have their places before the encoders come: each of those would wait for all of them.
         with report_waiting(context, INDEX_ACTORS, len(actors), index_resources.needs):
+            for index in indexes:
+                _note_saved(context.storage, ray.get(index.saved.remote()))
             ray.get([actor.__ray_ready__.remote() for actor in actors])
-        names = [name for name in ("queries", "corpus_queries") if name in context.inputs]
-        metrics = run_stage(stage, Joined.of(*map(context.input, names)), context)
+        metrics = run_stage(stage, queries, context)
         audits = ray.get([index.audit.remote() for index in indexes])
     except ray.exceptions.RayError as error:
         raise reported_error(str(error), "an actor failed") from error
@@ -341,3 +367,11 @@ def find_candidates(
         "index_num_audited": sum(audit["num_audited"] for audit in audits),
         "index_peak_bytes": max(audit["peak_bytes"] for audit in audits),
     }
+
+
+def _note_saved(step: Storage, saved: FileEntry | None) -> None:
+    """Notes an index that was saved, for actors that start anew, in this run or the next."""
+    if saved is not None:
+        files = read_saved_indexes(step)
+        if files.find(saved.path) != saved:
+            write_saved_indexes(step, files.plus([saved]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from cluster.stages import Stage, StageFunction, StageOutput, StageResources, ru
 from cluster.steps import Step, StepContext
 from pipelines.encoders import EncoderConfig, load_encoder
 from pipelines.fingerprints import fingerprinted
-from pipelines.records import EMBEDDED_PASSAGE, PASSAGE
+from pipelines.records import EMBEDDING, PASSAGE
 
 if TYPE_CHECKING:
     from actors.encoder import Encoder, Prepared
@@ -70,25 +71,48 @@ class EmbedTexts(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedPassages(EmbedTexts):
-    """Passages in, passages with their embeddings out."""
+    """Passages in, their embeddings out, with those of their columns that `schema` has."""
 
-    columns: tuple[str, ...] = tuple(PASSAGE.names)
+    columns: tuple[str, ...] = ("id", "title", "text")
+    schema: pa.Schema = EMBEDDING
 
     def texts(self, encoder: Encoder, rows: pa.Table) -> list[str]:
         """Returns the passages with their titles, in the encoder's template."""
         return encoder.format_passages(rows["text"].to_pylist(), rows["title"].to_pylist())
 
     def output(self, rows: pa.Table, vectors: np.ndarray) -> pa.Table:
-        """Returns the passages with their vectors."""
-        return rows.append_column("embedding", vector_column(vectors)).cast(EMBEDDED_PASSAGE)
+        """Returns the passages' columns with their vectors."""
+        embedded = rows.append_column("embedding", vector_column(vectors))
+        return embedded.select(self.schema.names).cast(self.schema)
 
 
 def embed_passages(
-    encoder: EncoderConfig, resources: StageResources, context: StepContext
+    encoder: EncoderConfig,
+    resources: StageResources,
+    context: StepContext,
+    schema: pa.Schema = EMBEDDING,
 ) -> dict[str, Json]:
-    """The work of a step that embeds every passage of the run."""
-    stage = EmbedPassages(encoder=encoder, resources=resources)
+    """The work of a step that embeds every passage of the run, and writes rows of `schema`."""
+    read = {*schema.names, "title", "text"}
+    stage = EmbedPassages(
+        encoder=encoder,
+        resources=resources,
+        columns=tuple(name for name in PASSAGE.names if name in read),
+        schema=schema,
+    )
     return run_stage(stage, context.input("passages"), context)
+
+
+def embedded_passages(context: StepContext) -> Iterator[pa.Table]:
+    """Yields the passages with the vectors of `embeddings`: id, embedding, title, text.
+
+    Their texts are read from `passages`, whose shards have the same rows.
+    """
+    embeddings, passages = context.input("embeddings"), context.input("passages")
+    for shard, of_passages in zip(embeddings.shards, passages.shards, strict=True):
+        rows = embeddings.shard(shard, EMBEDDING.names)
+        texts = passages.shard(of_passages, ["title", "text"])
+        yield rows.append_column("title", texts["title"]).append_column("text", texts["text"])
 
 
 def vector_column(vectors: np.ndarray) -> pa.Array:

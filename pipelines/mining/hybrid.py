@@ -66,17 +66,15 @@ def hybrid_scores(
     return (near + weight * words).astype(np.float32)
 
 
-def best_places(rows: np.ndarray, scores: np.ndarray, ids: np.ndarray, k: int) -> np.ndarray:
+def best_places(ids: np.ndarray, scores: np.ndarray, k: int) -> np.ndarray:
     """Returns the places of a query's k best passages, best first, equal ones in the order of ids.
 
     Args:
-        rows: Numbers of passages among all, int64 ``[n]``; -1 is none, others may come twice.
+        ids: Of passages, as bytes ``[n]``; empty is none, others may come twice.
         scores: Theirs, ``[n]``.
-        ids: Of all passages.
         k: How many; fewer come back where there are fewer.
     """
-    numbers, places = np.unique(rows, return_index=True)
-    places = places[numbers >= 0]
-    order = np.lexsort((ids[rows[places]], -scores[places]))
-    best: np.ndarray = places[order[:k]]
+    in_order, places = np.unique(ids, return_index=True)
+    places = places[in_order != b""]
+    best: np.ndarray = places[np.argsort(-scores[places], kind="stable")[:k]]
     return best

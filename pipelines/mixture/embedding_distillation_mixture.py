@@ -25,7 +25,13 @@ from pipelines.corpus.held_out import HELD_OUT
 from pipelines.datasets.decontamination import Decontamination
 from pipelines.encoders import EncoderConfig, load_encoder, saved_encoder
 from pipelines.fingerprints import fingerprinted
-from pipelines.mining.embeddings import EmbedPassages, EmbedTexts, column_vectors, vector_column
+from pipelines.mining.embeddings import (
+    EmbedPassages,
+    EmbedTexts,
+    column_vectors,
+    embedded_passages,
+    vector_column,
+)
 from pipelines.mixture.config import TextsConfig
 from pipelines.mixture.sampling import Rows, draw_batches
 from pipelines.mixture.sources import EXAMPLES_PER_SHARD, VALIDATION
@@ -47,7 +53,7 @@ def step(recipe: Recipe, decontamination: Decontamination) -> Step:
     assert stage is not None
     config, training = stage.mixture, stage.training
     # The retriever's vectors of the passages are there.
-    source = "passages" if stage.teacher else "embeddings"
+    of_passages = ("passages",) if stage.teacher else ("passages", "embeddings")
 
     def mix(context: StepContext) -> dict[str, Json]:
         student = context.input("student")
@@ -57,7 +63,7 @@ def step(recipe: Recipe, decontamination: Decontamination) -> Step:
             resources=recipe.resources.encoder,
         )
         encoder = load_encoder(saved_encoder(student, recipe.student), device="cpu")
-        passages = read_passages(context.input(source), config, encoder, teacher, context)
+        passages = read_passages(config, encoder, teacher, context)
         sets = [replace(passages, max_tokens=training.max_passage_tokens)]
         counts: dict[str, Json] = {}
         if config.queries:
@@ -80,7 +86,7 @@ def step(recipe: Recipe, decontamination: Decontamination) -> Step:
             **training.model_dump(include=set(_OF_TRAINING)),
             "decontamination": decontamination.fingerprint() if config.queries else None,
         },
-        inputs=("student", source, *(("queries",) if config.queries else ())),
+        inputs=("student", *of_passages, *(("queries",) if config.queries else ())),
         work=mix,
     )
 
@@ -203,14 +209,15 @@ class Texts:
 
 
 def read_passages(
-    source: Artifact, config: TextsConfig, encoder: Encoder, teacher: Teacher, context: StepContext
+    config: TextsConfig, encoder: Encoder, teacher: Teacher, context: StepContext
 ) -> Texts:
-    """Returns the passages that are drawn, with the vectors of `source` or else the teacher's."""
+    """Returns the passages that are drawn, with the vectors of `embeddings` or the teacher's."""
+    source = context.input("passages")
     draw = Draw.of(source, config.max_passages, config.seed)
     columns = ["id", "title", "text"]
     tables: Iterable[pa.Table]
     if "embeddings" in context.inputs:
-        tables = source.tables([*columns, "embedding"])
+        tables = embedded_passages(context)
     else:
         stage = EmbedDrawn(
             encoder=teacher.encoder,

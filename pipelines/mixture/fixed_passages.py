@@ -7,6 +7,7 @@ own vectors, so that the index that there is stays nearly valid.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,7 @@ from cluster.errors import UserError
 from cluster.file_list import shard_path
 from cluster.steps import StepContext
 from cluster.storage import write_table
-from pipelines.mining.embeddings import column_vectors
+from pipelines.mining.embeddings import column_vectors, embedded_passages
 from pipelines.mixture.config import MixtureConfig
 from pipelines.mixture.embedding_distillation_mixture import Draw, Texts
 from pipelines.mixture.formats import Formatter
@@ -31,7 +32,7 @@ from pipelines.mixture.sources import (
     hold_out,
     without,
 )
-from pipelines.records import FIXED_EXAMPLE
+from pipelines.records import EMBEDDING, FIXED_EXAMPLE
 
 if TYPE_CHECKING:
     from actors.encoder import Encoder
@@ -88,8 +89,9 @@ def make_fixed_mixture(
     num_beside = round(fixed.anchor_share * batch_size)
     embeddings = context.input("embeddings")
     draw = Draw.of(embeddings, fixed.max_passages, config.seed) if num_beside else None
+    tables = embedded_passages(context) if draw else embeddings.tables(EMBEDDING.names)
     vectors, passages = read_vectors(
-        embeddings, places, draw, formatter.encoder, formatter.max_passage_tokens
+        tables, places, draw, formatter.encoder, formatter.max_passage_tokens
     )
     batches = draw_batches([source.rows()], batch_size, num_batches, config.seed)
     beside = [np.empty(0, np.int64)] * num_batches
@@ -138,7 +140,7 @@ def read_lists(
 
 
 def read_vectors(
-    embeddings: Artifact,
+    tables: Iterable[pa.Table],
     places: dict[str, int],
     draw: Draw | None,
     encoder: Encoder,
@@ -146,13 +148,15 @@ def read_vectors(
 ) -> tuple[np.ndarray, Texts]:
     """Returns float16 ``[passages in lists, dimensions]``, and the passages that are drawn.
 
+    Of these, `tables` hold the texts too.
+
     Raises:
         UserError: The encoder's vectors have another length.
     """
     vectors = np.empty((len(places), encoder.dimensions), np.float16)
     texts: list[str] = []
     of_texts = [np.empty((0, encoder.dimensions), np.float32)]
-    for table in embeddings.tables(["id", "title", "text", "embedding"]):
+    for table in tables:
         stored = column_vectors(table["embedding"])
         if stored.shape[1] != encoder.dimensions:
             raise UserError(

@@ -75,12 +75,13 @@ def mixture_step(
     if isinstance(config, MixtureConfig) and config.fret_weight != 0:
         inputs.append("fret")
     fixed = config if isinstance(config, MixtureConfig) and config.fixed_passages else None
+    of_run = any(labelled.path == RUN_PASSAGES for labelled in config.labelled)
     if fixed:
         inputs.append("embeddings")
-    if any(labelled.path == RUN_PASSAGES for labelled in config.labelled):
+    if fixed or of_run:
         inputs.append("passages")
-        if recipe.gate and recipe.gate.hold_out:
-            inputs.append("seeds")
+    if of_run and recipe.gate and recipe.gate.hold_out:
+        inputs.append("seeds")
 
     def mix(context: StepContext) -> dict[str, Json]:
         student = saved_encoder(context.input("student"), recipe.student)

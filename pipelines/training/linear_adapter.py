@@ -20,6 +20,7 @@ from cluster.steps import Step, StepContext
 from pipelines.encoders import TRAINED, load_encoder, saved_encoder, upload_folder
 from pipelines.fingerprints import fingerprinted
 from pipelines.mixture.fixed_passages import read_lists, read_vectors
+from pipelines.records import EMBEDDING
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,8 @@ def step(recipe: Recipe) -> Step:
         encoder = load_encoder(saved.model_copy(update={"dtype": "float32"}), device="cpu")
         places: dict[str, int] = {}
         lists = read_lists(context.input("fret"), recipe.mixture, encoder, places)
-        vectors, _ = read_vectors(context.input("embeddings"), places, None, encoder)
+        embedded = context.input("embeddings").tables(EMBEDDING.names)
+        vectors, _ = read_vectors(embedded, places, None, encoder)
         queries = np.concatenate(
             [
                 encoder.encode(lists["text"][start : start + _QUERIES_AT_ONCE].to_pylist())

@@ -76,7 +76,7 @@ def test_vectors_that_do_not_fit_are_searched_on_the_cpu(monkeypatch: pytest.Mon
     assert fits_gpu(1000, 1024)
     assert not fits_gpu(10**9, 1024)  # 4 TB
     assert not fits_gpu(1000, 1024, share=0.001)
-    assert choose_kind("auto", 10**9, 1024) == "pq"
+    assert choose_kind("auto", 10**9, 1024, 1000) == "pq"
     rng = np.random.default_rng(4)
     on_gpu, on_cpu = both(64, [unit(rng, 1000, 64)])
     monkeypatch.setattr("actors.passage_index._GPU_WORKSPACE_BYTES", 2**50)

@@ -11,10 +11,12 @@ import pytest
 
 from actors.index_actor import IndexActor
 from actors.lexical_index import LexicalIndex
+from actors.passage_index import ApproximateIndex
 from cluster.artifacts import Artifact, Json, write_shards
 from cluster.errors import TokayError
 from cluster.stages import StageResources
 from cluster.steps import Run, Step, StepContext
+from cluster.storage import LocalStorage
 from pipelines.encoders import EncoderConfig, load_encoder
 from pipelines.ids import passage_id
 from pipelines.mining import candidates as mining
@@ -39,7 +41,7 @@ def written(rows: list[dict[str, Any]], schema: pa.Schema) -> Any:
 
 
 def candidates(
-    folder: Path, lexical: LexicalConfig | None = None, num_indexes: int = 3
+    folder: Path, lexical: LexicalConfig | None = None, num_indexes: int = 3, kind: Any = "auto"
 ) -> Artifact:
     passages = [
         {"id": id_, "title": "", "text": text, "source": "a#1"}
@@ -65,9 +67,9 @@ def candidates(
         Step(
             name="candidates",
             config={},
-            inputs=("queries", "embeddings"),
+            inputs=("queries", "embeddings", "passages"),
             work=lambda context: find_candidates(
-                CandidatesConfig(num_candidates=3, lexical=lexical),
+                CandidatesConfig(num_candidates=3, lexical=lexical, index=kind),
                 RETRIEVER,
                 one,
                 index,
@@ -83,6 +85,39 @@ class DyingIndex(IndexActor):
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         os._exit(1)
+
+
+class IndexThatDiesOnce(IndexActor):
+    """Loses its process over the first search; notes each building in the run's folder."""
+
+    def build(self) -> ApproximateIndex:
+        with (self._folder / "built").open("a") as file:
+            file.write("x")
+        return super().build()
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            (self._folder / "died").touch(exist_ok=False)
+        except FileExistsError:
+            return super().search(queries, k)
+        os._exit(1)
+
+    @property
+    def _folder(self) -> Path:
+        assert isinstance(self._step, LocalStorage)
+        return self._step.folder.parent
+
+
+def test_index_whose_actor_starts_anew_is_loaded(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mining, "IndexActor", IndexThatDiesOnce)
+    found = candidates(tmp_path, num_indexes=1, kind="ivf")
+    assert (tmp_path / "died").exists()
+    assert (tmp_path / "built").read_text() == "x"
+    assert found.manifest.metrics["index"] == ["ivf"]
+    assert {row["seed_rank"] for row in found.read().to_pylist()} == {1}
+    assert not (tmp_path / "candidates" / "work").exists()
 
 
 @pytest.mark.chaos

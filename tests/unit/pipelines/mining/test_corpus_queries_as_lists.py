@@ -30,7 +30,7 @@ from pipelines.mining import candidates
 from pipelines.mining.embeddings import vector_column
 from pipelines.mixture.fixed_passages import read_lists
 from pipelines.recipe.read import load_recipe
-from pipelines.records import EMBEDDED_PASSAGE, PASSAGE, QUERY
+from pipelines.records import EMBEDDING, PASSAGE, QUERY
 from pipelines.run.console import JsonLines
 
 DOCUMENTS = {
@@ -117,7 +117,9 @@ def start(actor: Any) -> Any:
 RAY = SimpleNamespace(
     exceptions=SimpleNamespace(RayError=ZeroDivisionError),
     remote=start,
-    get=lambda answers: [asyncio.run(answer) for answer in answers],
+    get=lambda asked: (
+        list(map(asyncio.run, asked)) if isinstance(asked, list) else asyncio.run(asked)
+    ),
     kill=lambda actor: None,
 )
 
@@ -169,7 +171,7 @@ def test_queries_of_the_corpus_become_lists_beside_those_of_the_llm(
     ]
     passages = pa.Table.from_pylist(PASSAGES, schema=PASSAGE)
     vectors = vector_column(Letters().encode([f"{row['title']} {row['text']}" for row in PASSAGES]))
-    embedded = passages.append_column("embedding", vectors).cast(EMBEDDED_PASSAGE)
+    embedded = pa.table([passages["id"], vectors], schema=EMBEDDING)
     steps = [
         made("passages", passages),
         made("seeds", passages, ("passages",)),

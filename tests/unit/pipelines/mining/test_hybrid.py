@@ -1,15 +1,20 @@
 """Similarity and BM25 in one sum: z-scores by hand, the union, ties, the seed."""
 
 import asyncio
+import json
 import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from actors.lexical_index import LexicalHits, LexicalIndex
+from actors.index_actor import IndexActor
+from actors.lexical_index import LexicalHits, LexicalIndexActor
 from cluster.errors import UserError
+from cluster.stages import StageResources
 from pipelines.mining import candidates
 from pipelines.mining.candidates import CandidatesConfig, CandidateSearch
 from pipelines.mining.hybrid import LexicalConfig, best_places, hybrid_scores, standardised
@@ -34,19 +39,31 @@ class Method:
         return self._call(*arguments)
 
 
-class ExactIndex:
-    """The passages from `first` on, as `IndexActor` answers."""
+class Passages:
+    """Passages as `IndexActor` reads them, in two parts."""
 
-    def __init__(self, ids: list[str], vectors: np.ndarray, first: int) -> None:
-        self._ids, self._vectors, self._first = ids, vectors, first
+    name = "passages"
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        scores = (queries @ self._vectors.T).astype(np.float32)
-        rows = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return np.take_along_axis(scores, rows, axis=1), rows + self._first
+    def __init__(self, ids: list[str], vectors: np.ndarray, texts: list[str]) -> None:
+        self._ids, self._vectors, self._texts = ids, vectors, texts
 
-    def vectors(self, ids: list[str]) -> dict[str, np.ndarray]:
-        return {id_: self._vectors[self._ids.index(id_)] for id_ in ids if id_ in self._ids}
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def ids(self) -> np.ndarray:
+        return np.array(self._ids, dtype=np.bytes_)
+
+    def parts(self) -> Iterator[Any]:
+        yield from np.array_split(self._vectors, 2)
+
+
+class Texts(Passages):
+    """As BM25's actor reads them."""
+
+    def parts(self) -> Iterator[Any]:
+        half = len(self) // 2
+        for part in (slice(0, half), slice(half, None)):
+            yield self.ids()[part], self._texts[part]
 
 
 def search(
@@ -55,18 +72,34 @@ def search(
     vectors: np.ndarray,
     queries: list[tuple[str, str, np.ndarray]],
     num_actors: int = 1,
+    places: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """Returns rows of queries, each given by its seed's id, its text and its vector."""
-    ids = [f"{97 * row % 101:04x}" for row in range(len(texts))]
-    parts = np.array_split(np.arange(len(ids)), num_actors)
+    """Returns rows of queries, each given by its seed's place, its text and its vector.
+
+    The passages lie in the order of `places`, shared among `num_actors`.
+    """
+    ids = [f"{97 * row % 101:04x}" * 8 for row in range(len(texts))]
+    parts = np.array_split(np.arange(len(ids)) if places is None else np.array(places), num_actors)
     indexes = [
-        Remote(ExactIndex([ids[row] for row in part], vectors[part], int(part[0])))
+        Remote(
+            IndexActor(
+                Passages([ids[row] for row in part], vectors[part], []),
+                "flat",
+                StageResources(),
+                len(queries),
+            )
+        )
         for part in parts
     ]
-    lexical = Remote(LexicalIndex(texts)) if config.lexical else None
+    lexical = None
+    if bm25 := config.lexical:
+        of_all = Texts(ids, vectors, texts)
+        lexical = Remote(
+            LexicalIndexActor(of_all, "", None, k1=bm25.k1, b=bm25.b, stemmer=bm25.stemmer)
+        )
     rows = [{"seed_id": ids[int(seed)], "query": query} for seed, query, _ in queries]
     asked = np.stack([vector for _, _, vector in queries]).astype(np.float32)
-    found = CandidateSearch(config, np.array(ids, dtype=np.bytes_), indexes, lexical)
+    found = CandidateSearch(config, len(ids), indexes, lexical)
     asyncio.run(found.find(rows, asked))
     for row in rows:
         row["rows"] = [ids.index(id_) for id_ in row["candidate_ids"]]
@@ -101,10 +134,9 @@ def test_scores_are_standardised_by_the_moments_of_the_corpus() -> None:
 
 
 def test_best_places_name_each_passage_once_and_ties_by_id() -> None:
-    ids = np.array([b"d", b"c", b"b", b"a"])
-    rows, scores = np.array([0, -1, 1, 0, 3, 2]), np.array([1.0, 9, 2, 1, 1, 1])
-    assert best_places(rows, scores, ids, 9).tolist() == [2, 4, 5, 0]
-    assert best_places(rows, scores, ids, 2).tolist() == [2, 4]
+    ids, scores = np.array([b"d", b"", b"c", b"d", b"a", b"b"]), np.array([1.0, 9, 2, 1, 1, 1])
+    assert best_places(ids, scores, 9).tolist() == [2, 4, 5, 0]
+    assert best_places(ids, scores, 2).tolist() == [2, 4]
 
 
 def test_union_is_ordered_by_the_sum_and_bm25s_own_finds_have_their_similarity(
@@ -170,10 +202,42 @@ def test_candidates_do_not_depend_on_the_number_of_actors(monkeypatch: pytest.Mo
     # Integers of few values: sums are exact, and many of them are the same.
     vectors = rng.integers(-1, 2, (60, 4)).astype(np.float32)
     queries = [(str(n), " ".join(rng.choice(words, 3)), vectors[n]) for n in range(12)]
-    config = CandidatesConfig(num_candidates=5, lexical=LexicalConfig())
-    one = search(config, texts, vectors, queries)
-    assert one == search(config, texts, vectors, queries, num_actors=3)
-    assert any(row["seed_rank"] for row in one)
+    for lexical in (None, LexicalConfig()):
+        config = CandidatesConfig(num_candidates=5, lexical=lexical)
+        one = search(config, texts, vectors, queries)
+        assert one == search(config, texts, vectors, queries, num_actors=3)
+        # Nor on which shard a passage lies in: equal ones are ordered by id.
+        elsewhere = rng.permutation(len(texts))
+        assert one == search(config, texts, vectors, queries, 3, elsewhere)
+        assert any(row["seed_rank"] for row in one)
+
+
+@pytest.mark.parametrize("lexical", [None, LexicalConfig()])
+def test_candidates_of_three_actors_are_those_of_one_to_the_last_bit(
+    data_folder: Path, lexical: LexicalConfig | None
+) -> None:
+    folder = data_folder / "retrieval" / "cranfield"
+    texts, queries = (
+        [json.loads(line)["text"] for line in (folder / name).read_text("utf-8").splitlines()[:99]]
+        for name in ("corpus.jsonl", "queries.jsonl")
+    )
+    rng = np.random.default_rng(1)
+    vectors = rng.standard_normal((len(texts) + len(queries), 384)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors[10:40] = vectors[9]  # more of them than there are candidates
+    asked = [
+        (str(number), query, vectors[9] if number == 5 else vectors[len(texts) + number])
+        for number, query in enumerate(queries)
+    ]
+    config = CandidatesConfig(num_candidates=8, lexical=lexical)
+    one = search(config, texts, vectors[: len(texts)], asked)
+    assert one == search(config, texts, vectors[: len(texts)], asked, num_actors=3)
+    if lexical is None:
+        same = sorted(f"{97 * row % 101:04x}" * 8 for row in range(9, 40))
+        assert one[5]["candidate_ids"][:7] == same[:7]  # the last is the seed
+        exact = vectors[: len(texts)].astype(np.float64) @ vectors[len(texts)].astype(np.float64)
+        best = np.sort(exact.astype(np.float32))[::-1]
+        assert one[0]["similarities"][:7] == best[:7].tolist()
 
 
 def test_lexical_scores_are_off_and_judges_without_them_refused() -> None:

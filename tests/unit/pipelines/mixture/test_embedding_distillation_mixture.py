@@ -23,7 +23,7 @@ from pipelines.mining.embeddings import column_vectors, vector_column
 from pipelines.mixture import embedding_distillation_mixture as mixture
 from pipelines.mixture.embedding_distillation_mixture import Draw
 from pipelines.recipe.read import load_recipe
-from pipelines.records import PASSAGE, QUERY, TEXT
+from pipelines.records import EMBEDDING, PASSAGE, QUERY, TEXT
 
 NUM_PASSAGES = 20
 PASSAGES = pa.Table.from_pylist(
@@ -85,7 +85,7 @@ def mix(tmp_path: Path, tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> Mix
     encoder = Encoder.load(model, max_tokens=64, passage_template="{title} {text}", device="cpu")
     encoder.save(tmp_path / "student/model", model_card="")
     texts = encoder.format_passages(*(PASSAGES[name].to_pylist() for name in ("text", "title")))
-    embedded = PASSAGES.append_column("embedding", vector_column(encoder.encode(texts)))
+    embedded = pa.table([PASSAGES["id"], vector_column(encoder.encode(texts))], schema=EMBEDDING)
 
     def run(*settings: str, dimensions: int = encoder.dimensions) -> Any:
         recipe = load_recipe(

@@ -19,7 +19,7 @@ from pipelines.datasets.decontamination import Decontamination
 from pipelines.mining.embeddings import vector_column
 from pipelines.mixture import mixture
 from pipelines.recipe.read import load_recipe
-from pipelines.records import EMBEDDED_PASSAGE, FIXED_EXAMPLE, FRET
+from pipelines.records import EMBEDDED_PASSAGE, EMBEDDING, FIXED_EXAMPLE, FRET, PASSAGE
 
 NUM_PASSAGES, NUM_QUERIES, DIMENSIONS = 20, 12, 32
 LONG = " ".join(["word"] * 60)
@@ -89,11 +89,13 @@ def mix(tmp_path: Path, tiny_model: Any) -> Mix:
     def run(*settings: str, dimensions: int = DIMENSIONS) -> tuple[dict[str, Any], pa.Table]:
         own = [f"retriever={{model: {model}, max_tokens: 32}}", f"student.model={model}"]
         step = mixture.step(load_recipe("laptop", [*RECIPE, *own, *settings]), Decontamination([]))
-        assert set(step.inputs) == {"student", "fret", "embeddings"}
+        assert set(step.inputs) == {"student", "fret", "embeddings", "passages"}
+        embedded = passages(dimensions)
         inputs = {
             "student": artifact(tmp_path / "student", None),
             "fret": artifact(tmp_path / "fret", fret()),
-            "embeddings": artifact(tmp_path / "embeddings", passages(dimensions)),
+            "embeddings": artifact(tmp_path / "embeddings", embedded.select(EMBEDDING.names)),
+            "passages": artifact(tmp_path / "passages", embedded.select(PASSAGE.names)),
         }
         storage = open_storage(tmp_path / "mixture")
         metrics = step.work(StepContext(storage=storage, inputs=inputs, progress=Silent()))

@@ -45,14 +45,14 @@ def test_embedding_distillation_comes_before_the_other_stages(folder: Path) -> N
     labelled = f"prefinetuning.mixture.labelled=[{{name: faq, path: {folder}/pairs.jsonl}}]"
     made = run(folder, labelled, "embedding_distillation={}")
     mixture = "embedding_distillation_mixture"
-    assert set(step(made, mixture).inputs) == {"student", "embeddings", "queries"}
+    assert set(step(made, mixture).inputs) == {"student", "passages", "embeddings", "queries"}
     assert set(step(made, "embedding_distillation").inputs) == {mixture, "student"}
     following = {"prefinetuning_mixture", "embedding_distillation"}
     assert set(step(made, "prefinetuning").inputs) == following
     assert set(step(made, "training").inputs) == {"mixture", "prefinetuning"}
     alone = run(folder, "embedding_distillation.mixture.queries=false")
     # Nothing that the LLM writes is in the way of it.
-    assert set(step(alone, mixture).inputs) == {"student", "embeddings"}
+    assert set(step(alone, mixture).inputs) == {"student", "passages", "embeddings"}
     assert set(step(alone, "training").inputs) == {"mixture", "embedding_distillation"}
     teacher = "embedding_distillation.teacher={model: embedded:all-MiniLM-L6-v2}"
     named = run(folder, teacher, "embedding_distillation.mixture.queries=false")
@@ -126,6 +126,8 @@ def test_queries_of_the_corpus_stand_beside_those_of_the_llm_which_stay_as_they_
     assert step(alone, "candidates").inputs == ("queries", "embeddings")
     assert step(both, "corpus_queries").inputs == ("passages",)
     assert step(both, "candidates").inputs == ("queries", "corpus_queries", "embeddings")
+    by_words = run(folder, "candidates.lexical.weight=0.25")
+    assert step(by_words, "candidates").inputs == ("queries", "embeddings", "passages")
     gated = run(folder, "corpus_queries={}", "gate={}")
     assert step(gated, "corpus_queries").inputs == ("passages", "seeds")
     for name in ("seeds", "queries", "embeddings"):
@@ -185,7 +187,7 @@ def test_fixed_passages_are_read_from_their_embeddings_and_labelled_whole(folder
     lists = ["training.loss={contrastive_weight: 0, distillation_weight: 1}", "student.layers=null"]
     lists.append("fret={negative: all, fusion: ql+sim, scale: z-scores}")
     embedded, fixed = run(folder, *lists), run(folder, *lists, "mixture.fixed_passages={}")
-    assert step(fixed, "mixture").inputs == ("student", "fret", "embeddings")
+    assert step(fixed, "mixture").inputs == ("student", "fret", "embeddings", "passages")
     for name, changed in (("scores", False), ("fret", True), ("mixture", True)):
         prints = [made.fingerprint(step(made, name)) for made in (embedded, fixed)]
         assert (prints[0] != prints[1]) == changed
