@@ -95,7 +95,10 @@ def first_places(places: np.ndarray, *keys: np.ndarray) -> np.ndarray:
         return places
     is_first = np.ones(len(places), bool)
     is_first[1:] = np.any([key[1:] != key[:-1] for key in keys], axis=0)
-    return places[np.maximum.accumulate(np.where(is_first, np.arange(len(places)), 0))]
+    firsts: np.ndarray = places[
+        np.maximum.accumulate(np.where(is_first, np.arange(len(places)), 0))
+    ]
+    return firsts
 
 
 def trigram_hashes(text: str) -> np.ndarray:
@@ -104,7 +107,8 @@ def trigram_hashes(text: str) -> np.ndarray:
         blake2b(trigram.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         for trigram in _trigrams(text)
     )
-    return np.unique(np.frombuffer(hashes, "<u8"))
+    unique: np.ndarray = np.unique(np.frombuffer(hashes, "<u8"))
+    return unique
 
 
 def jaccard(left: np.ndarray, right: np.ndarray) -> float:
