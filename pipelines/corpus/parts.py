@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from cluster.errors import excerpt
 from cluster.files import FileEntry
 from cluster.row_files import utf8_name
 from pipelines.corpus.cutting import Passage, fit_passages
@@ -32,6 +34,7 @@ PART = PASSAGE.append(pa.field("reason", pa.string()))
 _MAX_TASKS = 4096  # that read files, but for large ones
 _FEWEST_BYTES = 8 << 20  # that a task reads, if there are so many
 _MAX_FILES = 1024  # that a task reads
+_MAX_NAMES = 100  # that it tells of fields, and of kinds of records
 _MAX_PART_ROWS = 1 << 17
 _MAX_PART_BYTES = 64 << 20
 _SHARD_PASSAGES = 1024
@@ -111,8 +114,8 @@ def read_files(
     return files, counted | {
         "num_files": len(corpus.files),
         "groups": num_groups,
-        "field_names": list(corpus.field_names),
-        "records_passed_over": dict(corpus.records_passed_over),
+        "field_names": corpus.first_names(_MAX_NAMES),
+        "records_passed_over": _most_common(corpus.records_passed_over),
     }
 
 
@@ -173,6 +176,14 @@ def _rows(
                 yield {"source": source, "reason": reason, "text": text}
 
 
+def _most_common(kinds: Counter[str]) -> dict[str, int]:
+    """Returns counts of some kinds, which anybody may have named, and of all others together."""
+    told = Counter({excerpt(kind, 100): num for kind, num in kinds.most_common(_MAX_NAMES)})
+    if others := kinds.total() - told.total():
+        told["others"] += others
+    return dict(told)
+
+
 def _row_groups(rows: Iterable[dict[str, Any]], passages_per_shard: int) -> Iterator[pa.Table]:
     """Yields the rows in tables that hold at most so many passages, and some MiB."""
     group: list[dict[str, Any]] = []
@@ -180,7 +191,7 @@ def _row_groups(rows: Iterable[dict[str, Any]], passages_per_shard: int) -> Iter
     for row in rows:
         group.append(row)
         num_passages += row["reason"] is None
-        num_bytes += len(row["text"])
+        num_bytes += sum(len(row.get(name) or "") for name in ("text", "title", "source", "url"))
         if (
             num_passages == passages_per_shard
             or len(group) >= 2 * passages_per_shard

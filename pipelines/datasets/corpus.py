@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from fnmatch import fnmatch
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -183,6 +184,11 @@ class Corpus:
         with PageWorkers(self.config.main_text, max_workers=num_cores) as workers:
             yield from workers.documents(self._items())
 
+    def first_names(self, num: int) -> list[str]:
+        """Returns so many of `field_names`, however many and long they are, and the recipe's."""
+        first = [excerpt(name) for name in islice(self.field_names, num)]
+        return first + [name for name in self._fields if name in self.field_names]
+
     def check_fields(self, names: Iterable[str]) -> None:
         """Raises UserError if rows have fields and the recipe names one that is not among them."""
         config = self.config
@@ -257,7 +263,7 @@ class Corpus:
     def _of_row(self, where: str, row: dict[str, Any]) -> Document | Page | Reject:
         fields = {name: value for name in self._fields if (value := _field(row, name)) is not None}
         # The first names of rows are remembered for errors, and any that the recipe names.
-        new = row if len(self.field_names) < 100 else ()
+        new = islice(row, max(0, 100 - len(self.field_names)))
         self.field_names.update(dict.fromkeys((*new, *fields)))
         id_ = next((fields[name] for name in self._id_fields if name in fields), where)
         if not isinstance(id_, str | int | float):
