@@ -6,7 +6,7 @@ target of a symmetric set like a query; the student's own templates may say some
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -52,13 +52,18 @@ class Formatter:
     max_query_tokens: int
     max_passage_tokens: int
 
-    def texts(self, examples: Iterable[Example], *, dataset: str, symmetric: bool) -> pa.Table:
-        """Returns the examples of one set as formatted texts, with the columns of `TEXTS`."""
-        tables, stream = [TEXTS.empty_table()], iter(examples)
+    def texts(
+        self, examples: Iterable[Example], *, dataset: str, symmetric: bool
+    ) -> Iterator[pa.Table]:
+        """Yields the examples of one set as formatted texts, with the columns of `TEXTS`.
+
+        There is one table at least.
+        """
+        stream = iter(examples)
+        some = list(islice(stream, _ROWS_AT_ONCE))
+        yield pa.Table.from_pylist(self._rows(some, dataset, symmetric), schema=TEXTS)
         while some := list(islice(stream, _ROWS_AT_ONCE)):
-            rows = self._rows(some, dataset, symmetric)
-            tables.append(pa.Table.from_pylist(rows, schema=TEXTS))
-        return pa.concat_tables(tables).combine_chunks()
+            yield pa.Table.from_pylist(self._rows(some, dataset, symmetric), schema=TEXTS)
 
     def with_tokens(self, texts: pa.Table, *, symmetric: bool) -> pa.Table:
         """Adds the tokens of formatted texts: the columns of `EXAMPLE` without `batch`."""

@@ -8,7 +8,7 @@ What was held out for validation lies beside it in `validation/`, in batches too
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,9 @@ import pyarrow.compute as pc
 
 from cluster.artifacts import Artifact, Json, write_rejects
 from cluster.errors import Reject, TooManyRejects, UserError
+from cluster.exchange import Shared, run_exchange
 from cluster.file_list import shard_path
+from cluster.shard_groups import shard_groups
 from cluster.steps import Step, StepContext
 from cluster.storage import write_table
 from pipelines.corpus.held_out import TrainingPassages, held_out_documents
@@ -42,6 +44,7 @@ from pipelines.mixture.sources import (
     set_weight,
     without,
 )
+from pipelines.mixture.stored_rows import Places, StoredRows, WriteBatches, part
 from pipelines.records import EXAMPLE
 
 if TYPE_CHECKING:
@@ -141,15 +144,16 @@ def make_mixture(
         UserError: No example is left, or a labelled set does not exist.
         TooManyRejects: Too many rows of a labelled set cannot be read.
     """
-    sources = []
-    if isinstance(config, MixtureConfig) and config.fret_weight != 0:
-        sources.append(_fret(config, formatter, context.input("fret")))
+    context.log.resume()  # so that rejects do not begin it anew
     reader = _Reader(
         config=config, formatter=formatter, decontamination=decontamination, context=context
     )
-    sources += [reader.read(labelled) for labelled in config.labelled]
+    if isinstance(config, MixtureConfig) and config.fret_weight != 0:
+        reader.read_fret(config)
+    for labelled in config.labelled:
+        reader.read(labelled)
     context.log.append(write_rejects(context.storage, reader.rejects))
-    sources = [source for source in sources if source.texts.num_rows]
+    sources = [source for source in reader.sources if source.texts.num_rows]
     held_out = hold_out(sources, config)
     sources = [without(source, out) for source, out in zip(sources, held_out, strict=True)]
     sources = [source for source in sources if source.texts.num_rows]
@@ -165,10 +169,10 @@ def make_mixture(
         draw_batches([source.rows() for source in sources], batch_size, num_batches, config.seed)
     )
     per_shard = max(1, EXAMPLES_PER_SHARD // batch_size)
-    _write(sources, batches, "shards", per_shard, formatter, context)
     if any(source.texts.num_rows for source in held_out):
         in_order = batches_in_order(held_out, batch_size)
-        _write(held_out, in_order, VALIDATION, per_shard, formatter, context)
+        _write_validation(reader, held_out, in_order, per_shard)
+    _write(reader, sources, batches, per_shard)
     drawn = Counter(place for place, _ in batches)
     return {
         "num_batches": num_batches,
@@ -182,7 +186,7 @@ def make_mixture(
 
 @dataclass(kw_only=True)
 class _Reader:
-    """Reads labelled sets, and keeps count of what is not trained on."""
+    """Reads sets and writes their rows down, and keeps count of what is not trained on."""
 
     config: SetsConfig
     formatter: Formatter
@@ -191,20 +195,34 @@ class _Reader:
     counts: dict[str, Json] = field(default_factory=dict)
     contaminated: list[dict[str, str]] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
+    sources: list[Source] = field(default_factory=list)
+    stored: dict[str, StoredRows] = field(default_factory=dict)  # by the set's name
 
-    def read(self, labelled: LabelledSet) -> Source:
-        """Reads one set; raises TooManyRejects."""
+    def read_fret(self, config: MixtureConfig) -> None:
+        """Reads the step `fret`."""
+        only, fret = config.fret_only_tasks, self.context.input("fret")
+        examples = (each for each in _fret_examples(fret) if not only or each.task in only)
+        texts = self._texts(examples, "fret", symmetric=False)
+        texts = draw_rows(texts, config.fret_max_rows, "fret", config.seed)
+        self.sources.append(
+            Source(
+                name="fret",
+                weight=set_weight(config.fret_weight, texts, config),
+                texts=texts,
+                uniform_tasks=config.fret_tasks == "uniform",
+            )
+        )
+
+    def read(self, labelled: LabelledSet) -> None:
+        """Reads a labelled set; raises TooManyRejects."""
         self.context.progress.update(0, None, f"reading {labelled.name}")
         reading = Reading(decontamination=self.decontamination)
         passages, seeds = (self.context.inputs.get(name) for name in ("passages", "seeds"))
         if passages and seeds:
             held_out = held_out_documents(seeds)
             passages = TrainingPassages(passages.storage, passages.manifest, held_out)
-        texts = self.formatter.texts(
-            read_examples(labelled, reading, passages),
-            dataset=labelled.name,
-            symmetric=labelled.is_symmetric,
-        )
+        examples = read_examples(labelled, reading, passages)
+        texts = self._texts(examples, labelled.name, symmetric=labelled.is_symmetric)
         self._check(labelled, reading)
         self.counts[labelled.name] = {
             "num_rows": reading.num_rows,
@@ -218,11 +236,13 @@ class _Reader:
             for text, query in reading.contaminated
         ]
         texts = draw_rows(texts, labelled.max_rows, labelled.name, self.config.seed)
-        return Source(
-            name=labelled.name,
-            weight=set_weight(labelled.weight, texts, self.config),
-            texts=texts,
-            symmetric=labelled.is_symmetric,
+        self.sources.append(
+            Source(
+                name=labelled.name,
+                weight=set_weight(labelled.weight, texts, self.config),
+                texts=texts,
+                symmetric=labelled.is_symmetric,
+            )
         )
 
     def metrics(self) -> dict[str, Json]:
@@ -232,6 +252,13 @@ class _Reader:
             "num_evaluation_queries": len(self.decontamination),
             "contaminated": self.contaminated[:MAX_LISTED],
         }
+
+    def _texts(self, examples: Iterable[Example], name: str, *, symmetric: bool) -> pa.Table:
+        """Writes a set's formatted texts down; returns what they are drawn by."""
+        tables = self.formatter.texts(examples, dataset=name, symmetric=symmetric)
+        folder = part(self.context.storage, "texts", str(len(self.stored)))
+        self.stored[name], drawn_by = StoredRows.write(folder, tables)
+        return drawn_by
 
     def _check(self, labelled: LabelledSet, reading: Reading) -> None:
         self.rejects += [
@@ -247,19 +274,6 @@ class _Reader:
                 f"of set {labelled.name!r} accepted is a share of {share} of {reading.num_rows}:"
                 " correct the set, name its fields, or raise max_reject_share",
             )
-
-
-def _fret(config: MixtureConfig, formatter: Formatter, fret: Artifact) -> Source:
-    only = config.fret_only_tasks
-    examples = (each for each in _fret_examples(fret) if not only or each.task in only)
-    texts = formatter.texts(examples, dataset="fret", symmetric=False)
-    texts = draw_rows(texts, config.fret_max_rows, "fret", config.seed)
-    return Source(
-        name="fret",
-        weight=set_weight(config.fret_weight, texts, config),
-        texts=texts,
-        uniform_tasks=config.fret_tasks == "uniform",
-    )
 
 
 def _fret_examples(fret: Artifact) -> Iterator[Example]:
@@ -281,33 +295,57 @@ def _fret_examples(fret: Artifact) -> Iterator[Example]:
             )
 
 
+def _tokenise(reader: _Reader, source: Source, rows: np.ndarray, *folder: str) -> Artifact:
+    """Writes the tokens of a set's rows, whose sorted numbers are given."""
+    reader.context.progress.update(0, None, f"tokenising {source.name}")
+    return (
+        reader.stored[source.name]
+        .tokenised(
+            rows,
+            symmetric=source.symmetric,
+            formatter=reader.formatter,
+            storage=part(reader.context.storage, *folder),
+        )
+        .artifact
+    )
+
+
 def _write(
-    sources: list[Source],
-    batches: list[tuple[int, np.ndarray]],
-    folder: str,
-    per_shard: int,
-    formatter: Formatter,
-    context: StepContext,
+    reader: _Reader, sources: list[Source], batches: list[tuple[int, np.ndarray]], per_shard: int
 ) -> None:
-    """Tokenises the rows that batches hold, each once, and writes the batches in order."""
-    progress = context.progress
-    tables, places = [], []
+    """Tokenises the rows that batches hold, each once, and has tasks write the batches in order."""
+    placed, rows = [], []
     for number, source in enumerate(sources):
-        progress.update(0, len(batches), f"tokenising {source.name}")
-        drawn = [rows for place, rows in batches if place == number]
-        used = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *drawn]))
-        texts = source.texts
-        if len(used) < texts.num_rows:
-            texts = texts.take(pa.array(used))
-        tables.append(formatter.with_tokens(texts, symmetric=source.symmetric).combine_chunks())
-        places.append(used)
+        own = [(batch, drawn) for batch, (place, drawn) in enumerate(batches) if place == number]
+        places = Places.of(source.texts["row"].to_numpy(), own)
+        used = np.unique(places.rows)
+        placed.append(places.among(used))
+        tokens = _tokenise(reader, source, used, "tokens", str(number))
+        rows += [(number, group) for group in shard_groups(tokens)]
+    write = WriteBatches(
+        num_partitions=-(-len(batches) // per_shard),
+        batches_each=per_shard,
+        places=Shared.of(placed),
+    )
+    run_exchange(write, rows, reader.context)
+
+
+def _write_validation(
+    reader: _Reader, held_out: list[Source], batches: list[tuple[int, np.ndarray]], per_shard: int
+) -> None:
+    """Tokenises what is held out and writes it in order; it is small."""
+    tables = []
+    for number, source in enumerate(held_out):
+        rows = source.texts["row"].to_numpy()
+        tokens = _tokenise(reader, source, rows, "held out", str(number)) if len(rows) else None
+        tables.append(tokens.read() if tokens else None)
     for start in range(0, len(batches), per_shard):
         parts = []
         for number, (place, rows) in enumerate(batches[start : start + per_shard], start):
-            table = tables[place].take(pa.array(np.searchsorted(places[place], rows)))
+            table = tables[place]
+            assert table is not None
             numbers = pa.array(np.full(len(rows), number, dtype=np.int32))
-            parts.append(table.add_column(0, "batch", numbers).cast(EXAMPLE))
-        shard = pa.concat_tables(parts)
-        path = shard_path(start // per_shard, folder)
-        context.log.append([write_table(context.storage, path, shard)])
-        progress.update(start + len(parts), len(batches))
+            parts.append(table.take(pa.array(rows)).add_column(0, "batch", numbers).cast(EXAMPLE))
+        path = shard_path(start // per_shard, VALIDATION)
+        shard = write_table(reader.context.storage, path, pa.concat_tables(parts))
+        reader.context.log.append([shard])

@@ -17,7 +17,15 @@ VALIDATION = "validation/shards"
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One data set of the mixture, as formatted texts."""
+    """One data set of the mixture.
+
+    Attributes:
+        name: Its name.
+        weight: Share of batches, against the other sets.
+        texts: What its rows are drawn by: the columns task, query_id and positive_id, and others.
+        symmetric: Whether targets are formatted like queries.
+        uniform_tasks: Whether all tasks are drawn equally often.
+    """
 
     name: str
     weight: float

@@ -18,7 +18,7 @@ def example(query: str, positive: Target, *negatives: Target, task: str = "qa") 
 
 
 def made(formatter: Formatter, examples: list[Example], symmetric: bool = False) -> pa.Table:
-    texts = formatter.texts(examples, dataset="a", symmetric=symmetric)
+    (texts,) = formatter.texts(examples, dataset="a", symmetric=symmetric)
     table = formatter.with_tokens(texts, symmetric=symmetric)
     return table.add_column(0, "batch", pa.array([0] * table.num_rows, pa.int32())).cast(EXAMPLE)
 

@@ -9,12 +9,15 @@ import pytest
 from cluster.artifacts import Artifact, Manifest, write_artifact, write_shards
 from cluster.errors import TooManyRejects, UserError
 from cluster.file_list import FileList
+from cluster.shard_groups import shard_groups
 from cluster.steps import StepContext
 from cluster.storage import open_storage, read_table
 from pipelines.datasets.decontamination import Decontamination
+from pipelines.mixture import formats, mixture
 from pipelines.mixture.config import MixtureConfig, PrefinetuningMixtureConfig, SetsConfig
 from pipelines.mixture.formats import Formatter
 from pipelines.mixture.mixture import make_mixture
+from pipelines.mixture.stored_rows import WriteBatches
 from pipelines.records import EXAMPLE, FRET, PASSAGE, SEED
 
 
@@ -53,6 +56,7 @@ def mixed(
     judged_by: Sequence[str] = (),
     epochs: float = 1,
     batch_size: int = 4,
+    resumed: bool = False,
     **inputs: pa.Table,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Returns the manifest's metrics and the rows in the order of training."""
@@ -61,6 +65,8 @@ def mixed(
         inputs={name: artifact(tmp_path / name, table) for name, table in inputs.items()},
         progress=Silent(),
     )
+    if not resumed:
+        context.storage.delete("")
     metrics = make_mixture(
         config,
         formatter=formatter,
@@ -165,6 +171,38 @@ def test_rows_are_tokenised_once_for_all_epochs_and_only_if_drawn(
     texts.clear()
     mixed(tmp_path, formatter, MixtureConfig(), fret=rows, epochs=0.5)
     assert len(texts) == 4 * 4
+
+
+def test_rows_do_not_depend_on_the_tasks(
+    tmp_path: Path, formatter: Formatter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = fret(*[fret_row(n) for n in range(17)])
+    labelled = [pairs(tmp_path, "a", 11), pairs(tmp_path, "b", 40, max_rows=9)]
+    config = MixtureConfig.model_validate({"labelled": labelled, "validation_examples": 4})
+    made = [mixed(tmp_path / "whole", formatter, config, epochs=2.5, fret=rows)]
+    monkeypatch.setattr(shard_groups, "__defaults__", (1,))
+    monkeypatch.setattr(formats, "_ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(mixture, "EXAMPLES_PER_SHARD", 12)
+    made.append(mixed(tmp_path / "parts", formatter, config, epochs=2.5, fret=rows))
+    assert made[0] == made[1]
+    held_out = [shards(tmp_path / name / "mixture/validation") for name in ("whole", "parts")]
+    assert held_out[0] == held_out[1] and len(held_out[0]) == 4
+    assert {row["dataset"] for row in made[0][1]} == {"fret", "a", "b"}
+    files = open_storage(tmp_path / "parts/mixture").list("shards")
+    assert len(files) == -(-made[0][0]["num_batches"] // 3)
+    # What a killed run has written is not written anew.
+    taken = WriteBatches.merge
+    merged = list[int]()
+
+    def counted(self: WriteBatches, some: pa.Table) -> tuple[pa.Table, dict[str, int]]:
+        merged.append(some.num_rows)
+        return taken(self, some)
+
+    monkeypatch.setattr(WriteBatches, "merge", counted)
+    open_storage(tmp_path / "parts/mixture").delete(files[1])
+    again = mixed(tmp_path / "parts", formatter, config, epochs=2.5, resumed=True, fret=rows)
+    assert again == made[0]
+    assert len(merged) == 1
 
 
 def test_temperature_evens_out_sets_that_have_no_weight_of_their_own(
