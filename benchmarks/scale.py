@@ -278,14 +278,13 @@ def shuffle(run: Run, folder: Storage, measured: Measured) -> None:
     context = StepContext(
         storage=folder, inputs=dict(zip(step.inputs, inputs, strict=True)), progress=measured
     )
-    strategy = DataContext().shuffle_strategy
-    with (
-        mock.patch.object(module_of(step), "run_exchange", run_shuffle),
-        mock.patch.object(DataContext.get_current(), "shuffle_strategy", strategy),
-    ):
-        measured.begin(step="pairs", by=f"ray.data {strategy.value}")
+    settings = DataContext.get_current()
+    sorting, settings.shuffle_strategy = settings.shuffle_strategy, DataContext().shuffle_strategy
+    with mock.patch.object(module_of(step), "run_exchange", run_shuffle):
+        measured.begin(step="pairs", by=f"ray.data {settings.shuffle_strategy.value}")
         metrics = step.work(context)
         files = context.log.files()
+    settings.shuffle_strategy = sorting
     same = files == own.shards
     measured.note_files(folder)
     measured.end(files.num_rows, num_pairs=metrics["num_pairs"], same_files=same)

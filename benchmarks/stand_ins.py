@@ -122,7 +122,8 @@ class DrawnCandidates(Stage):
         async def find(queries: pa.Table) -> StageOutput:
             rows = queries.to_pylist()
             draw = np.random.default_rng(int(rows[0]["id"][:16], 16))
-            read = [shards[int(number)] for number in draw.integers(len(shards), size=4)]
+            numbers = draw.choice(len(shards), min(4, len(shards)), replace=False)
+            read = [shards[int(number)] for number in numbers]
             ids = np.concatenate(
                 [self.passages.shard(each, ["id"])["id"].to_numpy() for each in read]
             )

@@ -22,7 +22,9 @@ from benchmarks.scale import (
     write_corpus,
 )
 from benchmarks.stand_ins import (
+    NUM_SCORED,
     QUERY_WORDS,
+    DrawnCandidates,
     SeededEncoder,
     SeededQueries,
     SeededScores,
@@ -30,13 +32,15 @@ from benchmarks.stand_ins import (
     seeded,
     write_query,
 )
+from cluster.artifacts import unfinished_artifact, write_shards
+from cluster.file_list import FileList
 from cluster.stages import Stage, StageResources
 from cluster.steps import Step
 from cluster.storage import LocalStorage
 from pipelines.encoders import EncoderConfig
 from pipelines.mining import embeddings
 from pipelines.mining.embeddings import EmbedPassages, column_vectors
-from pipelines.records import PAIRS, PASSAGE, SCORES
+from pipelines.records import CANDIDATES, PAIRS, PASSAGE, SCORES
 
 SENTENCES = [f"Sentence number {n} says that {n * n} is its square, as it is." for n in range(400)]
 
@@ -125,6 +129,22 @@ def test_queries_and_scores_are_whole_rows_and_the_same_each_time():
     assert scores.schema == SCORES
     assert len(set(scores["query_likelihoods"].to_pylist()[0])) == 3
     assert scores.equals(outcome(stage, pairs))
+
+
+def test_drawn_candidates_are_passages_with_the_seed_among_them(tmp_path: Path):
+    storage, rows = LocalStorage(tmp_path), passages(100)
+    files = write_shards(storage, pa.Table.from_pylist(rows, schema=PASSAGE), 30)
+    artifact = unfinished_artifact(storage, FileList.of(files))
+    queries = outcome(SeededQueries(resources=StageResources()), pa.Table.from_pylist(rows[:10]))
+    stage = DrawnCandidates(passages=artifact, resources=StageResources())
+    found = outcome(stage, queries)
+    assert found.schema == CANDIDATES
+    assert found.equals(outcome(stage, queries))
+    for row in found.to_pylist():
+        assert row["candidate_ids"][0] == row["seed_id"]
+        assert len(set(row["candidate_ids"])) == len(row["similarities"]) == NUM_SCORED
+        assert set(row["candidate_ids"]) <= {row["id"] for row in rows}
+        assert row["similarities"] == sorted(row["similarities"], reverse=True)
 
 
 def test_a_step_without_a_model_stays_and_another_says_what_it_is():
