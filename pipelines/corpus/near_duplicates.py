@@ -95,7 +95,8 @@ def first_places(places: np.ndarray, *keys: np.ndarray) -> np.ndarray:
         return places
     is_first = np.ones(len(places), bool)
     is_first[1:] = np.any([key[1:] != key[:-1] for key in keys], axis=0)
-    return places[np.maximum.accumulate(np.where(is_first, np.arange(len(places)), 0))]
+    starts = np.maximum.accumulate(np.where(is_first, np.arange(len(places)), 0))
+    return np.take(places, starts)
 
 
 def trigram_hashes(text: str) -> np.ndarray:
