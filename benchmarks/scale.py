@@ -123,7 +123,7 @@ def write_corpus(folder: Path, sentences: Sequence[str], num_passages: int) -> N
 
 def pss(pid: int) -> int:
     """Returns a process's proportional memory in bytes, without that which it shares on purpose."""
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
     return 1024 * sum(int(size) for size in re.findall(r"^Pss_(?:Anon|File): +(\d+)", text, re.M))
 
 

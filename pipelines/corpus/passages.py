@@ -234,6 +234,8 @@ def _cpus_per_task(num_tasks: int) -> int:
     """Returns how many cores each of some tasks can have, for pages, on a cluster with no other."""
     import ray
 
+    if not ray.is_initialized():  # then the tasks run in this process, one by one
+        return 1
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     return max(1, int(min(max(nodes, default=1), sum(nodes) / num_tasks)))
 
