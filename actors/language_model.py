@@ -82,8 +82,12 @@ class LanguageModel:
         )
         return cls(engine, tokenizer, llm.max_model_tokens, log)
 
-    def close(self) -> None:
-        """Stops the engine and its processes."""
+    async def close(self) -> None:
+        """Stops the engine and its processes; await it in the loop that the prompts ran in.
+
+        From elsewhere vLLM leaves the closing of its sockets to that loop. A loop that has ended
+        never closes them, and whoever collects the garbage then waits for ever.
+        """
         self._engine.shutdown()
         if self._log:
             self._log.delete()

@@ -188,7 +188,7 @@ async def main() -> None:
         for table in tables:
             Console().print(table)
     finally:
-        llm.close()
+        await llm.close()
 
 
 if __name__ == "__main__":

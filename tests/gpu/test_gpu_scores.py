@@ -95,7 +95,7 @@ def engine(request: pytest.FixtureRequest, model: Path) -> Iterator[tuple[Any, S
         return loop.run_until_complete(work)
 
     yield llm, run, dtype
-    llm.close()
+    run(llm.close())
     loop.close()
     patch.undo()
 

@@ -50,7 +50,7 @@ class Running:
 def engine() -> Iterator[Running]:
     running = Running()
     yield running
-    running.llm.close()
+    running(running.llm.close())
     running.loop.close()
 
 

@@ -115,6 +115,8 @@ def start(actor: Any) -> Any:
 
 
 RAY = SimpleNamespace(
+    is_initialized=lambda: False,
+    ObjectRef=Actor,
     exceptions=SimpleNamespace(RayError=ZeroDivisionError),
     remote=start,
     get=lambda asked: (
