@@ -127,7 +127,8 @@ def restore_weights(storage: Storage, folder: str, batches: int, model: torch.nn
 def average_weights(storage: Storage, model: torch.nn.Module) -> None:
     """Sets a whole model's weights to the mean of theirs and of those written in `SOUP`.
 
-    A soup of one training's checkpoints, as in Gemini Embedding (arXiv 2503.07891).
+    A soup of one training's checkpoints, as in Gemini Embedding (arXiv 2503.07891), or of several
+    trainings' last weights (Model Soups, arXiv 2203.05482).
     """
     paths = storage.list(SOUP)
     weights = _trained(model)
@@ -139,6 +140,19 @@ def average_weights(storage: Storage, model: torch.nn.Module) -> None:
                     total[name] += tensors.get_tensor(f"model/{name}").to(total[name].device)
         for name, tensor in weights.items():
             tensor.copy_(total[name] / (len(paths) + 1))
+
+
+def start_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Returns a copy of this worker's share of the trained weights, for :func:`restart`."""
+    return {name: weights.detach().clone() for name, weights in _trained(model).items()}
+
+
+def restart(
+    start: Mapping[str, torch.Tensor], model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Sets the trained weights back to `start`, and the optimizer to one that has done nothing."""
+    copy_weights(start, model)
+    optimizer.state.clear()
 
 
 def trained_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -169,6 +169,12 @@ class TrainerConfig(Config):
     soup_every_batches: int | None = Field(
         default=None, ge=1, description="how far apart those are; default: a tenth of the batches"
     )
+    soup_trainings: int = Field(
+        default=1,
+        ge=1,
+        description="divide the batches among so many trainings, each from the start, and average"
+        " their last weights (Model Soups)",
+    )
     validation: ValidationConfig | None = None
     seed: int = 0
     num_workers: Annotated[int, NotFingerprinted] = Field(
@@ -202,6 +208,16 @@ class TrainerConfig(Config):
         if isinstance(tokens, int) and tokens < 64:
             raise ValueError("give at least 64, auto or null")
         return tokens
+
+    @model_validator(mode="after")
+    def _has_one_soup(self) -> Self:
+        if self.soup_trainings > 1 and self.soup_checkpoints > 1:
+            raise ValueError("give soup_trainings or soup_checkpoints, not both")
+        if self.soup_trainings > 1 and self.validation and self.validation.patience:
+            raise ValueError(
+                "soup_trainings goes through all batches: leave out validation.patience"
+            )
+        return self
 
 
 class TrainingConfig(TrainerConfig):

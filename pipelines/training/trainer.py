@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from pipelines.training.checkpoint import (
     average_weights,
     copy_weights,
     load_checkpoint,
+    restart,
     save_weights,
+    start_weights,
     trained_weights,
 )
 from pipelines.training.config import TrainerConfig
@@ -99,6 +102,8 @@ class Trainer:
         self.optimizer = make_optimizer(encoder, self.config)
         self._job = job
         self._storage = open_storage(job.output)
+        self._ends = _training_ends(self.config, job.num_batches)
+        self._start = start_weights(encoder.model) if len(self._ends) > 1 else {}
         self.done = load_checkpoint(self._storage, encoder.model, self.optimizer)
         self.ended = False
         self._soup = _soup_batches(self.config, job.num_batches)
@@ -151,13 +156,16 @@ class Trainer:
         encoder, before = self.encoder, self.config
         tokens, places = encoder.num_tokens, encoder.num_places
         steps = before.seed * self._job.num_batches + batch.number
+        begin, end = self._training_of(batch.number)
+        if batch.number == begin > 0:
+            restart(self._start, encoder.model, self.optimizer)
         try:
             loss, norm, self.config = train_fitting(
                 encoder,
                 self.optimizer,
                 part,
                 before,
-                rate=learning_rate(before, batch.number, self._job.num_batches),
+                rate=learning_rate(before, batch.number - begin, end - begin),
                 seed=steps * self.place.world + self.place.rank,
             )
         except torch.OutOfMemoryError as error:
@@ -231,13 +239,26 @@ class Trainer:
             encoder.save(folder, model_card="# A student trained with Tokay, before its export\n")
             upload_folder(Path(folder), self._storage, TRAINED)
 
+    def _training_of(self, number: int) -> tuple[int, int]:
+        """Returns the first batch of the training that batch `number` is of, and its end."""
+        place = bisect_right(self._ends, number)
+        return self._ends[place - 1] if place else 0, self._ends[place]
+
     def _remember(self) -> None:
         if self.place.rank == 0:
             remember(self._storage, self.config)
 
 
+def _training_ends(config: TrainerConfig, num_batches: int) -> list[int]:
+    """Returns after how many batches each training ends; they differ by one batch at most."""
+    trainings = min(config.soup_trainings, num_batches)
+    return [num_batches * number // trainings for number in range(1, trainings + 1)]
+
+
 def _soup_batches(config: TrainerConfig, num_batches: int) -> set[int]:
     """Returns after how many batches weights are kept; the final ones are there anyway."""
+    if config.soup_trainings > 1:
+        return set(_training_ends(config, num_batches)[:-1])
     apart = config.soup_every_batches or max(1, num_batches // 10)
     points = (num_batches - number * apart for number in range(1, config.soup_checkpoints))
     return {point for point in points if point > 0}

@@ -59,6 +59,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": True,
         "soup_checkpoints": 3,
     },
+    "trainings": {"soup_trainings": 3},
     "memory": {},
     "bfloat16": {**WATCHED, "precision": "bfloat16"},
 }
@@ -177,7 +178,7 @@ def compare(folder: Path, name: str, job: dict[str, str], tolerance: float) -> N
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", pytest.param("adapters", marks=pytest.mark.chaos), "cut"]
+    "name", ["plain", pytest.param("adapters", marks=pytest.mark.chaos), "cut", "trainings"]
 )
 def test_two_workers_with_shares_train_as_one_does(name: str, folder: Path, job: dict[str, str]):
     """Also where the one goes on from the two workers' checkpoint."""

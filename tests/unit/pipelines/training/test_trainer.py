@@ -91,6 +91,7 @@ def test_validation_comes_when_it_is_due_and_the_last_batch_ends_the_training(
         ({"soup_checkpoints": 3, "soup_every_batches": 5}, {35, 30}),
         ({"soup_checkpoints": 3, "soup_every_batches": 25}, {15}),
         ({"soup_checkpoints": 2, "soup_every_batches": 40}, set()),
+        ({"soup_trainings": 3}, {13, 26}),
     ],
 )
 def test_soup_is_of_the_last_batches(settings: dict[str, int], expected: set[int]):

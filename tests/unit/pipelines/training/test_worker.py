@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -212,6 +215,35 @@ def test_soup_averages_the_last_checkpoints(examples: str, run: Run, plain: Path
         assert torch.equal(soup, cut)
         changed += not torch.equal(soup, last)
     assert changed > 10
+
+
+def test_soup_averages_trainings_that_each_begin_at_the_start(
+    examples: str, run: Run, tmp_path: Path
+):
+    settings = {"soup_trainings": 3, "dropout": False}
+    rows = run(examples, tmp_path / "soup", **settings)
+    run(examples, tmp_path / "cut", kill_after=9, **settings)
+    run(examples, tmp_path / "cut", **settings)
+    third = NUM_BATCHES // 3
+    rates = [row["learning_rate"] for row in rows]
+    assert rates[:third] * 3 == rates and rates[0] > rates[third - 1]
+    # Each third of the batches, trained on alone.
+    apart = []
+    for number in range(3):
+        folder = tmp_path / f"examples-{number}" / "shards"
+        folder.mkdir(parents=True)
+        first = number * third
+        table = pa.concat_tables(map(pq.read_table, sorted(Path(examples).glob("shards/*"))))
+        table = table.filter(pc.equal(pc.divide(table["batch"], third), number))
+        column = pc.subtract(table["batch"], first).cast(table.schema.field("batch").type)
+        table = table.set_column(table.schema.get_field_index("batch"), "batch", column)
+        pq.write_table(table, folder / "000000000.parquet")
+        run(str(folder.parent), tmp_path / f"apart-{number}", dropout=False)
+        apart.append(weights(tmp_path / f"apart-{number}"))
+    soups = zip(weights(tmp_path / "soup"), weights(tmp_path / "cut"), *apart, strict=True)
+    for soup, cut, *each in soups:
+        assert torch.equal(soup, cut)
+        torch.testing.assert_close(soup, torch.stack(each).mean(0), rtol=1e-4, atol=1e-6)
 
 
 def test_early_stopping_takes_the_best_weights(examples: str, run: Run, tmp_path: Path):
