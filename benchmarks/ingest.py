@@ -16,9 +16,10 @@ as many cores.
     python benchmarks/ingest.py DATA [--pages 296] [--responses 10000] [--workers 1 2]
         [--main-text trafilatura]
 
-DATA is the folder that holds web/article-extraction and web/trafilatura-eval. Prints a JSON line of
-the main text and one for each number of workers, with the memory that benchmarks/scale.py explains;
-a worker's is that of a Ray task and of the processes that read its pages.
+DATA is the folder that holds web/article-extraction and web/trafilatura-eval. Prints JSON lines: of
+the main text, of the responses, and of each number of workers, with the memory that
+benchmarks/scale.py explains; a worker's is that of a Ray task and of the processes that read its
+pages.
 """
 
 import argparse
