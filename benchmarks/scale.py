@@ -17,10 +17,10 @@ drawn. --shuffle makes `pairs` again, of the same rows, through Ray Data's own s
 
 Prints a JSON line a step. `driver_mib` is this process's highest PSS without shared memory (which
 is the object store), `driver_over_imports_mib` what of it came after the imports, and
-`largest_worker_mib` the same of Ray's largest worker; all are looked at five times a second. Files
-and bytes are those in the step's folder when its work ends: what it made, and in `work_` what is
-deleted then, such as an exchange's spills. `requests` are counted in the log of an S3 server that
-writes a line for each, such as moto_server's.
+`largest_worker_mib` the same of Ray's largest worker and the processes that it has started; all are
+looked at five times a second. Files and bytes are those in the step's folder when its work ends:
+what it made, and in `work_` what is deleted then, such as an exchange's spills. `requests` are
+counted in the log of an S3 server that writes a line for each, such as moto_server's.
 """
 
 import argparse
@@ -127,13 +127,17 @@ def pss(pid: int) -> int:
     return 1024 * sum(int(size) for size in re.findall(r"^Pss_(?:Anon|File): +(\d+)", text, re.M))
 
 
-def workers() -> Iterator[int]:
-    """Yields the worker processes of the Ray that this process has started, without its agents."""
-    for process in psutil.Process().children(recursive=True):
+def workers() -> list[list[int]]:
+    """Returns the processes of each worker of the Ray that this process has started, not agents."""
+    found: dict[int, list[int]] = {}
+    for process in psutil.Process().children(recursive=True):  # parents first
         with contextlib.suppress(psutil.Error):
             title = "".join(process.cmdline()[:1])
             if title.startswith("ray::") and not title.endswith("Agent"):
-                yield process.pid
+                found[process.pid] = [process.pid]
+            elif (parent := process.ppid()) in found:
+                found[parent].append(process.pid)
+    return list(found.values())
 
 
 class Meter(threading.Thread):
@@ -151,9 +155,9 @@ class Meter(threading.Thread):
     def run(self) -> None:
         while not self._ended.wait(SAMPLED_EVERY_S):
             self.driver = max(self.driver, pss(os.getpid()))
-            for pid in workers():
+            for pids in workers():
                 with contextlib.suppress(OSError):
-                    self.worker = max(self.worker, pss(pid))
+                    self.worker = max(self.worker, sum(map(pss, pids)))
 
     def end(self) -> None:
         self._ended.set()
@@ -168,6 +172,8 @@ def count_requests(log: str) -> Counter[str]:
 
 class Measured:
     """Runs steps, and prints a line of each; a `cluster.steps.RunListener` and its `Progress`."""
+
+    rows = "rows"  # what the line calls them
 
     def __init__(self, meter: Meter, imports_bytes: int, log: Path | None, **given: Any) -> None:
         """Takes what every line begins with."""
@@ -202,9 +208,11 @@ class Measured:
 
     def end(self, num_rows: int, **given: Any) -> None:
         seconds = time.perf_counter() - self._begin
-        line = self._given | self._line | {"num_rows": num_rows, "seconds": round(seconds, 2)}
+        line = self._given | self._line
         line |= {
-            "rows_per_s": round(num_rows / seconds, 1),
+            f"num_{self.rows}": num_rows,
+            "seconds": round(seconds, 2),
+            f"{self.rows}_per_s": round(num_rows / seconds, 1),
             "driver_mib": round(self._meter.driver / MIB, 1),
             "driver_over_imports_mib": round((self._meter.driver - self._imports_bytes) / MIB, 1),
             "largest_worker_mib": round(self._meter.worker / MIB, 1),

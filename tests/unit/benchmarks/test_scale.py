@@ -1,13 +1,18 @@
 """What the benchmark of the data plane makes up: passages, queries, vectors; and how it counts."""
 
 import asyncio
+import contextlib
 import json
 import os
+import signal
+import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 
@@ -19,6 +24,7 @@ from benchmarks.scale import (
     draw_passages,
     pss,
     read_sentences,
+    workers,
     write_corpus,
 )
 from benchmarks.stand_ins import (
@@ -175,6 +181,24 @@ def test_memory_of_this_process_is_seen_and_the_highest_is_kept():
     del held
     meter.end()
     assert pss(os.getpid()) < meter.driver
+
+
+def test_a_worker_has_the_processes_that_it_has_started():
+    before = workers()
+    pages = "exec -a ray::read_files bash -c 'exec -a pages sleep 60 & echo $!; wait'"
+    others = ["exec -a ray::LogAgent sleep 60", "exec sleep 60"]
+    with contextlib.ExitStack() as stack:
+        started = []
+        for command in (pages, *others):
+            process = subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, text=True)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            started.append(process)
+        child = int(started[0].stdout.readline())
+        stack.callback(os.kill, child, signal.SIGKILL)
+        while psutil.Process(child).cmdline()[0] != "pages":
+            time.sleep(0.01)
+        assert [found for found in workers() if found not in before] == [[started[0].pid, child]]
 
 
 def test_a_line_has_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,7 +1,5 @@
 import gzip
-import json
 import os
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ from pipelines.datasets.documents import Document, Page
 from pipelines.datasets.sources import streams, warc
 from pipelines.datasets.sources.arc import arc_pages
 from pipelines.datasets.sources.http_pages import http_page
-from pipelines.datasets.sources.streams import Source, Unreadable
+from pipelines.datasets.sources.streams import Source
 from pipelines.datasets.sources.warc import warc_pages
 
 WARCS = Path(os.environ.get("TOKAY_DATA", "nowhere"), "web", "warc")
@@ -153,34 +151,3 @@ def test_arc_is_read(tmp_path: Path, packing: str) -> None:
     assert isinstance(page, Page) and b"Example Domain" in page.content
     assert (page.url, page.crawl_date) == ("http://example.com/", "2014-02-16")
     assert source.passed_over == {"arc_header": 1}
-
-
-def _facts() -> list[dict[str, object]]:
-    lines = (WARCS / "files.jsonl").read_text().splitlines() if WARCS.is_dir() else []
-    return [json.loads(line) for line in lines]
-
-
-@needs_warcs
-@pytest.mark.parametrize("facts", _facts(), ids=lambda facts: facts["file"])
-def test_files_of_others_give_what_is_known_of_them_or_a_reject(facts: dict) -> None:
-    """Of each kind of record as many are met as are there, or there are rejects."""
-    source = Source(storage=open_storage(WARCS), path=facts["file"])
-    suffix = Path(facts["file"].removesuffix(".gz")).suffix
-    if suffix == ".arc":
-        found: list[Page | Document | Reject] = []
-        try:
-            found += arc_pages(source)
-        except Unreadable as error:
-            found.append((source.name, str(error), ""))
-        # One is no archive, and one says that its page is longer than it is.
-        is_whole = source.name.startswith("warcio__example.arc")
-        assert found and all(isinstance(each, Page) == is_whole for each in found)
-        return
-    found = list(warc_pages(source))
-    expected = Counter(facts["types"])
-    rejects = [each for each in found if isinstance(each, tuple)]
-    assert source.passed_over.total() + len(found) >= max(1, expected.total())
-    if expected:
-        for kind in ("warcinfo", "request", "metadata", "revisit"):
-            assert source.passed_over[kind] == expected[kind]
-        assert len(rejects) == ("trunc" in source.name)
