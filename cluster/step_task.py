@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from cluster.actor_health import actor_begins, clear_actors, report_waiting
@@ -56,7 +57,9 @@ def run_in_task(work: Work, context: StepContext, resources: StageResources) -> 
         max_calls=1,  # its memory is free when it ends
         max_retries=-1,  # `actor_begins` counts the deaths
     )(_attempt)
-    reference = attempt.remote(work, context.storage, context.inputs, resources.num_cpus)
+    reference = attempt.remote(
+        work, context.storage, context.inputs, resources.num_cpus, str(Path.cwd())
+    )
     told: tuple[float, float | None, str] = (0, None, "")
     try:
         with report_waiting(context, _KIND, 1, resources.needs, lambda: told[:2]):
@@ -76,9 +79,11 @@ def run_in_task(work: Work, context: StepContext, resources: StageResources) -> 
 
 
 def _attempt(
-    work: Work, storage: Storage, inputs: dict[str, Artifact], num_cpus: float
+    work: Work, storage: Storage, inputs: dict[str, Artifact], num_cpus: float, folder: str
 ) -> dict[str, Json]:
     actor_begins(storage, _KIND)
+    with suppress(OSError):  # of a node without this folder
+        os.chdir(folder)  # a relative path of a recipe is the driver's
     if num_cpus <= 1 and os.environ.get("OMP_NUM_THREADS") == "1":
         # Set by Ray. Steps run one at a time, so this one may have the cores of its node.
         os.environ["OMP_NUM_THREADS"] = str(os.cpu_count())
