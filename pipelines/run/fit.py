@@ -200,7 +200,7 @@ def _evaluation(recipe: Recipe, whole: float | None) -> Need:
         " resources.gpu_memory_gib",
     )
     if need.unknown:
-        return need
+        return replace(need, parts={})
     weights = retriever.least + (1 + len(recipe.stages)) * student.least
     return replace(need, parts=retriever.parts | {"weights": weights}, least=weights)
 

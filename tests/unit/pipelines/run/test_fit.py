@@ -57,7 +57,8 @@ def test_evaluation_holds_the_retriever_and_all_students_at_once() -> None:
     found = need(load_recipe("gpu", [test_set, "student.dtype=float32"]), "evaluation")
     assert found.parts["weights"] == pytest.approx(2 * 0.5958e9 + 2 * 4 * 0.149e9)
     assert (found.have, found.gpu) == (11 * GIB, True)  # the encoder's half
-    stages = ["embedding_distillation={}", "prefinetuning={}"]
+    titles = '{name: titles, kind: title-body, path: "run:passages", task: search result}'
+    stages = ["embedding_distillation={}", f"prefinetuning.mixture.labelled=[{titles}]"]
     more = need(load_recipe("gpu", [test_set, "student.dtype=float32", *stages]), "evaluation")
     assert more.parts["weights"] - found.parts["weights"] == pytest.approx(2 * 4 * 0.149e9)
     settings = [test_set, "resources.gpu_memory_gib={encoder: 2}", "student.dtype=float32"]
