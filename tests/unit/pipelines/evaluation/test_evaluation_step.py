@@ -100,7 +100,7 @@ def test_what_a_lost_process_has_measured_is_not_measured_again(
     where = tmp_path / "run" if place == "disk" else request.getfixturevalue("bucket") + "/run"
     storage = open_storage(where)
     expected, (all_texts, *_), heard = evaluated(open_storage(tmp_path / "whole"), test_sets)
-    assert heard.updates[-1][:2] == (6, 6)  # two sets by three models
+    assert heard.updates[-1][:2] == (144, 144)  # two sets of 24 texts by three models
     assert {note for _, _, note in heard.updates} == {*MODELS}
 
     def lose() -> None:
