@@ -22,9 +22,9 @@ _LOOK_EVERY_S = 5.0
 
 
 def actor_begins(notes: Storage, kind: str) -> None:
-    """Notes in the step's folder that this Ray actor, one of a `kind`, starts.
+    """Notes in the step's folder that this Ray actor or task, one of a `kind`, starts.
 
-    Called first in its constructor, which each restart runs.
+    Called first in its constructor, which each restart runs, or in the task.
 
     Raises:
         TokayError: It died too often on nodes that are still alive, so it is no node's fault.
@@ -32,7 +32,8 @@ def actor_begins(notes: Storage, kind: str) -> None:
     import ray
 
     context = ray.get_runtime_context()
-    path = f"{_FOLDER}/{kind}/{context.get_actor_id()}.json"
+    name = context.get_actor_id() or context.get_task_id()  # the same whenever it starts
+    path = f"{_FOLDER}/{kind}/{name}.json"
     lives = _lives(notes, path)
     alive = _alive_nodes()
     deaths = [life for life in lives if life["node"] in alive]

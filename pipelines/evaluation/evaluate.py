@@ -31,6 +31,8 @@ from pipelines.evaluation.mteb_model import (
 )
 from pipelines.evaluation.prompts import EvaluationPrompt, evaluation_prompt
 
+# Folder of single items beside mteb's own results.
+ITEMS = "tokay"
 # mteb rounds retrieval scores to five places.
 _ROUNDED = 1e-4
 
@@ -300,7 +302,7 @@ def _measure(
 class _Stored:
     """Where a result of mteb's and its single items stand in a folder of results.
 
-    mteb's own files are as its `ResultCache` writes them; the items stand in a folder ``tokay``
+    mteb's own files are as its `ResultCache` writes them; the items stand in a folder `ITEMS`
     beside them, where mteb does not look.
 
     Attributes:
@@ -313,7 +315,7 @@ class _Stored:
         self.cache = mteb.ResultCache(folder)
         name, splits = mteb_task.metadata.name, mteb_task.eval_splits
         path = self.cache.get_task_result_path(name, encoder.mteb_model_meta)
-        self._items = path.parent / "tokay" / f"{name}.json"
+        self._items = path.parent / ITEMS / f"{name}.json"
         try:
             there = self.cache.load_task_result(name, encoder.mteb_model_meta)
         except ValueError:  # half a file, of somebody who was killed

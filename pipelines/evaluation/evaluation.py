@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.artifacts import Artifact, Json
 from cluster.plain_json import dump_json
+from cluster.step_task import run_in_task
 from cluster.steps import Step, StepContext
 from cluster.storage import LocalStorage, Storage
 from pipelines.datasets.retrieval import RetrievalDataset
 from pipelines.datasets.test_sets import TestSet, load_test_sets, test_set_fingerprint
-from pipelines.encoders import TRAINED, load_encoder, saved_encoder, upload_folder
+from pipelines.encoders import TRAINED, EncoderConfig, load_encoder, saved_encoder
 from pipelines.evaluation.compare import STUDENT_AFTER, averages, compare
-from pipelines.evaluation.evaluate import evaluate_at
+from pipelines.evaluation.evaluate import ITEMS, evaluate_at
 from pipelines.evaluation.model_card import add_to_card, model_index, training_sets
 from pipelines.evaluation.mteb_model import ModelIdentity
 from pipelines.fingerprints import fingerprinted
@@ -42,24 +44,7 @@ def step(recipe: Recipe) -> Step:
     """Returns the step of a recipe that has test sets."""
     student = recipe.student
     between = tuple(stage for stage in STAGES if getattr(recipe, stage))
-
-    def evaluate(context: StepContext) -> dict[str, Json]:
-        import torch
-
-        configs = {
-            "retriever": recipe.retriever,
-            "student_before": saved_encoder(context.input("student"), student),
-        }
-        for stage in between:
-            configs[STAGES[stage]] = saved_encoder(context.input(stage), student, TRAINED)
-        configs[STUDENT_AFTER] = saved_encoder(context.input("export"), student)
-        encoders = {name: load_encoder(config) for name, config in configs.items()}
-        try:
-            return run_evaluation(recipe.evaluation, encoders, context)
-        finally:
-            encoders.clear()
-            torch.cuda.empty_cache()  # this process lives on
-
+    evaluate = partial(_evaluate, recipe.evaluation, recipe.retriever, student, between)
     return Step(
         name="evaluation",
         config={
@@ -68,8 +53,28 @@ def step(recipe: Recipe) -> Step:
             "student_dtype": student.dtype,
         },
         inputs=("student", "export", *between),
-        work=evaluate,
+        work=lambda context: run_in_task(evaluate, context, recipe.resources.encoder),
     )
+
+
+def _evaluate(
+    test_sets: tuple[TestSet, ...],
+    retriever: EncoderConfig,
+    student: EncoderConfig,
+    between: tuple[str, ...],
+    context: StepContext,
+) -> dict[str, Json]:
+    configs = {
+        "retriever": retriever,
+        "student_before": saved_encoder(context.input("student"), student),
+        **{
+            STAGES[stage]: saved_encoder(context.input(stage), student, TRAINED)
+            for stage in between
+        },
+        STUDENT_AFTER: saved_encoder(context.input("export"), student),
+    }
+    encoders = {name: load_encoder(config) for name, config in configs.items()}
+    return run_evaluation(test_sets, encoders, context)
 
 
 def run_evaluation(
@@ -96,7 +101,7 @@ def run_evaluation(
     done, total = 0, sum(sizes) * len(encoders)
     results = []
     notes = {each.name: list(each.notes) for each in data if getattr(each, "notes", ())}
-    with _results_folder(context.storage) as folder:
+    with _results_folder(context.storage) as (folder, save):
         for (test_set, each), size in zip(loaded, sizes, strict=True):
             for name, encoder in encoders.items():
                 encoded = 0
@@ -122,6 +127,7 @@ def run_evaluation(
                     results=folder,
                     on_progress=progress,
                 )
+                save()
                 done += size
     searched = [each for each in data if isinstance(each, RetrievalDataset)]
     differences, means = compare(results), averages(results)
@@ -151,16 +157,29 @@ def _card(export: Artifact) -> str:
 
 
 @contextmanager
-def _results_folder(storage: Storage) -> Iterator[Path]:
-    """Yields a local folder that is, or is copied from and to, the step's ``mteb``."""
+def _results_folder(storage: Storage) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """Yields a local folder that is the step's ``mteb``, or a copy of it, and what saves the copy.
+
+    It is saved after each result, since a node may be lost, and the folder with it.
+    """
     if isinstance(storage, LocalStorage):
-        yield storage.folder / MTEB_RESULTS
+        yield storage.folder / MTEB_RESULTS, lambda: None
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for file in storage.list(MTEB_RESULTS):
-            storage.download(file, folder / file)
-        try:
-            yield folder / MTEB_RESULTS
-        finally:
-            upload_folder(folder / MTEB_RESULTS, storage, MTEB_RESULTS)
+        for path in storage.list(MTEB_RESULTS):
+            storage.download(path, folder / path)
+        saved = _times(folder)
+
+        def save() -> None:
+            changed = _times(folder).items() - saved.items()
+            # Items first: with them, an mteb's result is taken as it stands.
+            for file, time in sorted(changed, key=lambda each: each[0].parent.name != ITEMS):
+                storage.upload(file, file.relative_to(folder).as_posix())
+                saved[file] = time
+
+        yield folder / MTEB_RESULTS, save
+
+
+def _times(folder: Path) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}

@@ -98,6 +98,7 @@ def gpu_needs(recipe: Recipe, num_passages: int | None = None, *, here: bool = T
     memory = _memory(recipe, here)
     teachers = [TEACHER] if TEACHER in recipe.models else []
     judges = ["cross_encoder"] if "cross_encoder" in recipe.models else []
+    of_student = ("gate", "index") if recipe.gate else ("index",)
     return [
         _llm(recipe, memory["llm"]),
         _encoder(recipe, memory["encoder"], ("embeddings", "candidates"), "retriever"),
@@ -106,7 +107,8 @@ def gpu_needs(recipe: Recipe, num_passages: int | None = None, *, here: bool = T
         *(_encoder(recipe, memory["encoder"], ("cross_scores",), each) for each in judges),
         *(_encoder(recipe, memory["encoder"], OF_TEACHER, each) for each in teachers),
         *(_training(recipe, memory["training"], prefix) for prefix in recipe.stages),
-        _encoder(recipe, memory["encoder"], ("index",), "student"),
+        _encoder(recipe, memory["encoder"], of_student, "student"),
+        *([_evaluation(recipe, memory["encoder"])] if recipe.evaluation else []),
     ]
 
 
@@ -183,6 +185,24 @@ def _encoder(recipe: Recipe, whole: float | None, steps: tuple[str, ...], which:
         unknown="" if size else _unknown(config.model),
         remedy=f"choose a smaller {which}.model or correct resources.gpu_memory_gib",
     )
+
+
+def _evaluation(recipe: Recipe, whole: float | None) -> Need:
+    """The retriever, and the student before the first stage and after each: all at once."""
+    retriever, student = (
+        _encoder(recipe, whole, ("evaluation",), which) for which in ("retriever", "student")
+    )
+    need = replace(
+        retriever,
+        what="retriever and students",
+        unknown=retriever.unknown or student.unknown,
+        remedy="choose a smaller retriever.model or student.model, or correct"
+        " resources.gpu_memory_gib",
+    )
+    if need.unknown:
+        return replace(need, parts={})
+    weights = retriever.least + (1 + len(recipe.stages)) * student.least
+    return replace(need, parts=retriever.parts | {"weights": weights}, least=weights)
 
 
 def _candidates(recipe: Recipe, have: float | None, num_passages: int | None) -> Need:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.artifacts import Artifact, Json
 from cluster.errors import TokayError
+from cluster.step_task import run_in_task
 from cluster.steps import Step, StepContext
 from cluster.storage import join
 from pipelines.corpus.held_out import HELD_OUT
@@ -28,12 +30,6 @@ NUM_PARITY_TEXTS = 32
 
 def step(recipe: Recipe) -> Step:
     """Returns the step."""
-
-    def export(context: StepContext) -> dict[str, Json]:
-        passages = context.input("passages")
-        texts = passages.shard(passages.shards[0], ["text"])["text"].to_pylist()
-        return export_student(recipe.name, recipe.student, texts[:NUM_PARITY_TEXTS], context)
-
     more = {
         "embedding_distillation_mixture": recipe.embedding_distillation,
         "prefinetuning_mixture": recipe.prefinetuning,
@@ -44,8 +40,16 @@ def step(recipe: Recipe) -> Step:
         name="export",
         config={"recipe": recipe.name},
         inputs=("training", "mixture", "fret", "passages", *(name for name in more if more[name])),
-        work=export,
+        work=lambda context: run_in_task(
+            partial(_export, recipe.name, recipe.student), context, recipe.resources.encoder
+        ),
     )
+
+
+def _export(recipe_name: str, student: StudentConfig, context: StepContext) -> dict[str, Json]:
+    passages = context.input("passages")
+    texts = passages.shard(passages.shards[0], ["text"])["text"].to_pylist()
+    return export_student(recipe_name, student, texts[:NUM_PARITY_TEXTS], context)
 
 
 def export_student(

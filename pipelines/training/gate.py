@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -20,6 +21,7 @@ from pydantic import Field, field_validator
 
 from cluster.artifacts import Json, write_shards
 from cluster.config import Config
+from cluster.step_task import run_in_task
 from cluster.steps import Step, StepContext
 from cluster.storage import join
 from pipelines.corpus.held_out import MAX_HELD_OUT_SHARE
@@ -94,11 +96,7 @@ def step(recipe: Recipe) -> Step:
     test_set = next((each for each in recipe.evaluation if each.name == config.test_set), None)
     _, before = training.step(recipe).inputs  # what training starts from is said there
     folders = {before: MODEL if before == "student" else TRAINED, recipe.trained_by: TRAINED}
-
-    def run(context: StepContext) -> dict[str, Json]:
-        judge = _held_out(config, context) if test_set is None else _test_set(test_set)
-        return run_gate(config, judge, student, folders, context)
-
+    run = partial(_run, config, test_set, student, folders)
     return Step(
         name="gate",
         config={
@@ -107,8 +105,19 @@ def step(recipe: Recipe) -> Step:
             "judged_on": None if test_set is None else test_set_fingerprint(test_set),
         },
         inputs=(*folders, *(("passages", "seeds", "queries") if test_set is None else ())),
-        work=run,
+        work=lambda context: run_in_task(run, context, recipe.resources.encoder),
     )
+
+
+def _run(
+    config: GateConfig,
+    test_set: TestSet | None,
+    student: EncoderConfig,
+    folders: Mapping[str, str],
+    context: StepContext,
+) -> dict[str, Json]:
+    judge = _held_out(config, context) if test_set is None else _test_set(test_set)
+    return run_gate(config, judge, student, folders, context)
 
 
 Progress = Callable[[int], None]
@@ -257,7 +266,6 @@ def run_gate(
             except BrokenVectors as error:
                 scores[weight] = np.zeros(len(judge.rows))
                 notes.append(f"{name_weight(weight)} counts as finding nothing: {error}")
-    torch.cuda.empty_cache()  # this process lives on
     decision = decide(scores, [row["group"] for row in judge.rows], config.significance)
     with tempfile.TemporaryDirectory() as temporary:
         write(decision.weight, temporary)

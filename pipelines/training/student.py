@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,6 +11,7 @@ from pydantic import Field, field_validator
 
 from cluster.artifacts import Json
 from cluster.errors import UserError
+from cluster.step_task import run_in_task
 from cluster.steps import Step, StepContext
 from pipelines.encoders import MODEL, EncoderConfig, load_encoder, upload_folder
 from pipelines.fingerprints import NotFingerprinted, fingerprinted
@@ -56,7 +58,9 @@ def step(recipe: Recipe) -> Step:
         name="student",
         config=fingerprinted(recipe.student),
         inputs=(),
-        work=lambda context: make_student(recipe.student, context),
+        work=lambda context: run_in_task(
+            partial(make_student, recipe.student), context, recipe.resources.encoder
+        ),
     )
 
 
@@ -89,7 +93,7 @@ def load_student(config: StudentConfig) -> Encoder:
 
     weights = config.model_copy(update={"dtype": "float32"})  # to be trained
     pooling = config.pooling or ("mean" if config.bidirectional else None)
-    encoder = load_encoder(weights, device="cpu", pooling=pooling)  # trained by workers, not here
+    encoder = load_encoder(weights, device="cpu", pooling=pooling)  # it is trained elsewhere
     try:
         if config.layers is not None:
             encoder = cut_layers(encoder, config.layers)

@@ -52,6 +52,31 @@ def test_cross_encoder_is_counted_where_it_judges() -> None:
     assert "scores" not in need(recipe, "queries").steps
 
 
+def test_evaluation_holds_the_retriever_and_all_students_at_once() -> None:
+    test_set = "evaluation=[{name: mine, path: s3://b/mine}]"
+    found = need(load_recipe("gpu", [test_set, "student.dtype=float32"]), "evaluation")
+    assert found.parts["weights"] == pytest.approx(2 * 0.5958e9 + 2 * 4 * 0.149e9)
+    assert (found.have, found.gpu) == (11 * GIB, True)  # the encoder's half
+    titles = '{name: titles, kind: title-body, path: "run:passages", task: search result}'
+    stages = ["embedding_distillation={}", f"prefinetuning.mixture.labelled=[{titles}]"]
+    more = need(load_recipe("gpu", [test_set, "student.dtype=float32", *stages]), "evaluation")
+    assert more.parts["weights"] - found.parts["weights"] == pytest.approx(2 * 4 * 0.149e9)
+    settings = [test_set, "resources.gpu_memory_gib={encoder: 2}", "student.dtype=float32"]
+    with pytest.raises(
+        UserError, match=r"retriever and students \(evaluation\) needs at least 2\.2"
+    ):
+        refuse_unfit(load_recipe("gpu", settings))
+    refuse_unfit(load_recipe("gpu", settings), needless=lambda step: step == "evaluation")
+    unknown = need(load_recipe("gpu", [test_set, "student.model=some/other"]), "evaluation")
+    assert (unknown.fits, unknown.parts) == ("unknown", {})
+    assert not [each for each in gpu_needs(load_recipe("gpu")) if "evaluation" in each.steps]
+
+
+def test_gate_needs_what_the_index_needs() -> None:
+    assert need(load_recipe("gpu", ["gate={}"]), "gate").steps == ("gate", "index")
+    assert need(load_recipe("gpu"), "index").what == "student"
+
+
 def test_training_is_counted_by_hand() -> None:
     found = need(load_recipe("gpu", [FIXED]), "training")
     assert found.parts["gradients"] == 4 * 0.149e9
