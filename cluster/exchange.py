@@ -65,11 +65,13 @@ class Exchange(ABC):
         order: Columns by which a partition is sorted; rows that are alike in all of them stay in
             the order of the sources.
         num_cpus: That each task asks for.
+        rows_per_group: Of a shard, for readers of some of its rows; None: all are one group.
     """
 
     num_partitions: int
     order: tuple[str, ...]
     num_cpus: float = 1.0
+    rows_per_group: int | None = None
 
     @abstractmethod
     def split(self, source: Any) -> pa.Table:
@@ -236,7 +238,8 @@ def _merge(
     table, counts = exchange.merge(rows.take(pc.sort_indices(rows, keys)))
     if not table.num_rows:
         return None
-    return write_table(target, shard_path(partition), table), dict(counts)
+    written = write_table(target, shard_path(partition), table, exchange.rows_per_group)
+    return written, dict(counts)
 
 
 def _read_spill(spills: Storage, path: str, partition: int, num_partitions: int) -> pa.Table | None:

@@ -121,6 +121,20 @@ def parquet_table(content: bytes | BinaryIO, columns: Sequence[str] | None, plac
         return table if columns is None else table.select(columns)
 
 
+def row_groups_table(
+    file: pq.ParquetFile, groups: Sequence[int], columns: Sequence[str], place: str
+) -> pa.Table:
+    """Returns some row groups of an opened file with these columns, which it must have.
+
+    Raises:
+        StorageError: They cannot be decoded, or their text is not UTF-8.
+    """
+    with _one_line(place):
+        table = file.read_row_groups(list(groups), list(columns))
+        table.validate(full=True)
+        return table.select(columns)
+
+
 def _names(file: pq.ParquetFile, columns: Sequence[str] | None, place: str) -> list[str]:
     """Returns a file's columns; raises StorageError if one that is to be read is there twice."""
     with _one_line(place):

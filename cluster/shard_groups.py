@@ -29,6 +29,11 @@ class ShardGroup:
     number: int
     first_row: int
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of all of them."""
+        return sum(shard.num_rows or 0 for shard in self.shards)
+
     def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """Yields the shards; raises ArtifactError if one is missing or short."""
         for shard in self.shards:

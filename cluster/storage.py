@@ -150,10 +150,15 @@ def read_table(storage: Storage, path: str, columns: list[str] | None = None) ->
         return parquet_table(file, columns, join(storage.uri, path))
 
 
-def write_table(storage: Storage, path: str, table: pa.Table) -> FileEntry:
-    """Writes one Parquet file atomically, and describes it."""
+def write_table(
+    storage: Storage, path: str, table: pa.Table, rows_per_group: int | None = None
+) -> FileEntry:
+    """Writes one Parquet file atomically, and describes it.
+
+    Whoever reads some of its rows decodes `rows_per_group` of them at once; Arrow's default is all.
+    """
     import pyarrow.parquet as pq  # here, since encoders and training steps go without it
 
     with storage.writing(path) as file:
-        pq.write_table(table, file, compression="zstd")
+        pq.write_table(table, file, compression="zstd", row_group_size=rows_per_group)
     return file.entry(table.num_rows)

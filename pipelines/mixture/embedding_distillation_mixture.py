@@ -6,35 +6,46 @@ retriever's vectors of passages lie in `embeddings`; what else is needed is embe
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from cluster.artifacts import Artifact, Json
+from cluster.artifacts import Artifact, Json, unfinished_artifact
 from cluster.errors import UserError
+from cluster.exchange import Shared, run_exchange
 from cluster.file_list import shard_path
+from cluster.files import FileEntry
+from cluster.shard_groups import ShardGroup, shard_groups
 from cluster.stages import StageResources, run_stage
 from cluster.steps import Step, StepContext
-from cluster.storage import join, open_storage, read_table, write_table
+from cluster.storage import Storage, write_table
 from pipelines.corpus.held_out import HELD_OUT
 from pipelines.datasets.decontamination import Decontamination
-from pipelines.encoders import EncoderConfig, load_encoder, saved_encoder
+from pipelines.encoders import EncoderConfig, saved_encoder
 from pipelines.fingerprints import fingerprinted
-from pipelines.mining.embeddings import (
-    EmbedPassages,
-    EmbedTexts,
-    column_vectors,
-    embedded_passages,
-    vector_column,
-)
+from pipelines.mining.embeddings import EmbedPassages, EmbedTexts, vector_column
 from pipelines.mixture.config import TextsConfig
+from pipelines.mixture.formats import Format
+from pipelines.mixture.passage_draw import Draw, DrawnPassages, drawn_passages
 from pipelines.mixture.sampling import Rows, draw_batches
-from pipelines.mixture.sources import EXAMPLES_PER_SHARD, VALIDATION
+from pipelines.mixture.sources import EXAMPLES_PER_SHARD, batches_in_order
+from pipelines.mixture.stored_rows import (
+    SHARDS_A_SET,
+    TEXTS_PER_GROUP,
+    Batches,
+    Places,
+    WriteBatches,
+    part,
+    read_keys,
+    with_keys,
+    write_rows,
+    write_validation,
+)
 from pipelines.records import TEXT
 
 if TYPE_CHECKING:
@@ -43,7 +54,7 @@ if TYPE_CHECKING:
 
 TITLE = "mix the batches of embedding distillation"
 
-_TEXTS_AT_ONCE = 4096
+_SETS = ("passages", "queries")
 _OF_TRAINING = ("batch_size", "epochs", "max_query_tokens", "max_passage_tokens")
 
 
@@ -62,17 +73,16 @@ def step(recipe: Recipe, decontamination: Decontamination) -> Step:
             dimensions=student.manifest.metrics["dimensions"],
             resources=recipe.resources.encoder,
         )
-        encoder = load_encoder(saved_encoder(student, recipe.student), device="cpu")
-        passages = read_passages(config, encoder, teacher, context)
-        sets = [replace(passages, max_tokens=training.max_passage_tokens)]
-        counts: dict[str, Json] = {}
-        if config.queries:
-            queries, counts = read_queries(encoder, teacher, decontamination, context)
-            sets.append(replace(queries, max_tokens=training.max_query_tokens))
-        return counts | write_mixture(
-            sets,
+        format_ = Format(
+            student=saved_encoder(student, recipe.student),
+            max_query_tokens=training.max_query_tokens,
+            max_passage_tokens=training.max_passage_tokens,
+        )
+        return make_mixture(
             config,
-            encoder=encoder,
+            format_=format_,
+            teacher=teacher,
+            decontamination=decontamination,
             batch_size=training.batch_size,
             epochs=training.epochs,
             context=context,
@@ -116,33 +126,6 @@ class Teacher:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draw:
-    """Which passages are drawn: those whose hash is among the lowest.
-
-    Attributes:
-        seed: Of the hash.
-        highest: Of the hashes of those drawn.
-    """
-
-    seed: int
-    highest: int
-
-    @classmethod
-    def of(cls, passages: Artifact, num_drawn: int, seed: int) -> Draw:
-        """Draws passages of an artifact; of more, they are among those drawn too."""
-        parts = [_hashes(table["id"], seed) for table in passages.tables(["id"])]
-        hashes = np.concatenate([np.empty(0, np.uint64), *parts])
-        if num_drawn >= len(hashes):
-            return cls(seed=seed, highest=2**64 - 1)
-        return cls(seed=seed, highest=int(np.partition(hashes, num_drawn - 1)[num_drawn - 1]))
-
-    def includes(self, ids: pa.ChunkedArray) -> np.ndarray:
-        """Returns bool ``[ids]``."""
-        drawn: np.ndarray = _hashes(ids, self.seed) <= np.uint64(self.highest)
-        return drawn
-
-
-@dataclass(frozen=True, kw_only=True)
 class EmbedDrawn(EmbedPassages):
     """Passages in, passages with the teacher's vectors out; null where they are not drawn."""
 
@@ -179,142 +162,194 @@ class EmbedQueries(EmbedTexts):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Texts:
-    """Texts of one kind, and what the student is to make of them.
+class WriteTexts(WriteBatches):
+    """Texts are tokenised, and meet in their batches."""
 
-    Attributes:
-        name: Of the set.
-        texts: In the student's templates.
-        vectors: The teacher's, float32 ``[texts, dimensions]``.
-        max_tokens: The student reads so many of each.
-    """
+    rows_per_group: int | None = TEXTS_PER_GROUP
+    schema: pa.Schema = TEXT
+    format_: Format
 
-    name: str
-    texts: list[str]
-    vectors: np.ndarray
-    max_tokens: int = 0
+    def split(self, source: ShardGroup) -> pa.Table:
+        """Returns the texts of a source at their places, each tokenised once."""
+        return self.placed(source, self.places.get(), self._tokenised)
 
-    def take(self, rows: np.ndarray) -> Texts:
-        """Returns some of them."""
-        return replace(self, texts=[self.texts[row] for row in rows], vectors=self.vectors[rows])
-
-    def tokens(self, encoder: Encoder) -> pa.ListArray:
-        """Returns what the student reads of each."""
-        parts = [pa.array([], pa.list_(pa.int32()))]
-        for start in range(0, len(self.texts), _TEXTS_AT_ONCE):
-            some = self.texts[start : start + _TEXTS_AT_ONCE]
-            rows = encoder.tokenize(some, max_tokens=self.max_tokens)
-            parts.append(pa.array(rows, pa.list_(pa.int32())))
-        return pa.concat_arrays(parts)
+    def _tokenised(self, rows: pa.Table) -> pa.Table:
+        of_queries = rows["dataset"][0].as_py() == _SETS[1]
+        limit = self.format_.max_query_tokens if of_queries else self.format_.max_passage_tokens
+        tokens = self.format_.load().encoder.tokenize(rows["text"].to_pylist(), max_tokens=limit)
+        return rows.append_column("tokens", pa.array(tokens, pa.list_(pa.int32())))
 
 
-def read_passages(
-    config: TextsConfig, encoder: Encoder, teacher: Teacher, context: StepContext
-) -> Texts:
-    """Returns the passages that are drawn, with the vectors of `embeddings` or the teacher's."""
-    source = context.input("passages")
-    draw = Draw.of(source, config.max_passages, config.seed)
-    columns = ["id", "title", "text"]
-    tables: Iterable[pa.Table]
-    if "embeddings" in context.inputs:
-        tables = embedded_passages(context)
-    else:
-        stage = EmbedDrawn(
-            encoder=teacher.encoder,
-            resources=teacher.resources,
-            columns=tuple(columns),
-            teacher=teacher,
-            draw=draw,
-        )
-        tables = _embedded(stage, source, "passages", context)
-    texts: list[str] = []
-    vectors = [np.empty((0, teacher.dimensions), np.float32)]
-    for table in tables:
-        drawn = table.filter(pa.array(draw.includes(table["id"])))
-        if drawn.num_rows:
-            titles = drawn["title"].to_pylist()
-            texts += encoder.format_passages(drawn["text"].to_pylist(), titles)
-            vectors.append(column_vectors(drawn["embedding"]))
-            teacher.check(vectors[-1].shape[1])
-    return Texts(name="passages", texts=texts, vectors=np.concatenate(vectors))
-
-
-def read_queries(
-    encoder: Encoder, teacher: Teacher, decontamination: Decontamination, context: StepContext
-) -> tuple[Texts, dict[str, Json]]:
-    """Returns the different queries with the teacher's vectors, and counts what is left out.
-
-    Left out are those with nothing in them, those that are held out for the gate, and those that
-    repeat a query the run is judged by.
-    """
-    stage = EmbedQueries(encoder=teacher.encoder, resources=teacher.resources, teacher=teacher)
-    texts: dict[str, None] = {}
-    vectors, repeated = [np.empty((0, teacher.dimensions), np.float32)], 0
-    for table in _embedded(stage, context.input("queries"), "queries", context):
-        formatted = _format_queries(encoder, table)
-        queries, reasons, kept = table["query"].to_pylist(), table["dropped_by"].to_pylist(), []
-        for row, (query, text) in enumerate(zip(queries, formatted, strict=True)):
-            if not query or text in texts or reasons[row] == HELD_OUT:
-                continue
-            if decontamination.repeated(query):
-                repeated += 1
-                continue
-            texts[text] = None
-            kept.append(row)
-        if kept:
-            vectors.append(column_vectors(table["embedding"].take(pa.array(kept))))
-    queries = Texts(name="queries", texts=list(texts), vectors=np.concatenate(vectors))
-    return queries, {"num_decontaminated": repeated}
-
-
-def write_mixture(
-    sets: Sequence[Texts],
+def make_mixture(
     config: TextsConfig,
     *,
-    encoder: Encoder,
+    format_: Format,
+    teacher: Teacher,
+    decontamination: Decontamination,
     batch_size: int,
     epochs: float,
     context: StepContext,
 ) -> dict[str, Json]:
-    """Draws the batches of the sets, each by its number of texts, and writes them; returns counts.
+    """Embeds what has no vector, draws the batches of passages and queries, and writes them.
+
+    Each set is drawn by its number of texts; queries are drawn once, whoever repeats them. Left out
+    are those with nothing in them, those that are held out for the gate, and those that repeat a
+    query the run is judged by. The driver holds 32 bytes a text, and 16 for each of its places.
 
     Raises:
-        UserError: There is no text.
+        UserError: There is no text, or the teacher's vectors have another length.
     """
-    held_out, sets = _hold_out(sets, config)
-    sets = [each for each in sets if each.texts]
+    context.log.resume()  # so that what is held out does not begin it anew
+    tasks = _passage_tasks(config, format_, teacher, context)
+    if config.queries:
+        tasks += _query_tasks(format_, teacher, decontamination, context)
+    own = part(context, "texts")
+    texts, told = write_rows(_run, [(task, own.storage) for task in tasks], own)
+    held_out, sets = _hold_out(_different(read_keys(texts, len(_SETS))), config)
+    names = [name for name, rows in zip(_SETS, sets, strict=True) if len(rows)]
+    sets = [rows for rows in sets if len(rows)]
     if not sets:
         raise UserError("embedding distillation has no text: the corpus gave no passage")
-    num_texts = sum(len(each.texts) for each in sets)
+    num_texts = sum(map(len, sets))
     num_batches = max(1, round(epochs * num_texts / batch_size))
-    rows = [
-        Rows(name=each.name, weight=len(each.texts), keys=np.arange(len(each.texts))[:, None])
-        for each in sets
+    drawn_from = [
+        Rows(name=name, weight=len(rows), keys=np.arange(len(rows))[:, None])
+        for name, rows in zip(names, sets, strict=True)
     ]
-    batches = list(draw_batches(rows, batch_size, num_batches, config.seed))
+    batches = list(draw_batches(drawn_from, batch_size, num_batches, config.seed))
     per_shard = max(1, EXAMPLES_PER_SHARD // batch_size)
-    _write(sets, batches, "shards", per_shard, encoder, context)
-    in_order = [
-        (place, np.arange(start, min(start + batch_size, len(each.texts))))
-        for place, each in enumerate(held_out)
-        for start in range(0, len(each.texts), batch_size)
-    ]
-    _write(held_out, in_order, VALIDATION, per_shard, encoder, context)
+
+    def exchange(
+        sets: Sequence[np.ndarray], batches: Batches
+    ) -> tuple[WriteTexts, list[ShardGroup]]:
+        places = Places.of(batches, sets)
+        write = WriteTexts(
+            num_partitions=-(-len(batches) // per_shard),
+            batches_each=per_shard,
+            places=Shared.of(places),
+            format_=format_,
+        )
+        return write, places.sources(texts)
+
+    in_order = batches_in_order(list(map(len, held_out)), batch_size)
+    if in_order:
+        write_validation(*exchange(held_out, in_order), context)
+    run_exchange(*exchange(sets, batches), context)
     drawn = Counter(place for place, _ in batches)
-    return {
+    counts = {"num_decontaminated": sum(told)} if config.queries else {}
+    return counts | {
         "num_batches": num_batches,
         "num_examples": num_texts,
-        "num_validation_examples": sum(len(each.texts) for each in held_out),
-        "sets": {each.name: len(each.texts) for each in sets},
-        "batches": {each.name: drawn[place] for place, each in enumerate(sets)},
+        "num_validation_examples": sum(map(len, held_out)),
+        "sets": {name: len(rows) for name, rows in zip(names, sets, strict=True)},
+        "batches": {name: drawn[place] for place, name in enumerate(names)},
     }
 
 
-def _hashes(ids: pa.ChunkedArray, seed: int) -> np.ndarray:
-    digests = b"".join(
-        hashlib.sha256(f"{seed} {id_}".encode()).digest()[:8] for id_ in ids.to_pylist()
-    )
-    return np.frombuffer(digests, np.uint64)
+def _passage_tasks(
+    config: TextsConfig, format_: Format, teacher: Teacher, context: StepContext
+) -> list[_WritePassages | _WriteQueries]:
+    """Returns tasks that write the passages which are drawn.
+
+    Their vectors are those of `embeddings`, or the teacher's.
+    """
+    texts = context.input("passages")
+    draw = Draw.of(texts, config.max_passages, config.seed)
+    if "embeddings" in context.inputs:
+        vectors = context.input("embeddings")
+    else:
+        stage = EmbedDrawn(
+            encoder=teacher.encoder,
+            resources=teacher.resources,
+            columns=("id", "title", "text"),
+            teacher=teacher,
+            draw=draw,
+        )
+        vectors = _embedded(stage, texts, _SETS[0], context)
+    return [
+        _WritePassages(format_=format_, teacher=teacher, passages=some)
+        for some in drawn_passages(draw, vectors, texts)
+    ]
+
+
+def _query_tasks(
+    format_: Format, teacher: Teacher, decontamination: Decontamination, context: StepContext
+) -> list[_WritePassages | _WriteQueries]:
+    """Returns tasks that write the queries which may be trained on, as often as they are there."""
+    stage = EmbedQueries(encoder=teacher.encoder, resources=teacher.resources, teacher=teacher)
+    embedded = _embedded(stage, context.input("queries"), _SETS[1], context)
+    known = Shared.of(decontamination)
+    return [
+        _WriteQueries(format_=format_, queries=group, known=known)
+        for group in shard_groups(embedded)
+    ]
+
+
+def _embedded(stage: EmbedTexts, source: Artifact, folder: str, context: StepContext) -> Artifact:
+    """Embeds what an earlier attempt has not; returns all."""
+    own = part(context, folder)
+    run_stage(stage, source, own)
+    return unfinished_artifact(own.storage, own.log.files())
+
+
+def _run(task: _WritePassages | _WriteQueries, storage: Storage) -> tuple[list[FileEntry], int]:
+    return task.write(storage)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WritePassages:
+    format_: Format
+    teacher: Teacher
+    passages: DrawnPassages
+
+    def write(self, storage: Storage) -> tuple[list[FileEntry], int]:
+        """Writes a shard for each of the passages'."""
+        encoder, written = self.format_.load().encoder, []
+        for number, rows in enumerate(self.passages.tables(), self.passages.vectors.number):
+            if rows.num_rows:
+                self.teacher.check(len(rows["embedding"][0]))
+            texts = encoder.format_passages(rows["text"].to_pylist(), rows["title"].to_pylist())
+            written.append(_write(storage, 0, number, texts, rows["embedding"]))
+        return written, 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WriteQueries:
+    format_: Format
+    queries: ShardGroup
+    known: Shared
+
+    def write(self, storage: Storage) -> tuple[list[FileEntry], int]:
+        """Writes a shard for each of the queries'; counts those that repeat evaluation queries."""
+        encoder, known = self.format_.load().encoder, self.known.get()
+        written, num_repeated = [], 0
+        for number, rows in enumerate(self.queries.tables(), self.queries.number):
+            fit = [
+                bool(query) and reason != HELD_OUT
+                for query, reason in zip(
+                    rows["query"].to_pylist(), rows["dropped_by"].to_pylist(), strict=True
+                )
+            ]
+            rows = rows.filter(pa.array(fit, pa.bool_()))
+            repeated = [bool(known.repeated(query)) for query in rows["query"].to_pylist()]
+            num_repeated += sum(repeated)
+            rows = rows.filter(pc.invert(pa.array(repeated, pa.bool_())))
+            texts = _format_queries(encoder, rows)
+            written.append(_write(storage, 1, number, texts, rows["embedding"]))
+        return written, num_repeated
+
+
+def _write(
+    storage: Storage, of_set: int, number: int, texts: list[str], vectors: pa.ChunkedArray
+) -> FileEntry:
+    names = [_SETS[of_set]] * len(texts)
+    columns = {
+        "dataset": pa.array(names, pa.string()),
+        "text": pa.array(texts, pa.string()),
+        "embedding": vectors,
+    }
+    rows = with_keys(pa.table(columns), tasks=names, queries=texts, positives=texts, symmetric=True)
+    return write_table(storage, shard_path(of_set * SHARDS_A_SET + number), rows)
 
 
 def _format_queries(encoder: Encoder, rows: pa.Table) -> list[str]:
@@ -322,54 +357,24 @@ def _format_queries(encoder: Encoder, rows: pa.Table) -> list[str]:
     return [encoder.templates.format_query(query or "", task=task) for query, task in pairs]
 
 
-def _embedded(
-    stage: EmbedTexts, source: Artifact, folder: str, context: StepContext
-) -> Iterator[pa.Table]:
-    """Embeds what an earlier attempt has not, then yields shard after shard."""
-    storage = open_storage(join(context.storage.uri, "work", folder))
-    run_stage(stage, source, replace(context, storage=storage))
-    for path in storage.list("shards"):
-        yield read_table(storage, path)
+def _different(keys: list[np.ndarray]) -> list[np.ndarray]:
+    """Returns the numbers of the rows of each set; of equal queries that of the first."""
+    passages, queries = keys
+    _, first = np.unique(queries["query"], return_index=True)
+    return [passages["row"], queries["row"][np.sort(first)]]
 
 
-def _hold_out(sets: Sequence[Texts], config: TextsConfig) -> tuple[list[Texts], list[Texts]]:
-    """Returns the texts for validation, by the sets' sizes and at most a fifth; and the others."""
-    total = sum(len(each.texts) for each in sets)
+def _hold_out(
+    sets: Sequence[np.ndarray], config: TextsConfig
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Returns the rows for validation, by the sets' sizes and at most a fifth; and the others."""
+    total = sum(map(len, sets))
     held_out, others = [], []
-    for each in sets:
-        num_all = len(each.texts)
-        size = min(round(config.validation_examples * num_all / max(1, total)), num_all // 5)
-        draw = np.random.default_rng([config.seed, *f"held out {each.name}".encode()])
-        order = draw.permutation(num_all)
-        held_out.append(each.take(np.sort(order[:size])))
-        others.append(each.take(np.sort(order[size:])) if size else each)
+    for name, rows in zip(_SETS, sets, strict=True):
+        share = round(config.validation_examples * len(rows) / max(1, total))
+        size = min(share, len(rows) // 5)
+        draw = np.random.default_rng([config.seed, *f"held out {name}".encode()])
+        order = draw.permutation(len(rows))
+        held_out.append(rows[np.sort(order[:size])])
+        others.append(rows[np.sort(order[size:])] if size else rows)
     return held_out, others
-
-
-def _write(
-    sets: Sequence[Texts],
-    batches: Sequence[tuple[int, np.ndarray]],
-    folder: str,
-    per_shard: int,
-    encoder: Encoder,
-    context: StepContext,
-) -> None:
-    """Tokenises the sets and writes the batches in order."""
-    context.progress.update(0, len(batches), "tokenising")
-    tokens = [each.tokens(encoder) for each in sets]
-    for start in range(0, len(batches), per_shard):
-        parts = []
-        for number, (place, rows) in enumerate(batches[start : start + per_shard], start):
-            some = sets[place].take(rows)
-            columns = {
-                "batch": np.full(len(rows), number, np.int32),
-                "dataset": [some.name] * len(rows),
-                "text": some.texts,
-                "tokens": tokens[place].take(pa.array(rows)),
-                "embedding": vector_column(some.vectors),
-            }
-            parts.append(pa.table(columns, schema=TEXT))
-        shard = pa.concat_tables(parts)
-        path = shard_path(start // per_shard, folder)
-        context.log.append([write_table(context.storage, path, shard)])
-        context.progress.update(start + len(parts), len(batches))

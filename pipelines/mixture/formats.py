@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.datasets.labelled_examples import Example
+from pipelines.encoders import EncoderConfig, load_encoder
 from pipelines.records import EXAMPLE
 
 if TYPE_CHECKING:
@@ -36,6 +38,36 @@ TEXTS = pa.schema(
     [("task", pa.large_string())]
     + [(f.name, _large(f.type)) for f in EXAMPLE if f.name not in ("batch", *_TOKENS)]
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """What a process needs to know to format and tokenise; it travels to tasks.
+
+    Attributes:
+        student: Whose templates and tokenizer they are.
+        max_query_tokens: As in `Formatter`.
+        max_passage_tokens: As in `Formatter`.
+    """
+
+    student: EncoderConfig
+    max_query_tokens: int
+    max_passage_tokens: int
+
+    def load(self) -> Formatter:
+        """Returns the formatter, whose encoder is loaded once in each process."""
+        return Formatter(
+            encoder=_encoder_without_weights(self.student),
+            max_query_tokens=self.max_query_tokens,
+            max_passage_tokens=self.max_passage_tokens,
+        )
+
+
+@lru_cache(maxsize=1)
+def _encoder_without_weights(config: EncoderConfig) -> Encoder:
+    encoder = load_encoder(config, device="cpu")
+    encoder.model.to("meta")
+    return encoder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import numpy as np
 
 # A row that repeats its batch waits for the next one; so many batches' rows are looked at.
 _LOOK_AHEAD = 4
+_NUMBERS_AT_ONCE = 1 << 16  # a number is 8 bytes in an array, and 40 in a list
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,4 +78,6 @@ def _stream(rows: Rows, seed: int) -> Iterator[int]:
 
 def _passes(places: np.ndarray, draw: np.random.Generator) -> Iterator[int]:
     while True:
-        yield from draw.permutation(places).tolist()
+        order = draw.permutation(places)
+        for start in range(0, len(order), _NUMBERS_AT_ONCE):
+            yield from order[start : start + _NUMBERS_AT_ONCE].tolist()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from pipelines.training.agreement import OutOfMemory, agree, highest
 from pipelines.training.config import TrainerConfig, TrainingConfig
 from pipelines.training.embedding_loss import embedding_loss
-from pipelines.training.examples import Batch
+from pipelines.training.examples import Batch, Part, own_rows
 from pipelines.training.loss import Vectors, contrastive_loss, related_examples
 from pipelines.training.place import ALONE, Place
 from pipelines.training.sharding import is_sharded
@@ -75,9 +75,14 @@ class Slice:
 
 
 def slice_batch(batch: Batch, config: TrainerConfig, place: Place = ALONE) -> Slice:
-    """Returns a worker's part of a batch: each ``world``-th example, from number ``rank`` on."""
-    order = [slice(worker, None, place.world) for worker in range(place.world)]
-    own = order[place.rank]
+    """Returns a worker's part of a batch that is whole, or was read for it; see `own_rows`."""
+    part = batch.part or Part(
+        num_queries=len(batch.queries),
+        num_texts=len(batch.texts),
+        queries=own_rows(len(batch.queries), place),
+        texts=own_rows(len(batch.texts), place),
+    )
+    own = part.queries
     negatives, lists = batch.negatives[own], None
     width = 1 + max(map(len, negatives), default=0)
     if batch.lists is not None:
@@ -86,24 +91,23 @@ def slice_batch(batch: Batch, config: TrainerConfig, place: Place = ALONE) -> Sl
     related = None
     masks = isinstance(config, TrainingConfig) and config.loss.mask_duplicates
     if masks and batch.lists is None:  # in whose loss no example is another's negative
-        related = related_examples(
-            list(chain.from_iterable(batch.query_ids[part] for part in order)),
-            list(chain.from_iterable(batch.positive_ids[part] for part in order)),
-        )
+        related = related_examples(batch.query_ids, batch.positive_ids)
+    everybody = (replace(place, rank=rank) for rank in range(place.world))
+    spans = [own_rows(part.num_queries, each) for each in everybody]
     return Slice(
         queries=batch.queries[own],
         positives=batch.positives[own],
         negatives=list(chain.from_iterable(negatives)),
         num_negatives=torch.tensor([len(rows) for rows in negatives], dtype=torch.int64),
         teacher_scores=_teacher_scores(batch.teacher_scores[own], width),
-        sizes=[len(batch.queries[part]) for part in order],
+        sizes=[span.stop - span.start for span in spans],
         rank=place.rank,
         related=related,
         symmetric=batch.symmetric,
         lists=lists,
-        texts=batch.texts[own],
-        num_texts=len(batch.texts),
-        embeddings=None if batch.embeddings is None else torch.tensor(batch.embeddings[own]),
+        texts=batch.texts[part.texts],
+        num_texts=part.num_texts,
+        embeddings=None if batch.embeddings is None else torch.tensor(batch.embeddings[part.texts]),
     )
 
 

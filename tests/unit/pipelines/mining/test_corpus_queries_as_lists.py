@@ -28,7 +28,7 @@ from pipelines.fret import corpus_queries, fret
 from pipelines.ids import passage_id, query_id
 from pipelines.mining import candidates
 from pipelines.mining.embeddings import vector_column
-from pipelines.mixture.fixed_passages import read_lists
+from pipelines.mixture.fixed_lists import lists_of
 from pipelines.recipe.read import load_recipe
 from pipelines.records import EMBEDDING, PASSAGE, QUERY
 from pipelines.run.console import JsonLines
@@ -206,8 +206,7 @@ def test_queries_of_the_corpus_become_lists_beside_those_of_the_llm(
     # What is held out may still be found by them: the index holds it too.
     assert any(IDS["glass"] in row["candidate_ids"] for row in rows)
 
-    encoder: Any = Letters()
-    lists = read_lists(artifacts["fret"], recipe.mixture, encoder, {})
+    lists = lists_of(artifacts["fret"].read(), recipe.mixture.fret_only_tasks, Letters.templates)
     assert Counter(lists["task"].to_pylist()) == {
         "question answering": 2,
         "title": 4,

@@ -14,6 +14,7 @@ from actors.encoder import Encoder
 from cluster.artifacts import Artifact, Manifest, write_artifact, write_shards
 from cluster.errors import UserError
 from cluster.file_list import FileList
+from cluster.shard_groups import shard_groups
 from cluster.stages import Stage
 from cluster.steps import StepContext
 from cluster.storage import open_storage, read_table, write_table
@@ -21,7 +22,8 @@ from pipelines.corpus.held_out import HELD_OUT
 from pipelines.datasets.decontamination import Decontamination
 from pipelines.mining.embeddings import column_vectors, vector_column
 from pipelines.mixture import embedding_distillation_mixture as mixture
-from pipelines.mixture.embedding_distillation_mixture import Draw
+from pipelines.mixture import stored_rows
+from pipelines.mixture.passage_draw import Draw
 from pipelines.recipe.read import load_recipe
 from pipelines.records import EMBEDDING, PASSAGE, QUERY, TEXT
 
@@ -64,7 +66,7 @@ def run_here(stage: Stage, source: Artifact, context: StepContext) -> None:
             table = source.shard(entry, list(stage.columns))
             output: Any = asyncio.run(transform(table))  # type: ignore[arg-type]
             assert output.rows.num_rows == table.num_rows
-            write_table(context.storage, entry.path, output.rows)
+            context.log.append([write_table(context.storage, entry.path, output.rows)])
 
 
 def artifact(folder: Path, table: pa.Table | None, **metrics: Any) -> Artifact:
@@ -113,8 +115,9 @@ def mix(tmp_path: Path, tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> Mix
             inputs={name: inputs[name] for name in step.inputs},
             progress=Silent(),
         )
-        metrics = step.work(context)
         storage = context.storage
+        storage.delete("")
+        metrics = step.work(context)
         tables = [read_table(storage, path) for path in storage.list("shards")]
         return metrics, pa.concat_tables(tables)
 
@@ -186,6 +189,16 @@ def test_texts_held_out_are_not_trained_on(mix: Mix, tmp_path: Path) -> None:
     assert metrics["num_validation_examples"] == held_out.num_rows == 4
     assert metrics["num_examples"] == 16
     assert not {*rows["text"].to_pylist()} & {*held_out["text"].to_pylist()}
+
+
+def test_rows_do_not_depend_on_the_tasks(mix: Mix, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ["embedding_distillation.training.epochs=3"]
+    whole = mix(*settings)
+    monkeypatch.setattr(shard_groups, "__defaults__", (1,))
+    monkeypatch.setattr(stored_rows, "_SOURCE_BYTES", 1)
+    metrics, rows = mix(*settings)
+    assert metrics == whole[0]
+    assert rows.to_pylist() == whole[1].to_pylist()
 
 
 @pytest.mark.parametrize("settings", [(), ("embedding_distillation.mixture.queries=false",)])

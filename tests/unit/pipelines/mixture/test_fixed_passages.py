@@ -11,13 +11,14 @@ import pytest
 
 from actors.encoder import Encoder
 from cluster.artifacts import Artifact, Manifest, write_artifact, write_shards
-from cluster.errors import UserError
+from cluster.errors import ArtifactError, UserError
 from cluster.file_list import FileList
+from cluster.shard_groups import shard_groups
 from cluster.steps import StepContext
 from cluster.storage import open_storage, read_table
 from pipelines.datasets.decontamination import Decontamination
 from pipelines.mining.embeddings import vector_column
-from pipelines.mixture import mixture
+from pipelines.mixture import fixed_lists, mixture, stored_rows
 from pipelines.recipe.read import load_recipe
 from pipelines.records import EMBEDDED_PASSAGE, EMBEDDING, FIXED_EXAMPLE, FRET, PASSAGE
 
@@ -36,10 +37,10 @@ class Silent:
     def update(self, done: float, total: float | None = None, note: str = "") -> None: ...
 
 
-def artifact(folder: Path, table: pa.Table | None) -> Artifact:
+def artifact(folder: Path, table: pa.Table | None, **metrics: Any) -> Artifact:
     storage = open_storage(folder)
     files = write_shards(storage, table, 8) if table is not None and table.num_rows else []
-    manifest = Manifest(step=folder.name, fingerprint="", config={}, inputs={})
+    manifest = Manifest(step=folder.name, fingerprint="", config={}, inputs={}, metrics=metrics)
     return write_artifact(storage, manifest, FileList.of(files))
 
 
@@ -92,12 +93,13 @@ def mix(tmp_path: Path, tiny_model: Any) -> Mix:
         assert set(step.inputs) == {"student", "fret", "embeddings", "passages"}
         embedded = passages(dimensions)
         inputs = {
-            "student": artifact(tmp_path / "student", None),
+            "student": artifact(tmp_path / "student", None, dimensions=DIMENSIONS),
             "fret": artifact(tmp_path / "fret", fret()),
             "embeddings": artifact(tmp_path / "embeddings", embedded.select(EMBEDDING.names)),
             "passages": artifact(tmp_path / "passages", embedded.select(PASSAGE.names)),
         }
         storage = open_storage(tmp_path / "mixture")
+        storage.delete("")
         metrics = step.work(StepContext(storage=storage, inputs=inputs, progress=Silent()))
         tables = [read_table(storage, path) for path in storage.list("shards")]
         return metrics, pa.concat_tables(tables)
@@ -163,6 +165,38 @@ def test_lists_held_out_lie_apart_without_passages(mix: Mix, tmp_path: Path) -> 
     assert metrics["num_validation_examples"] == held_out.num_rows == 2
     assert held_out.schema == FIXED_EXAMPLE and None not in held_out["query_id"].to_pylist()
     assert not {*table["query_id"].to_pylist()} & {*held_out["query_id"].to_pylist()}
+
+
+def test_rows_do_not_depend_on_the_tasks(
+    mix: Mix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("mixture.validation_examples=2", "training.epochs=3")
+
+    def files() -> list[tuple[str, list[dict[str, Any]]]]:
+        storage = open_storage(tmp_path / "mixture")
+        paths = [*storage.list("shards"), *storage.list("validation")]
+        return [(path, read_table(storage, path).to_pylist()) for path in paths]
+
+    whole = mix(*settings)[0], files()
+    monkeypatch.setattr(shard_groups, "__defaults__", (1,))
+    monkeypatch.setattr(stored_rows, "_SOURCE_BYTES", 1)
+    monkeypatch.setattr(fixed_lists, "_VECTORS_PER_SHARD", 5)
+    assert (mix(*settings)[0], files()) == whole
+    monkeypatch.setattr(fixed_lists, "_MAX_WANTED", 0)  # then all vectors travel
+    assert (mix(*settings)[0], files()) == whole
+
+
+def test_passage_without_a_vector_is_an_error(mix: Mix, monkeypatch: pytest.MonkeyPatch) -> None:
+    lists_of = fixed_lists.lists_of
+
+    def with_another(*given: Any) -> pa.Table:
+        rows = lists_of(*given).to_pylist()
+        rows[0]["ids"][-1] = "nowhere"
+        return pa.Table.from_pylist(rows, schema=fixed_lists._LIST)
+
+    monkeypatch.setattr(fixed_lists, "lists_of", with_another)
+    with pytest.raises(ArtifactError, match="passage nowhere of the lists is not among"):
+        mix()
 
 
 def test_student_of_other_dimensions_is_refused(mix: Mix) -> None:

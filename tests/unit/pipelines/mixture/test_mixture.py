@@ -1,5 +1,6 @@
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,26 @@ from cluster.shard_groups import shard_groups
 from cluster.steps import StepContext
 from cluster.storage import open_storage, read_table
 from pipelines.datasets.decontamination import Decontamination
-from pipelines.mixture import formats, mixture
+from pipelines.encoders import EncoderConfig
+from pipelines.mixture import formats, mixture, stored_rows
 from pipelines.mixture.config import MixtureConfig, PrefinetuningMixtureConfig, SetsConfig
-from pipelines.mixture.formats import Formatter
-from pipelines.mixture.mixture import make_mixture
-from pipelines.mixture.stored_rows import WriteBatches
+from pipelines.mixture.formats import Format, Formatter
+from pipelines.mixture.mixture import WriteExamples, make_mixture
 from pipelines.records import EXAMPLE, FRET, PASSAGE, SEED
 
 
 class Silent:
     def update(self, done: float, total: float | None = None, note: str = "") -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given(Format):
+    """Has its formatter, and loads none."""
+
+    formatter: Formatter
+
+    def load(self) -> Formatter:
+        return self.formatter
 
 
 def fret_row(number: int, **changes: Any) -> dict[str, Any]:
@@ -69,7 +80,12 @@ def mixed(
         context.storage.delete("")
     metrics = make_mixture(
         config,
-        formatter=formatter,
+        format_=Given(
+            student=EncoderConfig(model="words"),
+            max_query_tokens=0,
+            max_passage_tokens=0,
+            formatter=formatter,
+        ),
         decontamination=Decontamination(judged_by),
         batch_size=batch_size,
         epochs=epochs,
@@ -181,6 +197,7 @@ def test_rows_do_not_depend_on_the_tasks(
     config = MixtureConfig.model_validate({"labelled": labelled, "validation_examples": 4})
     made = [mixed(tmp_path / "whole", formatter, config, epochs=2.5, fret=rows)]
     monkeypatch.setattr(shard_groups, "__defaults__", (1,))
+    monkeypatch.setattr(stored_rows, "_SOURCE_BYTES", 1)
     monkeypatch.setattr(formats, "_ROWS_AT_ONCE", 4)
     monkeypatch.setattr(mixture, "EXAMPLES_PER_SHARD", 12)
     made.append(mixed(tmp_path / "parts", formatter, config, epochs=2.5, fret=rows))
@@ -191,18 +208,20 @@ def test_rows_do_not_depend_on_the_tasks(
     files = open_storage(tmp_path / "parts/mixture").list("shards")
     assert len(files) == -(-made[0][0]["num_batches"] // 3)
     # What a killed run has written is not written anew.
-    taken = WriteBatches.merge
+    taken = WriteExamples.merge
     merged = list[int]()
 
-    def counted(self: WriteBatches, some: pa.Table) -> tuple[pa.Table, dict[str, int]]:
+    def counted(self: WriteExamples, some: pa.Table) -> tuple[pa.Table, dict[str, int]]:
         merged.append(some.num_rows)
         return taken(self, some)
 
-    monkeypatch.setattr(WriteBatches, "merge", counted)
+    monkeypatch.setattr(WriteExamples, "merge", counted)
+    formatter.encoder.texts.clear()
     open_storage(tmp_path / "parts/mixture").delete(files[1])
     again = mixed(tmp_path / "parts", formatter, config, epochs=2.5, resumed=True, fret=rows)
     assert again == made[0]
     assert len(merged) == 1
+    assert not formatter.encoder.texts  # nor is any text tokenised again
 
 
 def test_temperature_evens_out_sets_that_have_no_weight_of_their_own(

@@ -1,17 +1,27 @@
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from cluster.errors import UserError
 from cluster.file_list import shard_path
+from cluster.parquet import row_groups_table
 from cluster.storage import LocalStorage, Storage, read_table, write_table
 from pipelines.records import EXAMPLE
 from pipelines.training import examples
-from pipelines.training.examples import Batch, count_batches, iterate_batches, iterate_validation
+from pipelines.training.examples import (
+    Batch,
+    count_batches,
+    iterate_batches,
+    iterate_validation,
+    own_rows,
+)
+from pipelines.training.place import Place
 
 
-def write(folder: Path, shards: list[list[int]]) -> str:
+def write(folder: Path, shards: list[list[int]], rows_per_group: int | None = None) -> str:
     """Writes shards whose rows have these batch numbers; texts count through all rows."""
     number = 0
     for shard, batches in enumerate(shards):
@@ -32,7 +42,7 @@ def write(folder: Path, shards: list[list[int]]) -> str:
             )
             number += 1
         table = pa.Table.from_pylist(rows, schema=EXAMPLE)
-        write_table(LocalStorage(folder), shard_path(shard), table)
+        write_table(LocalStorage(folder), shard_path(shard), table, rows_per_group)
     return str(folder)
 
 
@@ -87,16 +97,75 @@ def test_resumed_stream_reads_no_text_of_the_shards_before(
     whole, opened = read(uri), []
 
     def noted(storage: Storage, path: str, columns: list[str] | None = None) -> pa.Table:
-        opened.append((path, columns == ["batch"]))
+        opened.append((path, True))
         return read_table(storage, path, columns)
 
+    class Noted(examples._Shard):
+        def __init__(self, storage: Storage, path: str) -> None:
+            opened.append((path, False))
+            super().__init__(storage, path)
+
     monkeypatch.setattr(examples, "read_table", noted)
+    monkeypatch.setattr(examples, "_Shard", Noted)
     for start in (1, 7, 30, len(whole)):
         opened.clear()
         assert read(uri, start) == whole[start:]
         first = next((n for n, shard in enumerate(shards) if start in shard), len(shards))
         assert min((p for p, only in opened if not only), default="z") >= shard_path(first - 1)
         assert sum(only for _, only in opened) < 16
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 9])
+def test_worker_reads_its_own_rows_and_the_ids_of_all(tmp_path: Path, world: int) -> None:
+    uri = write(tmp_path, [[0] * 5 + [1], [1, 1, 1, 2], [2] * 7], rows_per_group=2)
+    whole = list(iterate_batches(uri))
+    for number, batch in enumerate(whole):
+        seen = []
+        for rank in range(world):
+            own = list(iterate_batches(uri, place=Place(rank=rank, world=world)))[number]
+            assert (own.query_ids, own.positive_ids) == (batch.query_ids, batch.positive_ids)
+            assert (own.dataset, own.num_examples) == (batch.dataset, batch.num_examples)
+            rows = own.part.queries if own.part else slice(None)
+            assert own.part or world == 1
+            columns = zip(
+                own.queries[rows],
+                own.positives[rows],
+                own.negatives[rows],
+                own.teacher_scores[rows],
+                strict=True,
+            )
+            seen += [repr(row) for row in columns]
+        columns = zip(
+            batch.queries, batch.positives, batch.negatives, batch.teacher_scores, strict=True
+        )
+        assert seen == [repr(row) for row in columns]
+
+
+def test_worker_decodes_no_row_group_without_rows_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = write(tmp_path, [[0] * 16 + [1] * 16], rows_per_group=4)
+    decoded: list[list[int]] = []
+
+    def noted(file: Any, groups: Sequence[int], columns: Sequence[str], place: str) -> pa.Table:
+        if "query_tokens" in columns:
+            decoded.append(list(groups))
+        return row_groups_table(file, groups, columns, place)
+
+    monkeypatch.setattr(examples, "row_groups_table", noted)
+    list(iterate_batches(uri, place=Place(rank=2, world=4)))
+    assert decoded == [[2], [6]]
+    decoded.clear()
+    list(iterate_batches(uri))
+    assert decoded == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_own_rows_are_all_rows_once() -> None:
+    for size, world in ((7, 3), (3, 5), (8, 4), (0, 2)):
+        spans = [own_rows(size, Place(rank=rank, world=world)) for rank in range(world)]
+        assert [row for span in spans for row in range(size)[span]] == list(range(size))
+        sizes = [span.stop - span.start for span in spans]
+        assert max(sizes) - min(sizes) <= 1
 
 
 @pytest.mark.parametrize("shards", [[[0, 1, 0]], [[0], [2]], [[1, 1]]])
