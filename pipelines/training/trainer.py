@@ -122,7 +122,7 @@ class Trainer:
         self.encoder.set_training(
             dropout=self.config.dropout, checkpointing=self.config.gradient_checkpointing
         )
-        batches = iterate_batches(self._job.examples, start=self.done)
+        batches = iterate_batches(self._job.examples, start=self.done, place=self.place)
         first = list(islice(batches, 1))
         self.config = fit(
             self.encoder,
