@@ -40,7 +40,7 @@ def parquet_rows(source: Source) -> Iterator[Row | Reject]:
         source.columns.update(dict.fromkeys(file.schema_arrow.names))
         names = [".".join(way) for way in ways.values() if way]
         places, num_before = _places(file, content), _num_before(file)
-        free_bytes = FREE_BYTES // max(1, len(num_before))
+        free_bytes = FREE_BYTES // max(1, file.metadata.num_row_groups)
         for number in _groups(source, places):
             max_bytes = max(free_bytes, MAX_UNPACKED * (places[number + 1] - places[number]))
             rows = Rows(source.name, source.fields, max_bytes, num_before[number])
