@@ -222,12 +222,13 @@ class ApproximateIndex:
         return neighbours
 
 
+_NUM_CODES = 256  # a byte's, which are learned from as many vectors at least
 _POINTS_PER_LIST = 30
 _TRAINING_ROUNDS = 6
 
 
 def _num_lists(num_vectors: int) -> int:
-    return max(1, min(1 << 16, round(2 * math.sqrt(num_vectors))))
+    return max(1, min(1 << 16, num_vectors, round(2 * math.sqrt(num_vectors))))
 
 
 def _num_probes(num_lists: int) -> int:
@@ -237,8 +238,11 @@ def _num_probes(num_lists: int) -> int:
 def choose_kind(kind: IndexKind, num_vectors: int, dimensions: int, num_queries: int) -> str:
     """Returns the kind that `auto` means for `num_vectors` on one actor that has no GPU.
 
-    It depends on nothing else, so that an actor which starts anew, elsewhere, chooses the same.
+    Of fewer vectors than `pq` has codes for a part of one, it is `ivf`. It depends on nothing else,
+    so that an actor which starts anew, elsewhere, chooses the same.
     """
+    if kind == "pq" and num_vectors < _NUM_CODES:
+        return "ivf"
     if kind != "auto":
         return kind
     num_bytes = 4 * num_vectors * dimensions

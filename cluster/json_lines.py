@@ -44,14 +44,16 @@ def parse_json(content: bytes) -> Any:
         raise ValueError("a whole number of thousands of digits") from error
 
 
-def json_lines(content: bytes | Iterable[bytes], place: str) -> Iterator[tuple[str, Any] | Reject]:
+def json_lines(
+    content: bytes | Iterable[bytes], place: str, first: int = 1
+) -> Iterator[tuple[str, Any] | Reject]:
     r"""Yields the place and the value of each line of JSON, or why it could not be read.
 
     Only ``\n`` ends a line, as JSON Lines has it: U+0085 and U+2028 may stand in a text. Blank
-    lines are passed over, but counted: the lines are ``place:1`` and so on.
+    lines are passed over, but counted: the lines are ``place:1`` and so on, from `first` on.
     """
     lines = io.BytesIO(content) if isinstance(content, bytes) else content
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines, start=first):
         line = line.strip(b" \t\r\n")
         if not line or line == b"\xef\xbb\xbf":
             continue

@@ -102,6 +102,12 @@ class LocalStorage:
         with self._place(path) as file:
             return file.is_file()
 
+    def find(self, path: str) -> StoredFile | None:
+        """Returns the file as a listing shows it, or None."""
+        if not self.exists(path):
+            return None
+        return StoredFile(path=path, num_bytes=self.size(path), version=None)
+
     def size(self, path: str) -> int:
         """Returns the file's bytes; raises FileNotFoundError."""
         with self._place(path) as file:

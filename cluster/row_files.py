@@ -15,6 +15,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import Reject, UserError, excerpt
+from cluster.files import StoredFile
 from cluster.json_lines import GZIP, json_lines, text_lines
 from cluster.parquet import parquet_batches
 from cluster.storage import Storage, join, open_storage
@@ -31,17 +32,18 @@ _SHORT.maxstring = _SHORT.maxother = 100
 _SHORT.maxdict = 6
 
 
-def find_files(uri: str) -> tuple[Storage, list[str]]:
+def find_files(uri: str) -> tuple[Storage, list[StoredFile]]:
     """Returns a folder and its files but for hidden ones, or the one file that `uri` names.
 
-    There are no files where `uri` names nothing.
+    They are in the order of their paths. There are none where `uri` names nothing.
     """
     storage = open_storage(uri)
-    if files := [path for path in storage.list() if not _is_hidden(path)]:
-        return storage, files
+    if files := [file for file in storage.scan() if not _is_hidden(file.path)]:
+        return storage, sorted(files, key=lambda file: file.path)
     parent, _, name = storage.uri.rpartition("/")
     folder = open_storage(parent or "/")
-    return folder, [name] if name and folder.exists(name) else []
+    file = folder.find(name) if name else None
+    return folder, [file] if file else []
 
 
 def file_format(path: str, formats: Mapping[str, str] = FORMATS) -> str | None:

@@ -16,10 +16,15 @@ from cluster.local_storage import local_errors, make_folder
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef, ListObjectsV2OutputTypeDef
+    from mypy_boto3_s3.type_defs import (
+        GetObjectOutputTypeDef,
+        HeadObjectOutputTypeDef,
+        ListObjectsV2OutputTypeDef,
+    )
 
 _S3_ATTEMPTS = 8
 _TAIL_BYTES = 1 << 16  # holds the footer of most Parquet files, and the whole of a small file
+_CHUNK_BYTES = 1 << 20  # of an answer; so much at most is asked for twice
 _PART_BYTES = 16 << 20  # of an upload; S3 takes ten thousand parts
 _CONFLICTS = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
 
@@ -87,9 +92,13 @@ class S3Storage:
             return there["ETag"] if found == content else None
         return None
 
-    def open(self, path: str) -> BinaryIO:
-        """Opens a file to be read by ranges of one version; raises FileNotFoundError."""
-        return cast(BinaryIO, _RangeReader(self, path))
+    def open(self, path: str, version: str | None = None) -> BinaryIO:
+        """Opens a file to be read by ranges of one version; raises FileNotFoundError.
+
+        Raises:
+            StorageError: It is not the version that is asked for.
+        """
+        return cast(BinaryIO, _RangeReader(self, path, version))
 
     @contextmanager
     def writing(self, path: str) -> Iterator[DescribedWriter]:
@@ -137,21 +146,23 @@ class S3Storage:
 
     def exists(self, path: str) -> bool:
         """Says whether the file is there."""
+        return self.find(path) is not None
+
+    def find(self, path: str) -> StoredFile | None:
+        """Returns the file as a listing shows it, or None."""
         try:
-            self.size(path)
+            answer = self._head(path)
         except FileNotFoundError:
-            return False
-        return True
+            return None
+        return StoredFile(path=path, num_bytes=answer["ContentLength"], version=answer["ETag"])
 
     def size(self, path: str) -> int:
         """Returns the file's bytes; raises FileNotFoundError."""
-        with _s3_errors(self._uri(path)):
-            return self.client.head_object(Bucket=self.bucket, Key=self._key(path))["ContentLength"]
+        return self._head(path)["ContentLength"]
 
     def version(self, path: str) -> str:
         """Returns the object's ETag."""
-        with _s3_errors(self._uri(path)):
-            return self.client.head_object(Bucket=self.bucket, Key=self._key(path))["ETag"]
+        return self._head(path)["ETag"]
 
     def delete(self, prefix: str) -> None:
         """Deletes a file, or a folder with all it holds; nothing there is no error."""
@@ -159,28 +170,46 @@ class S3Storage:
             for path in [prefix, *self.list(prefix)]:
                 self.client.delete_object(Bucket=self.bucket, Key=self._key(path))
 
-    def _get(self, path: str, **options: Any) -> tuple[GetObjectOutputTypeDef, bytes]:
-        """Reads an object or a range of it; returns what S3 says of it, and the content."""
+    def _head(self, path: str) -> HeadObjectOutputTypeDef:
+        with _s3_errors(self._uri(path)):
+            return self.client.head_object(Bucket=self.bucket, Key=self._key(path))
+
+    def _get(
+        self, path: str, part: str | None = None, version: str | None = None
+    ) -> tuple[GetObjectOutputTypeDef, bytes]:
+        """Reads an object or a range of it; returns what S3 says of it, and the content.
+
+        botocore repeats a request that was refused, not one whose answer breaks off: what is
+        missing then is asked for, of the same version.
+        """
         from botocore.exceptions import (
             IncompleteReadError,
             ReadTimeoutError,
             ResponseStreamingError,
         )
 
-        for attempt in range(1, _S3_ATTEMPTS + 1):
+        content, failures = io.BytesIO(), 0
+        first: GetObjectOutputTypeDef | None = None
+        while True:
+            options = {"Range": part, "IfMatch": version}
+            given = cast(Any, {name: value for name, value in options.items() if value})
             with _s3_errors(self._uri(path)):
+                answer = self.client.get_object(Bucket=self.bucket, Key=self._key(path), **given)
+                first, version = first or answer, answer["ETag"]
+                start, stop = _extent(answer)
+                begin = start - _extent(first)[0]
+                content.seek(begin)
                 try:
-                    answer = self.client.get_object(
-                        Bucket=self.bucket, Key=self._key(path), **options
-                    )
-                    content = answer["Body"].read()
-                # botocore repeats a request that was refused, not one whose answer breaks off.
+                    for chunk in answer["Body"].iter_chunks(_CHUNK_BYTES):
+                        content.write(chunk)
                 except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
-                    if attempt == _S3_ATTEMPTS:
+                    failures = 1 if content.tell() > begin else failures + 1
+                    if failures == _S3_ATTEMPTS:
                         raise
-                    continue
-                return answer, content
-        raise AssertionError("unreachable")
+                start += content.tell() - begin
+                if start >= stop:
+                    return first, content.getvalue()
+                part = f"bytes={start}-{stop - 1}"
 
     def _uri(self, path: str) -> str:
         return f"s3://{self.bucket}/{self._key(path)}"
@@ -198,10 +227,10 @@ class S3Storage:
 class _RangeReader(io.RawIOBase):
     """An object as a file: its end is read at once, all else by range when it is asked for."""
 
-    def __init__(self, storage: S3Storage, path: str) -> None:
+    def __init__(self, storage: S3Storage, path: str, version: str | None) -> None:
         self._storage, self._path, self._position = storage, path, 0
         try:
-            answer, self._tail = storage._get(path, Range=f"bytes=-{_TAIL_BYTES}")
+            answer, self._tail = storage._get(path, f"bytes=-{_TAIL_BYTES}", version)
             self._etag = answer["ETag"]
             size = answer.get("ContentRange", "").rpartition("/")[2]
             self._size = int(size or len(self._tail))  # the whole, where ranges are not known
@@ -238,8 +267,7 @@ class _RangeReader(io.RawIOBase):
         if start >= tail:
             content = self._tail[start - tail : stop - tail]
         else:
-            part = f"bytes={start}-{stop - 1}"
-            _, content = self._storage._get(self._path, Range=part, IfMatch=self._etag)
+            _, content = self._storage._get(self._path, f"bytes={start}-{stop - 1}", self._etag)
         self._position += len(content)
         return content
 
@@ -304,6 +332,13 @@ class _Upload:
             if key.startswith("Checksum") and key != "ChecksumType"
         }
         self._parts.append({"ETag": sent["ETag"], "PartNumber": number, **checksums})
+
+
+def _extent(answer: GetObjectOutputTypeDef) -> tuple[int, int]:
+    """Returns where the bytes of an answer begin and end in the object."""
+    extent = answer.get("ContentRange", "").removeprefix("bytes ").partition("/")[0]
+    start = int(extent.partition("-")[0] or 0)  # the whole, where ranges are not known
+    return start, start + answer["ContentLength"]
 
 
 class _EmptyRange(StorageError):

@@ -82,6 +82,9 @@ class Storage(Protocol):
     def exists(self, path: str) -> bool:
         """Says whether the file is there."""
 
+    def find(self, path: str) -> StoredFile | None:
+        """Returns the file as a listing shows it, or None."""
+
     def size(self, path: str) -> int:
         """Returns the file's bytes; raises FileNotFoundError."""
 

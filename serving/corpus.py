@@ -268,8 +268,8 @@ def _find(uri: str) -> tuple[Storage, list[str], Artifact | None]:
     artifact = Artifact.open(storage) if storage.exists(MANIFEST) else None
     if artifact is not None:
         return storage, [shard.path for shard in artifact.shards], artifact
-    storage, files = find_files(uri)
-    files = without_copies([path for path in files if file_format(path)])
+    storage, found = find_files(uri)
+    files = without_copies([file.path for file in found if file_format(file.path)])
     if not files:
         raise UserError(f"corpus {uri!r} is not there, or holds no passages: {ACCEPTED}")
     return storage, beir_corpora(files) if is_beir(files) else files, None

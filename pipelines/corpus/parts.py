@@ -1,7 +1,7 @@
 """Files of a corpus become parts: what is cut from them, in order, before it is deduplicated.
 
-A Ray task reads some small files or a large one, and writes parts of a bounded size, so that no
-file is too large for its memory. A row group of a part becomes a shard of the step `passages`.
+A Ray task reads a unit of the corpus, and writes parts of a bounded size, so that nothing is too
+large for its memory. A row group of a part becomes a shard of the step `passages`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 # A row is a passage or, where it has a reason, a reject: `source` and `text` say which.
 PART = PASSAGE.append(pa.field("reason", pa.string()))
 
-_MAX_TASKS = 4096  # that read files, but for large ones
-_FEWEST_BYTES = 8 << 20  # that a task reads, if there are so many
-_MAX_FILES = 1024  # that a task reads
 _MAX_NAMES = 100  # that it tells of fields, and of kinds of records
 _MAX_PART_ROWS = 1 << 17
 _MAX_PART_BYTES = 64 << 20
@@ -58,24 +55,6 @@ class Part:
     first_shard: int
 
 
-def file_groups(files: Sequence[str], sizes: Sequence[int]) -> list[list[str]]:
-    """Groups files in their order: of small ones a task reads many, a large one it reads alone.
-
-    >>> file_groups(["a", "b", "c"], [1 << 20, 2 << 20, 9 << 20])
-    [['a', 'b'], ['c']]
-    """
-    room = max(_FEWEST_BYTES, sum(sizes) // _MAX_TASKS)
-    groups: list[list[str]] = []
-    num_bytes = 0
-    for file, size in zip(files, sizes, strict=True):
-        if not groups or num_bytes + size > room or len(groups[-1]) == _MAX_FILES:
-            groups.append([])
-            num_bytes = 0
-        groups[-1].append(file)
-        num_bytes += size
-    return groups
-
-
 def passages_per_shard(num_bytes: int) -> int:
     """Returns the most passages of a shard, by the bytes of the corpus: more of a large one.
 
@@ -95,7 +74,7 @@ def read_files(
     """Reads the files of a corpus and writes what is cut from them as parts; a Ray task.
 
     Args:
-        corpus: Some files of one.
+        corpus: Some files of one, or a span of a file.
         number: Of the task.
         target: Gets the parts.
         passages_per_shard: The most of a row group.
@@ -112,7 +91,6 @@ def read_files(
         files.append(file)
         num_groups.append(num)
     return files, counted | {
-        "num_files": len(corpus.files),
         "groups": num_groups,
         "field_names": corpus.first_names(_MAX_NAMES),
         "records_passed_over": _most_common(corpus.records_passed_over),

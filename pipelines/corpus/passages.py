@@ -1,8 +1,8 @@
 """The step `passages`: the corpus cleaned, cut and deduplicated; what there is to search.
 
-Ray tasks read files and write parts (`parts`), look for rows that repeat earlier ones (`repeats`),
-and write each part's shards without those. Each task is resumed; the driver holds a few numbers
-of each.
+Ray tasks read its units (`units`) and write parts (`parts`), look for rows that repeat earlier ones
+(`repeats`), and write each part's shards without those. Each task is resumed; the driver holds a
+few numbers of each.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from pipelines.corpus.near_duplicates import NUM_PERM, SCHEME, near_duplicates, 
 from pipelines.corpus.parts import (
     Part,
     cut_documents,
-    file_groups,
     part_path,
     passages_per_shard,
     read_files,
 )
 from pipelines.corpus.repeats import find_repeats, read_repeats
+from pipelines.corpus.units import Unit, divide
 from pipelines.datasets.corpus import Corpus
 from pipelines.fingerprints import fingerprinted
 from pipelines.records import PASSAGE
@@ -81,12 +81,12 @@ def make_passages(
         log.warning("of corpus %s these files are not read: %s", corpus.config.path, left)
     threshold = corpus.config.near_duplicate_threshold
     target = open_storage(join(context.storage.uri, "work/parts"))
-    read = _read(corpus, target, context.progress, sample)
+    read = _read(corpus, _units(corpus, context, sample), target, context.progress, sample)
     corpus.check_fields(read.field_names)
     num_passages = read.counts["num_passages"]
     if not num_passages:
         raise _no_passage(corpus, read.counts["num_rejects"], read.first_reason)
-    behind = _Behind(progress=context.progress, num_files=len(corpus.files), note="")
+    behind = _Behind(progress=context.progress, num_units=read.num_units, note="")
     note = f"{num_passages:,} passages"
     progress = replace(behind, note=f"{note}, looking for duplicates")
     repeats = find_repeats(
@@ -167,6 +167,7 @@ class _Read:
     """What tasks tell that have read a corpus.
 
     Attributes:
+        num_units: That they have read.
         parts: In the order of the corpus.
         counts: Of documents, passages and rejects.
         first_reason: Of the first reject, if there is one.
@@ -174,6 +175,7 @@ class _Read:
         records_passed_over: Of archives, by kind.
     """
 
+    num_units: int
     parts: list[Part]
     counts: Counter[str]
     first_reason: str | None
@@ -183,24 +185,30 @@ class _Read:
 
 @dataclass(frozen=True, kw_only=True)
 class _Behind:
-    """Progress of what comes when all files are read."""
+    """Progress of what comes when all units are read."""
 
     progress: Progress
-    num_files: int
+    num_units: int
     note: str
 
     def update(self, done: float, total: float | None = None, note: str = "") -> None:
         """Reports `done` of `total` in the note."""
-        self.progress.update(self.num_files, self.num_files, f"{self.note} {done:.0f}/{total:.0f}")
+        self.progress.update(self.num_units, self.num_units, f"{self.note} {done:.0f}/{total:.0f}")
 
 
-def _read(corpus: Corpus, target: Storage, progress: Progress, sample: int | None) -> _Read:
-    sizes = corpus.sizes()
-    groups = [corpus.files] if sample else file_groups(corpus.files, sizes)
-    num_cpus, per_shard = _cpus_per_task(len(groups)), passages_per_shard(sum(sizes))
+def _units(corpus: Corpus, context: StepContext, sample: int | None) -> list[Unit]:
+    if sample:  # of all documents, by one task
+        return [Unit(files=corpus.files)]
+    return divide(corpus, open_storage(join(context.storage.uri, "work/units")), context.progress)
+
+
+def _read(
+    corpus: Corpus, units: list[Unit], target: Storage, progress: Progress, sample: int | None
+) -> _Read:
+    num_cpus, per_shard = _cpus_per_task(len(units)), passages_per_shard(sum(corpus.sizes()))
     arguments = [
-        (corpus.some(files), number, target, per_shard, num_cpus, sample)
-        for number, files in enumerate(groups)
+        (corpus.some(unit.files, unit.span), number, target, per_shard, num_cpus, sample)
+        for number, unit in enumerate(units)
     ]
     told: dict[int, dict[str, Any]] = {}
     counts, passed_over = Counter[str](), Counter[str]()
@@ -208,10 +216,8 @@ def _read(corpus: Corpus, target: Storage, progress: Progress, sample: int | Non
         told[number] = tells
         counts.update({name: tells[name] for name in tells if name.startswith("num_")})
         passed_over.update(tells["records_passed_over"])
-        progress.update(
-            counts["num_files"], len(corpus.files), f"{counts['num_passages']:,} passages"
-        )
-    in_order = [told[number] for number in range(len(groups))]
+        progress.update(len(told), len(units), f"{counts['num_passages']:,} passages")
+    in_order = [told[number] for number in range(len(units))]
     parts: list[Part] = []
     shard = 0
     for task, tells in enumerate(in_order):
@@ -222,6 +228,7 @@ def _read(corpus: Corpus, target: Storage, progress: Progress, sample: int | Non
             )
             shard += num_groups
     return _Read(
+        num_units=len(units),
         parts=parts,
         counts=counts,
         first_reason=next((t["first_reason"] for t in in_order if "first_reason" in t), None),

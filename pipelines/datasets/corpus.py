@@ -19,17 +19,16 @@ from cluster.artifacts import fingerprint
 from cluster.config import Config
 from cluster.errors import Reject, UserError, excerpt
 from cluster.row_files import Row, find_files, short
-from cluster.storage import S3Storage, file_versions
 from pipelines.datasets.documents import Document, Page
 from pipelines.datasets.pages.main_text import MainText
 from pipelines.datasets.pages.workers import PageWorkers
 from pipelines.datasets.sources.arc import arc_pages
 from pipelines.datasets.sources.arrow import arrow_rows
-from pipelines.datasets.sources.csv_rows import csv_rows, tsv_rows
+from pipelines.datasets.sources.csv_rows import csv_count, csv_rows, tsv_rows
 from pipelines.datasets.sources.html import html_pages
-from pipelines.datasets.sources.json_rows import json_rows, jsonl_rows
-from pipelines.datasets.sources.parquet import parquet_rows
-from pipelines.datasets.sources.streams import PACKED, Source, Unreadable
+from pipelines.datasets.sources.json_rows import json_count, json_rows, jsonl_rows
+from pipelines.datasets.sources.parquet import parquet_count, parquet_rows
+from pipelines.datasets.sources.streams import PACKED, Source, Span, Unreadable, count_lines
 from pipelines.datasets.sources.text import texts
 from pipelines.datasets.sources.warc import warc_pages
 from pipelines.fingerprints import NotFingerprinted
@@ -47,6 +46,14 @@ _READERS: dict[str, Callable[[Source], Iterator[Item]]] = {
     "text": texts,
     "tsv": tsv_rows,
     "warc": warc_pages,
+}
+# Of files that may be read by spans: what a span adds to `Span.num_before`, or None.
+_COUNTERS: dict[str, Callable[[Source], int | None]] = {
+    "csv": csv_count,
+    "json": json_count,
+    "jsonl": count_lines,
+    "parquet": parquet_count,
+    "tsv": count_lines,
 }
 
 
@@ -123,41 +130,65 @@ class Corpus:
         self.records_passed_over: Counter[str] = Counter()
         self.format: str = config.format
         self.field_names: dict[str, None] = {}
-        self.storage, all_files = find_files(config.path)
-        if not all_files:
+        self.storage, found = find_files(config.path)
+        if not found:
             raise UserError(
                 f"corpus {config.path} does not exist or is empty: correct corpus.path,"
                 " such as --set corpus.path=FOLDER"
             )
-        files = [file for file in all_files if any(fnmatch(file, p) for p in config.include)]
+        paths = [file.path for file in found]
+        files = [path for path in paths if any(fnmatch(path, p) for p in config.include)]
         if not files:
             raise UserError(
-                f"corpus {config.path} has {len(all_files)} files and none like"
+                f"corpus {config.path} has {len(found)} files and none like"
                 f" {' or '.join(config.include)}: correct corpus.include"
             )
         if self.format == "auto" and _is_beir(files):
             self.format = "beir"
         self.files = _choose(files, self.format)
+        chosen = frozenset(self.files)
+        self._stored = {file.path: file for file in found if file.path in chosen}
+        self._span: Span | None = None
         self.passed_over.update(map(_suffix, set(files) - set(self.files)))
         self._check_files()
 
     def version(self) -> str:
         """Returns a fingerprint of the corpus's content."""
-        return fingerprint([list(each) for each in file_versions(self.storage, self.files)])
+        stored = [self._stored[file] for file in self.files]
+        return fingerprint([[f.path, f.version or self.storage.version(f.path)] for f in stored])
 
     def sizes(self) -> list[int]:
-        """Returns the bytes of each file; those of several on S3 by a listing."""
-        sizes: dict[str, int] = {}
-        if len(self.files) > 1 and isinstance(self.storage, S3Storage):
-            sizes = {file.path: file.num_bytes for file in self.storage.scan()}
-        return [sizes[f] if f in sizes else self.storage.size(f) for f in self.files]
+        """Returns the bytes of each file."""
+        return [self._stored[file].num_bytes for file in self.files]
 
-    def some(self, files: Sequence[str]) -> "Corpus":
-        """Returns a corpus of some of its files, which is small enough to travel."""
+    def some(self, files: Sequence[str], span: Span | None = None) -> "Corpus":
+        """Returns a corpus of some of its files, or a span of one, small enough to travel."""
         part = copy(self)
-        part.files = list(files)
+        part.files, part._span = list(files), span
+        part._stored = {file: self._stored[file] for file in files}
         part.passed_over, part.records_passed_over, part.field_names = Counter(), Counter(), {}
         return part
+
+    def has_spans(self, file: str) -> bool:
+        """Says whether a file may be read by spans: `count` knows."""
+        return _format(file) in _COUNTERS and _unpacked(file) == PurePosixPath(file)
+
+    def count(self, spans: Sequence[Span]) -> list[int] | None:
+        """Returns what each span of its one file adds to `Span.num_before` of those behind it.
+
+        None if the file must be read as a whole.
+        """
+        (file,) = self.files
+        nums = []
+        for span in spans:
+            try:
+                num = _COUNTERS[_format(file)](self._source(file, span))
+            except Unreadable:
+                return None
+            if num is None:
+                return None
+            nums.append(num)
+        return nums
 
     def documents(self) -> Iterator[Document | Reject]:
         """Yields each document, or why it could not be read, in the order of the files.
@@ -244,13 +275,7 @@ class Corpus:
 
     def _items(self) -> Iterator[Document | Page | Reject]:
         for file in self.files:
-            source = Source(
-                storage=self.storage,
-                path=file,
-                fields=self._fields,
-                columns=self.field_names,
-                passed_over=self.records_passed_over,
-            )
+            source = self._source(file, self._span)
             try:
                 for item in _READERS[_format(file)](source):
                     if isinstance(item, tuple) and len(item) == 2:
@@ -259,6 +284,17 @@ class Corpus:
                         yield item
             except Unreadable as error:
                 yield source.name, str(error), ""
+
+    def _source(self, file: str, span: Span | None) -> Source:
+        return Source(
+            storage=self.storage,
+            path=file,
+            version=self._stored[file].version,
+            span=span,
+            fields=self._fields,
+            columns=self.field_names,
+            passed_over=self.records_passed_over,
+        )
 
     def _of_row(self, where: str, row: dict[str, Any]) -> Document | Page | Reject:
         fields = {name: value for name in self._fields if (value := _field(row, name)) is not None}

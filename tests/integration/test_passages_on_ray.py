@@ -15,7 +15,7 @@ import pytest
 from cluster.artifacts import Artifact
 from cluster.errors import Reject, UserError
 from cluster.steps import Run, Step
-from pipelines.corpus import parts, passages, repeats
+from pipelines.corpus import parts, passages, repeats, units
 from pipelines.corpus.passages import cut_corpus, make_passages
 from pipelines.datasets.corpus import Corpus, CorpusConfig
 from pipelines.datasets.documents import Document
@@ -128,12 +128,12 @@ def test_killed_task_runs_again_and_what_a_failed_run_did_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A file a task, some passages a shard, several partitions of every exchange.
-    monkeypatch.setattr(parts, "_FEWEST_BYTES", 1)
     monkeypatch.setattr(parts, "_SHARD_PASSAGES", 7)
     monkeypatch.setattr(repeats, "_MAX_KEYS", 1000)
     monkeypatch.setattr(repeats, "_MAX_PAIRS", 20)
     monkeypatch.setattr(passages, "_cpus_per_task", lambda _: 1)
     corpus = Noted(CorpusConfig(path=str(write_copies(tmp_path / "corpus"))))
+    monkeypatch.setattr(units, "_FEWEST_BYTES", max(corpus.sizes()))
     corpus.notes = tmp_path / "notes"
     corpus.notes.mkdir()
     corpus.dies_at, corpus.raises_at = "1.jsonl", "3.jsonl"

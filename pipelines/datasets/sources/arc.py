@@ -19,7 +19,7 @@ def arc_pages(source: Source) -> Iterator[Page | Reject]:
     from warcio.exceptions import ArchiveLoadFailed
 
     unpack = source.packing in ("bz2", "zstd")
-    with source.local_file(unpack=unpack) as path, path.open("rb") as stream:
+    with source.file(unpack=unpack) as stream:
         records = ArchiveIterator(stream, no_record_parse=True)
         while True:
             try:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from cluster.errors import Reject, UserError, excerpt
 from cluster.row_files import Row
 from pipelines.datasets.sources.columns import Rows, find_column
-from pipelines.datasets.sources.streams import Source, Unreadable
+from pipelines.datasets.sources.streams import FREE_BYTES, MAX_UNPACKED, Source, Unreadable
 
 _EXTENSION = b"ARROW:extension:name"
 _FILE = b"ARROW1"  # the file format is a stream behind this, and a footer
@@ -37,7 +37,8 @@ def arrow_rows(source: Source) -> Iterator[Row | Reject]:
                         f" {excerpt(', '.join(batches.schema.names))}: set corpus.text_field"
                     )
                 source.columns.update(dict.fromkeys(batches.schema.names))
-                rows = Rows(source.name, source.fields, path.stat().st_size)
+                max_bytes = max(FREE_BYTES, MAX_UNPACKED * path.stat().st_size)
+                rows = Rows(source.name, source.fields, max_bytes)
                 for batch in batches:
                     yield from rows.of(batch)
         except (pa.ArrowException, OSError, EOFError, ValueError) as error:

@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import Reject
 from cluster.row_files import Row, batch_rows, is_text
-from pipelines.datasets.sources.streams import (
-    FREE_BYTES,
-    MAX_ROW_BYTES,
-    MAX_UNPACKED,
-    Unreadable,
-    too_long,
-)
+from pipelines.datasets.sources.streams import MAX_ROW_BYTES, MAX_UNPACKED, Unreadable, too_long
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,17 +34,18 @@ def find_column(schema: pa.Schema, name: str) -> list[str] | None:
 
 
 class Rows:
-    """Reads the batches of one file.
+    """Reads the batches of one file, or of a part of one.
 
     Attributes:
         num_rows: How many rows there were so far.
     """
 
-    def __init__(self, name: str, fields: Sequence[str], file_bytes: int) -> None:
-        self.num_rows = 0
+    def __init__(self, name: str, fields: Sequence[str], max_bytes: int, num_rows: int = 0) -> None:
+        """Begins behind `num_rows` rows of the file, and will read no more than `max_bytes`."""
+        self.num_rows = num_rows
         self._name = name
         self._fields = fields
-        self._left = max(FREE_BYTES, MAX_UNPACKED * file_bytes)
+        self._left = max_bytes
 
     def of(self, batch: pa.RecordBatch) -> Iterator[Row | Reject]:
         """Yields a batch's rows with those of the fields that it has.

@@ -9,7 +9,14 @@ from typing import BinaryIO
 from cluster.errors import Reject
 from cluster.json_lines import json_lines, parse_json
 from cluster.row_files import Row, short
-from pipelines.datasets.sources.streams import MAX_ROW_BYTES, Source, bounded_lines, too_long
+from pipelines.datasets.sources.streams import (
+    MAX_ROW_BYTES,
+    Source,
+    count_lines,
+    head,
+    span_lines,
+    too_long,
+)
 
 _TOKEN = re.compile(rb'["\\{}\[\],]')
 _BLANKS = b"\xef\xbb\xbf \t\r\n"  # and the byte order mark
@@ -18,7 +25,7 @@ _BLANKS = b"\xef\xbb\xbf \t\r\n"  # and the byte order mark
 def jsonl_rows(source: Source) -> Iterator[Row | Reject]:
     """Yields the objects of a file of JSON lines."""
     with source.stream() as stream:
-        yield from _rows(bounded_lines(stream), source.name, "a line")
+        yield from _line_rows(stream, source)
 
 
 def json_rows(source: Source) -> Iterator[Row | Reject]:
@@ -27,25 +34,43 @@ def json_rows(source: Source) -> Iterator[Row | Reject]:
     What is called `.json` often holds JSON lines: it does if the first line is a whole value.
     """
     with source.stream() as stream:
-        head = stream.peek(1).lstrip(_BLANKS)  # type: ignore[attr-defined]
-        line, end, _ = head.partition(b"\n")
-        if not head.startswith(b"[") and end and _is_json(line):
-            yield from _rows(bounded_lines(stream), source.name, "a line")
+        start = head(stream).lstrip(_BLANKS)
+        if _are_lines(start):
+            yield from _line_rows(stream, source)
         else:
-            yield from _rows(_values(stream, head.startswith(b"[")), source.name, "a value")
+            yield from _rows(_values(stream, start.startswith(b"[")), source.name, "a value")
 
 
-def _rows(values: Iterable[bytes | None], name: str, what: str) -> Iterator[Row | Reject]:
+def json_count(source: Source) -> int | None:
+    """Returns what `count_lines` does; None for what must be read from its beginning."""
+    with source.stream() as stream:
+        are_lines = _are_lines(head(stream).lstrip(_BLANKS))
+    return count_lines(source) if are_lines else None
+
+
+def _are_lines(start: bytes) -> bool:
+    line, end, _ = start.partition(b"\n")
+    return not start.startswith(b"[") and bool(end) and _is_json(line)
+
+
+def _line_rows(stream: BinaryIO, source: Source) -> Iterator[Row | Reject]:
+    first, lines = span_lines(stream, source.span)
+    yield from _rows(lines, source.name, "a line", first)
+
+
+def _rows(
+    values: Iterable[bytes | None], name: str, what: str, first: int = 1
+) -> Iterator[Row | Reject]:
     """Yields the rows in whole values; a value is None where it was too long to be read."""
     refused: list[Reject] = []
 
     def fit() -> Iterator[bytes]:
-        for number, value in enumerate(values, start=1):
+        for number, value in enumerate(values, start=first):
             if value is None:
                 refused.append((f"{name}:{number}", too_long(what), ""))
             yield value or b""
 
-    for row in json_lines(fit(), name):
+    for row in json_lines(fit(), name, first):
         yield from refused
         refused.clear()
         if len(row) == 3 or isinstance(row[1], dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import TYPE_CHECKING, BinaryIO
 
 from cluster.errors import Reject, StorageError, UserError, excerpt
@@ -20,13 +21,15 @@ _BATCH_BYTES = 32 << 20
 def parquet_rows(source: Source) -> Iterator[Row | Reject]:
     """Yields the rows; `source.fields` names the columns, the first of them the one it must have.
 
+    What cannot be read of a row group is a reject, named by the first row of it; the next goes on.
+
     Raises:
         UserError: It lacks that column.
     """
     import pyarrow as pa
 
-    with source.local_file() as path, path.open("rb") as content:
-        file, file_bytes = _open(content), path.stat().st_size
+    with source.file(in_order=False) as content:
+        file = _open(content)
         text = source.fields[0]
         ways = {name: find_column(file.schema_arrow, name) for name in source.fields}
         if not ways[text]:
@@ -35,13 +38,29 @@ def parquet_rows(source: Source) -> Iterator[Row | Reject]:
                 f" {excerpt(', '.join(file.schema_arrow.names))}: set corpus.text_field"
             )
         source.columns.update(dict.fromkeys(file.schema_arrow.names))
-        rows = Rows(source.name, source.fields, file_bytes)
         names = [".".join(way) for way in ways.values() if way]
-        try:
-            for batch in file.iter_batches(_batch_rows(file, names, file_bytes), columns=names):
-                yield from rows.of(batch)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise Unreadable(f"not a readable Parquet file: {excerpt(error)}") from error
+        places, num_before = _places(file, content), _num_before(file)
+        free_bytes = FREE_BYTES // max(1, file.metadata.num_row_groups)
+        for number in _groups(source, places):
+            max_bytes = max(free_bytes, MAX_UNPACKED * (places[number + 1] - places[number]))
+            rows = Rows(source.name, source.fields, max_bytes, num_before[number])
+            reason = None
+            try:
+                batch_rows = _batch_rows(file, number, names, places[-1])
+                for batch in file.iter_batches(batch_rows, row_groups=[number], columns=names):
+                    yield from rows.of(batch)
+            except Unreadable as error:
+                reason = str(error)
+            except (pa.ArrowException, OSError, ValueError) as error:
+                reason = f"not a readable Parquet file: {excerpt(error)}"
+            if reason is not None:
+                yield f"{source.name}:{rows.num_rows + 1}", reason, ""
+
+
+def parquet_count(source: Source) -> int:
+    """Returns how many row groups begin in the source's span."""
+    with source.file(in_order=False) as content:
+        return len(_groups(source, _places(_open(content), content)))
 
 
 def _open(content: BinaryIO) -> pq.ParquetFile:
@@ -51,19 +70,58 @@ def _open(content: BinaryIO) -> pq.ParquetFile:
         raise Unreadable(str(error)) from error
 
 
-def _batch_rows(file: pq.ParquetFile, names: list[str], file_bytes: int) -> int:
+def _groups(source: Source, places: list[int]) -> list[int]:
+    """Returns the row groups that begin in the source's span; all, if it has none."""
+    span = source.span
+    return [
+        number
+        for number, place in enumerate(places[:-1])
+        if span is None or span.start <= place < span.stop
+    ]
+
+
+def _places(file: pq.ParquetFile, content: BinaryIO) -> list[int]:
+    """Returns where each row group begins, and where the file ends.
+
+    Whatever the footer says, they lie in the file, in the order of the groups.
+    """
+    import pyarrow as pa
+
+    end = content.seek(0, 2)
+    places = [0]
+    try:
+        for number in range(file.metadata.num_row_groups):
+            group = file.metadata.row_group(number)
+            chunks = [group.column(column) for column in range(group.num_columns)]
+            offsets = [
+                offset
+                for chunk in chunks
+                for offset in (chunk.dictionary_page_offset, chunk.data_page_offset)
+                if offset
+            ]
+            places.append(max(places[-1], min([*offsets, end - 1])))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise Unreadable(f"not a readable Parquet file: {excerpt(error)}") from error
+    return [*places[1:], end]
+
+
+def _num_before(file: pq.ParquetFile) -> list[int]:
+    """Returns how many rows there are before each row group, as the footer says."""
+    groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+    return list(accumulate((max(0, group.num_rows) for group in groups), initial=0))
+
+
+def _batch_rows(file: pq.ParquetFile, number: int, names: list[str], file_bytes: int) -> int:
     """Returns how many rows are read at once; raises Unreadable if a column chunk is a bomb."""
-    fewest = MAX_BATCH_ROWS
     ways = [name.split(".") for name in names]
-    for number in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(number)
-        chunks = [group.column(column) for column in range(group.num_columns)]
-        sizes = [
-            chunk.total_uncompressed_size
-            for chunk in chunks
-            if any(chunk.path_in_schema.split(".")[: len(way)] == way for way in ways)
-        ]
-        if max(sizes, default=0) > max(FREE_BYTES, MAX_UNPACKED * file_bytes):
-            raise Unreadable(f"unpacks to more than {MAX_UNPACKED} times its size")
-        fewest = min(fewest, _BATCH_BYTES * group.num_rows // max(1, sum(sizes)))
-    return max(1, fewest)
+    group = file.metadata.row_group(number)
+    chunks = [group.column(column) for column in range(group.num_columns)]
+    sizes = [
+        chunk.total_uncompressed_size
+        for chunk in chunks
+        if any(chunk.path_in_schema.split(".")[: len(way)] == way for way in ways)
+    ]
+    if max(sizes, default=0) > max(FREE_BYTES, MAX_UNPACKED * file_bytes):
+        raise Unreadable(f"unpacks to more than {MAX_UNPACKED} times its size")
+    fitting: int = _BATCH_BYTES * group.num_rows // max(1, sum(sizes))
+    return max(1, min(MAX_BATCH_ROWS, fitting))

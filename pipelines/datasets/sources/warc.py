@@ -25,7 +25,7 @@ def warc_pages(source: Source) -> Iterator[Page | Document | Reject]:
     where the next one starts.
     """
     packing = None if source.packing == "bz2" else source.packing
-    with source.local_file(unpack=source.packing == "bz2") as path, path.open("rb") as stream:
+    with source.file(unpack=source.packing == "bz2") as stream:
         at: int | None = 0
         while at is not None:
             records, behind, num_records = _records(stream, at), at + 1, 0

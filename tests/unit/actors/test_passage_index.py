@@ -201,6 +201,21 @@ def test_approximate_index_finds_most_keeps_the_vectors_and_can_be_saved(
     np.testing.assert_array_equal(again.vectors(np.array([7, 3999])), held)
 
 
+@pytest.mark.parametrize("kind", ["ivf", "pq"])
+@pytest.mark.parametrize("num_vectors", [1, 2, 3, 4, 255, 256])
+def test_approximate_index_of_few_vectors_finds_them(kind, num_vectors):
+    passages = unit(np.random.default_rng(7), num_vectors)
+    chosen = choose_kind(kind, num_vectors, passages.shape[1], 1)
+    index = ApproximateIndex(passages.shape[1], chosen, num_vectors)
+    index.train(passages)
+    index.add(passages)
+    scores, rows = index.search(passages, 5)
+    assert scores.shape == rows.shape == (num_vectors, min(5, num_vectors))
+    # Most of the lists are searched, and all of so few.
+    found = (rows == np.arange(num_vectors)[:, None]).any(axis=1)
+    assert found.all() if num_vectors < 5 else found.mean() > 0.9
+
+
 def test_exact_top_k_over_parts_equals_one_index():
     rng = np.random.default_rng(6)
     passages, queries = unit(rng, 300), unit(rng, 20)
@@ -223,7 +238,9 @@ def test_exact_top_k_over_parts_equals_one_index():
         ("auto", 2**22, 1025, 1, "ivf"),  # exact vectors would take more than 16 GiB
         ("auto", 2**23, 1024, 1, "ivf"),
         ("auto", 2**23, 1025, 1, "pq"),
-        ("pq", 5, 16, 1, "pq"),
+        ("pq", 255, 16, 1, "ivf"),
+        ("pq", 256, 16, 1, "pq"),
+        ("ivf", 1, 16, 1, "ivf"),
     ],
 )
 def test_kind_of_index_goes_by_bytes_and_by_what_it_costs(

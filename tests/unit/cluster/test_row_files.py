@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from cluster.errors import UserError
+from cluster.files import StoredFile
 from cluster.row_files import (
     batch_rows,
     beir_corpora,
@@ -54,8 +55,8 @@ def test_hidden_files_are_passed_over_unless_named(tmp_path: Path) -> None:
     for name in (".a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text('{"text": "x"}\n[1]')
     storage, files = find_files(str(tmp_path))
-    assert files == ["b.jsonl"]
-    assert find_files(str(tmp_path / ".a.jsonl"))[1] == [".a.jsonl"]
+    assert files == [StoredFile(path="b.jsonl", num_bytes=17, version=None)]
+    assert [file.path for file in find_files(str(tmp_path / ".a.jsonl"))[1]] == [".a.jsonl"]
     assert find_files(str(tmp_path / "none"))[1] == []
     good, bad = jsonl_rows(storage, "b.jsonl")
     assert good == ("b.jsonl:1", {"text": "x"}) and bad[:2] == ("b.jsonl:2", "not a JSON object")

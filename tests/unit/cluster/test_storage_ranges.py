@@ -89,6 +89,40 @@ def test_column_is_read_without_its_neighbours(
     assert len(calls) == 1  # a small file is one request
 
 
+def test_answer_that_breaks_off_goes_on_where_it_stopped(
+    s3: S3Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from botocore.exceptions import ResponseStreamingError
+
+    monkeypatch.setattr(s3_storage, "_CHUNK_BYTES", 1000)
+    content = np.random.default_rng(0).bytes(200_000)
+    s3.write_bytes("file", content)
+    get, given = s3.client.get_object, 0
+
+    class Broken:
+        def __init__(self, body: Any) -> None:
+            self.body = body
+
+        def iter_chunks(self, size: int) -> Any:
+            nonlocal given
+            for number, chunk in enumerate(self.body.iter_chunks(size)):
+                if number == 50:
+                    raise ResponseStreamingError(error="gone")
+                given += len(chunk)
+                yield chunk
+
+    def broken(**arguments: Any) -> Any:
+        answer = get(**arguments)
+        return {**answer, "Body": Broken(answer["Body"])}
+
+    monkeypatch.setattr(s3.client, "get_object", broken)
+    assert s3.read_bytes("file") == content and given == len(content)
+    given = 0
+    with s3.open("file") as file:
+        assert file.read(120_000) == content[:120_000]
+    assert given == 120_000 + (1 << 16)
+
+
 def test_file_that_changes_while_it_is_read_is_told(s3: S3Storage) -> None:
     s3.write_bytes("file", b"a" * 200_000)
     with s3.open("file") as file:

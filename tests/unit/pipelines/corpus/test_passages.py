@@ -10,8 +10,8 @@ import pytest
 import cluster.exchange
 from cluster.artifacts import Artifact
 from cluster.steps import Run, Step
-from pipelines.corpus import parts, passages, repeats
-from pipelines.corpus.parts import file_groups, passages_per_shard
+from pipelines.corpus import parts, passages, repeats, units
+from pipelines.corpus.parts import passages_per_shard
 from pipelines.corpus.passages import cut_corpus, make_passages
 from pipelines.datasets.corpus import Corpus, CorpusConfig
 from pipelines.run.console import JsonLines
@@ -78,7 +78,7 @@ def test_rows_are_the_same_whatever_the_tasks_parts_and_partitions(
     for number, (group_bytes, part_rows, shard_passages, keys, pairs) in enumerate(
         [(1 << 20, 1 << 17, 1024, 10**6, 10**6), (1, 20, 3, 300, 5), (20_000, 50, 10, 100, 1)]
     ):
-        monkeypatch.setattr(parts, "_FEWEST_BYTES", group_bytes)
+        monkeypatch.setattr(units, "_FEWEST_BYTES", group_bytes)
         monkeypatch.setattr(parts, "_MAX_PART_ROWS", part_rows)
         monkeypatch.setattr(parts, "_SHARD_PASSAGES", shard_passages)
         monkeypatch.setattr(repeats, "_MAX_KEYS", keys)
@@ -120,19 +120,6 @@ def test_part_is_written_a_group_of_rows_at_a_time(
     found = made(corpus, tmp_path / "run")
     assert read[0] == written[0] == found.num_rows + found.num_rejects + found.num_duplicates
     assert held[0] <= 2 * 10
-
-
-def test_small_files_are_grouped_and_large_ones_are_not() -> None:
-    files = [f"{number:05}" for number in range(5000)]
-    groups = file_groups(files, [100] * 5000)
-    assert [file for group in groups for file in group] == files
-    assert [len(group) for group in groups] == [1024] * 4 + [904]
-    big = 1 << 34
-    groups = file_groups(files[:6], [1 << 20, 1 << 20, big, 1 << 20, 7 << 20, 1 << 20])
-    assert [len(group) for group in groups] == [2, 1, 2, 1]
-    # Of petabytes each task gets more, so that there are no millions of tasks.
-    assert 4096 <= len(file_groups(["a"] * 100_000, [1 << 30] * 100_000)) <= 8192
-    assert file_groups([], []) == []
 
 
 def test_shards_of_large_corpora_hold_more_passages() -> None:

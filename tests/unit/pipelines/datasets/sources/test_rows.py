@@ -167,7 +167,7 @@ def test_text_of_a_parquet_bomb_is_never_written_out(tmp_path: Path) -> None:
     assert (tmp_path / "x.parquet").stat().st_size < 5000
     before = pa.default_memory_pool()
     *rows, bomb = documents(tmp_path)
-    assert bomb == ("x.parquet", "unpacks to more than 200 times its size", "")
+    assert bomb == ("x.parquet:49", "unpacks to more than 200 times its size", "")
     assert len(rows) == 64 - 16 and before.max_memory() < 256 << 20
 
 
@@ -177,7 +177,7 @@ def test_parquet_chunk_that_unpacks_to_a_thousand_times_its_size_is_not_read(
     monkeypatch.setattr(parquet, "FREE_BYTES", 1 << 16)
     table = pa.table({"text": ["a" * (1 << 20)] * 4})
     pq.write_table(table, tmp_path / "x.parquet", compression="zstd", use_dictionary=False)
-    assert documents(tmp_path) == [("x.parquet", "unpacks to more than 200 times its size", "")]
+    assert documents(tmp_path) == [("x.parquet:1", "unpacks to more than 200 times its size", "")]
 
 
 def test_parquet_row_beyond_the_limit_is_a_reject(
