@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Literal, Protocol
 
 from cluster.artifacts import (
@@ -22,11 +23,12 @@ from cluster.artifacts import (
     Json,
     Manifest,
     check_format,
+    count_reasons,
     fingerprint,
     library_versions,
     list_files,
     parse_object,
-    read_rejects,
+    reject_tables,
     write_artifact,
 )
 from cluster.errors import DUPLICATES, ArtifactError, TooManyRejects, UserError, excerpt
@@ -324,12 +326,13 @@ class Run:
         found = Artifact(storage, manifest)
         num_all = found.num_rows + found.num_rejects
         if found.num_rejects > step.max_reject_share * num_all:
-            rows = read_rejects(storage, files).to_pylist()
-            rejects = [tuple(row.values()) for row in rows if row["reason"] not in DUPLICATES]
+            tables = reject_tables(storage, files)
+            rows = (tuple(row.values()) for table in tables for row in table.to_pylist())
+            reasons = count_reasons(storage, files)
             raise TooManyRejects.of(
                 step.name,
-                Counter(reason for _, reason, _ in rejects),
-                rejects[:3],
+                Counter({r: num for r, num in reasons.items() if r not in DUPLICATES}),
+                list(islice((row for row in rows if row[1] not in DUPLICATES), 3)),
                 f"accepted is a share of {step.max_reject_share} of {num_all}: look at"
                 f" {join(storage.uri, 'rejects')}, correct the input or raise max_reject_share",
             )

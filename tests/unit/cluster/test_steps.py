@@ -7,10 +7,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from cluster import artifacts
 from cluster.artifacts import Artifact, write_rejects, write_shards
 from cluster.errors import DUPLICATES, ArtifactError, StorageError, TooManyRejects, UserError
 from cluster.steps import MARKER, Run, Step, StepContext
-from cluster.storage import LocalStorage, open_storage
+from cluster.storage import LocalStorage, Storage, open_storage, read_table
 
 
 class Listener:
@@ -183,6 +184,36 @@ def test_too_many_rejects_fail_the_step_with_the_commonest_reason(tmp_path: Path
         Run(str(tmp_path), [step(0.4)]).execute(Listener())
     artifact = Run(str(tmp_path), [step(0.5)]).execute(Listener())["s"]
     assert artifact.rejects()["reason"].to_pylist() == ["empty", "empty", "long"]
+
+
+def test_rejects_of_many_shards_are_counted_a_shard_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(context: StepContext) -> dict[str, object]:
+        write(context)
+        duplicates = [("d", reason, "") for reason in DUPLICATES]
+        write_rejects(context.storage, duplicates, 0)
+        for number in range(1, 6):
+            rows = [(f"x{number}", "empty", ""), *duplicates, (f"y{number}", f"long {number}", "")]
+            write_rejects(context.storage, rows, number)
+        return {"num_duplicates": 6 * len(DUPLICATES)}
+
+    in_full: list[str] = []
+
+    def read(storage: Storage, path: str, columns: list[str] | None = None) -> pa.Table:
+        if columns is None:
+            in_full.append(path)
+        return read_table(storage, path, columns)
+
+    monkeypatch.setattr(artifacts, "read_table", read)
+    step = Step(name="s", config={}, inputs=(), work=refuse, max_reject_share=0.1)
+    told = (
+        r"refused 10 rows, mostly 'empty' \(5\), 'long 1' \(1\), 'long 2' \(1\), and.*"
+        r" x1: empty: ''; y1: long 1: ''; x2: empty: ''$"
+    )
+    with pytest.raises(TooManyRejects, match=told):
+        Run(str(tmp_path), [step]).execute(Listener())
+    assert in_full == [f"rejects/00000000{number}.parquet" for number in range(3)]  # for examples
 
 
 def test_duplicates_are_rejects_that_stop_no_step(tmp_path: Path) -> None:
