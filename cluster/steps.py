@@ -289,6 +289,7 @@ class Run:
         if state == "done":
             finished = self.artifact(step)
             assert finished is not None
+            storage.delete("work")  # of which a process that was killed at the very end left some
             listener.step_found(step, finished)
             return finished
         self._lock.check()
@@ -312,6 +313,7 @@ class Run:
         self, step: Step, context: StepContext, metrics: dict[str, Json], seconds_s: float
     ) -> Artifact:
         storage = context.storage
+        _delete_unfinished(storage)
         files = list_files(storage, context.log.files())
         manifest = Manifest(
             step=step.name,
@@ -371,7 +373,7 @@ def _begun_note(fingerprint: str, config: Json) -> bytes:
 
 
 def _delete_unfinished(storage: Storage) -> None:
-    """Removes temporary files that a killed process left."""
+    """Removes temporary files that killed processes left, such as those of a lost node."""
     if isinstance(storage, LocalStorage) and storage.folder.is_dir():
         for file in storage.folder.rglob("*.unfinished"):
             file.unlink(missing_ok=True)

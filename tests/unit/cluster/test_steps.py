@@ -105,6 +105,35 @@ def test_step_that_dies_is_resumed_and_its_shards_are_no_result(tmp_path: Path) 
     assert not half_written.exists() and not (tmp_path / "one" / "work").exists()
 
 
+def test_what_lost_processes_left_is_gone_when_the_step_is_done(tmp_path: Path) -> None:
+    def lose(context: StepContext) -> dict[str, object]:
+        (tmp_path / "one" / "shards").mkdir()
+        (tmp_path / "one" / "shards" / ".000000001.parquet.abc.unfinished").touch()
+        return write(context)
+
+    losing = Step(name="one", config={"k": 1}, inputs=(), work=lose)
+    Run(str(tmp_path), [losing]).execute(Listener())
+    shards = ["000000000.parquet", "000000001.parquet"]
+    assert sorted(file.name for file in (tmp_path / "one" / "shards").iterdir()) == shards
+
+
+def test_work_of_a_run_that_was_killed_behind_its_manifest_is_deleted(tmp_path: Path) -> None:
+    run = Run(str(tmp_path), steps())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalStorage, "delete", _die_at_work)
+        with pytest.raises(KeyboardInterrupt):
+            run.execute(Listener())
+    assert (tmp_path / "one" / "manifest.json").exists()
+    assert (tmp_path / "one" / "work" / "note").exists()
+    assert events_of(run)[0] == "found one"
+    assert not (tmp_path / "one" / "work").exists()
+
+
+def _die_at_work(storage: LocalStorage, prefix: str) -> None:
+    if prefix == "work":
+        raise KeyboardInterrupt
+
+
 def test_half_done_step_of_another_configuration_is_never_gone_on_with(tmp_path: Path) -> None:
     def die(context: StepContext) -> dict[str, object]:
         write_shards(context.storage, pa.table({"id": [*"abcdefgh"]}), 2)
