@@ -362,7 +362,9 @@ def finished(folder: Path) -> dict[str, int]:
             str((owner / file.path).relative_to(folder))
             for file in ShardLog(open_storage(owner)).files()
         }
-    again = ("work/dropped/",)  # one small task
+    again: tuple[str, ...] = ("work/dropped/",)  # one small task
+    if folder.name == "mixture":
+        again += ("rejects/", "validation/")  # which the driver writes
     return {path: written[path] for path in kept & written.keys() if not path.startswith(again)}
 
 
