@@ -37,7 +37,7 @@ demo: $(STAMP)  ## search the documentation of this Python environment, end to e
 test: $(STAMP)  ## every test that needs no GPU, but for `make chaos` (some 23 minutes)
 	@$(BIN)/pytest -m "not gpu and not chaos" -n 2 --dist loadfile --no-loadscope-reorder
 
-chaos: $(STAMP)  ## storage and workers that fail again and again (6 minutes)
+chaos: $(STAMP)  ## storage, workers, nodes and drivers that fail again and again (some 10 minutes)
 	@$(BIN)/pytest -m "chaos and not gpu" -n 2 --dist loadfile
 
 quick: $(STAMP)  ## the tests that start no engine and do not fuzz (some 5 minutes)

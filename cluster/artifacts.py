@@ -7,6 +7,7 @@ last: a folder without one is unfinished work, never a result.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,6 +18,7 @@ from itertools import chain
 from typing import Annotated, Any, BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field, TypeAdapter, ValidationError
 
 from cluster.errors import ArtifactError, OtherFormat, Reject, StorageError, excerpt
@@ -241,7 +243,12 @@ class Artifact:
 
     def rejects(self) -> pa.Table:
         """Reads every reject, duplicates too: id, reason and the text it was about."""
-        return read_rejects(self.storage, self.files)
+        tables = reject_tables(self.storage, self.files)
+        return pa.concat_tables([REJECT_SCHEMA.empty_table(), *tables])
+
+    def reasons(self) -> Counter[str]:
+        """Counts the rejects by their reasons, duplicates too."""
+        return count_reasons(self.storage, self.files)
 
     def verify(self) -> None:
         """Compares every file with its checksum; raises ArtifactError at the first difference."""
@@ -346,10 +353,21 @@ def write_rejects(storage: Storage, rejects: list[Reject], number: int = 0) -> l
     return [write_table(storage, shard_path(number, "rejects"), table)]
 
 
-def read_rejects(storage: Storage, files: FileList) -> pa.Table:
-    """Reads the rejects of a step folder's files: id, reason and the text it was about."""
-    tables = [read_table(storage, file.path) for file in files.below("rejects/")]
-    return pa.concat_tables([REJECT_SCHEMA.empty_table(), *tables])
+def reject_tables(
+    storage: Storage, files: FileList, columns: list[str] | None = None
+) -> Iterator[pa.Table]:
+    """Yields the reject shards of a step folder's files, one in memory at a time."""
+    for file in files.below("rejects/"):
+        yield read_table(storage, file.path, columns)
+
+
+def count_reasons(storage: Storage, files: FileList) -> Counter[str]:
+    """Counts the rejects of a step folder's files by their reasons; reads nothing else of them."""
+    counts = Counter[str]()
+    for table in reject_tables(storage, files, ["reason"]):
+        for found in pc.value_counts(table["reason"]).to_pylist():
+            counts[found["values"]] += found["counts"]
+    return counts
 
 
 def _writable(text: str) -> str:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Literal, Protocol
 
 from cluster.artifacts import (
@@ -22,11 +23,12 @@ from cluster.artifacts import (
     Json,
     Manifest,
     check_format,
+    count_reasons,
     fingerprint,
     library_versions,
     list_files,
     parse_object,
-    read_rejects,
+    reject_tables,
     write_artifact,
 )
 from cluster.errors import DUPLICATES, ArtifactError, TooManyRejects, UserError, excerpt
@@ -287,6 +289,7 @@ class Run:
         if state == "done":
             finished = self.artifact(step)
             assert finished is not None
+            storage.delete("work")  # of which a process that was killed at the very end left some
             listener.step_found(step, finished)
             return finished
         self._lock.check()
@@ -310,6 +313,7 @@ class Run:
         self, step: Step, context: StepContext, metrics: dict[str, Json], seconds_s: float
     ) -> Artifact:
         storage = context.storage
+        _delete_unfinished(storage)
         files = list_files(storage, context.log.files())
         manifest = Manifest(
             step=step.name,
@@ -324,12 +328,13 @@ class Run:
         found = Artifact(storage, manifest)
         num_all = found.num_rows + found.num_rejects
         if found.num_rejects > step.max_reject_share * num_all:
-            rows = read_rejects(storage, files).to_pylist()
-            rejects = [tuple(row.values()) for row in rows if row["reason"] not in DUPLICATES]
+            tables = reject_tables(storage, files)
+            rows = (tuple(row.values()) for table in tables for row in table.to_pylist())
+            reasons = count_reasons(storage, files)
             raise TooManyRejects.of(
                 step.name,
-                Counter(reason for _, reason, _ in rejects),
-                rejects[:3],
+                Counter({r: num for r, num in reasons.items() if r not in DUPLICATES}),
+                list(islice((row for row in rows if row[1] not in DUPLICATES), 3)),
                 f"accepted is a share of {step.max_reject_share} of {num_all}: look at"
                 f" {join(storage.uri, 'rejects')}, correct the input or raise max_reject_share",
             )
@@ -368,7 +373,7 @@ def _begun_note(fingerprint: str, config: Json) -> bytes:
 
 
 def _delete_unfinished(storage: Storage) -> None:
-    """Removes temporary files that a killed process left."""
+    """Removes temporary files that killed processes left, such as those of a lost node."""
     if isinstance(storage, LocalStorage) and storage.folder.is_dir():
         for file in storage.folder.rglob("*.unfinished"):
             file.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
@@ -32,6 +33,8 @@ __all__ = [
     "read_table",
 ]
 __all__ += ["write_table"]
+
+_READERS = 8  # files that are read for their versions at once
 
 
 class Storage(Protocol):
@@ -134,12 +137,17 @@ def open_storage(uri: str | Path) -> Storage:
 
 
 def file_versions(storage: Storage, paths: Sequence[str]) -> list[tuple[str, str]]:
-    """Returns files and their versions; those of several on S3 by a listing, a thousand at once."""
+    """Returns files and their versions; those of several on S3 by a listing, a thousand at once.
+
+    On a disk several files are read at a time, for it is their content that counts.
+    """
     listed: dict[str, str | None] = {}
     if len(paths) > 1 and isinstance(storage, S3Storage):
         wanted = frozenset(paths)
         listed = {file.path: file.version for file in storage.scan() if file.path in wanted}
-    return [(path, listed.get(path) or storage.version(path)) for path in paths]
+    with ThreadPoolExecutor(_READERS) as pool:
+        versions = pool.map(lambda path: listed.get(path) or storage.version(path), paths)
+        return list(zip(paths, versions, strict=True))
 
 
 def read_table(storage: Storage, path: str, columns: list[str] | None = None) -> pa.Table:

@@ -111,8 +111,7 @@ def _rejects(run: RunFolder) -> dict[str, dict[str, int]]:
     counts = {}
     for name, artifact in run.artifacts.items():
         if artifact.num_rejects or artifact.num_duplicates:
-            reasons = Counter(artifact.rejects()["reason"].to_pylist())
-            counts[name] = dict(reasons.most_common())
+            counts[name] = dict(artifact.reasons().most_common())
     return counts
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from cluster import artifacts
 from cluster.artifacts import Artifact, write_rejects, write_shards
 from cluster.errors import DUPLICATES, ArtifactError, StorageError, TooManyRejects, UserError
 from cluster.steps import MARKER, Run, Step, StepContext
-from cluster.storage import LocalStorage, open_storage
+from cluster.storage import LocalStorage, Storage, open_storage, read_table
 
 
 class Listener:
@@ -104,6 +105,35 @@ def test_step_that_dies_is_resumed_and_its_shards_are_no_result(tmp_path: Path) 
     assert not half_written.exists() and not (tmp_path / "one" / "work").exists()
 
 
+def test_what_lost_processes_left_is_gone_when_the_step_is_done(tmp_path: Path) -> None:
+    def lose(context: StepContext) -> dict[str, object]:
+        (tmp_path / "one" / "shards").mkdir()
+        (tmp_path / "one" / "shards" / ".000000001.parquet.abc.unfinished").touch()
+        return write(context)
+
+    losing = Step(name="one", config={"k": 1}, inputs=(), work=lose)
+    Run(str(tmp_path), [losing]).execute(Listener())
+    shards = ["000000000.parquet", "000000001.parquet"]
+    assert sorted(file.name for file in (tmp_path / "one" / "shards").iterdir()) == shards
+
+
+def test_work_of_a_run_that_was_killed_behind_its_manifest_is_deleted(tmp_path: Path) -> None:
+    run = Run(str(tmp_path), steps())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalStorage, "delete", _die_at_work)
+        with pytest.raises(KeyboardInterrupt):
+            run.execute(Listener())
+    assert (tmp_path / "one" / "manifest.json").exists()
+    assert (tmp_path / "one" / "work" / "note").exists()
+    assert events_of(run)[0] == "found one"
+    assert not (tmp_path / "one" / "work").exists()
+
+
+def _die_at_work(storage: LocalStorage, prefix: str) -> None:
+    if prefix == "work":
+        raise KeyboardInterrupt
+
+
 def test_half_done_step_of_another_configuration_is_never_gone_on_with(tmp_path: Path) -> None:
     def die(context: StepContext) -> dict[str, object]:
         write_shards(context.storage, pa.table({"id": [*"abcdefgh"]}), 2)
@@ -183,6 +213,36 @@ def test_too_many_rejects_fail_the_step_with_the_commonest_reason(tmp_path: Path
         Run(str(tmp_path), [step(0.4)]).execute(Listener())
     artifact = Run(str(tmp_path), [step(0.5)]).execute(Listener())["s"]
     assert artifact.rejects()["reason"].to_pylist() == ["empty", "empty", "long"]
+
+
+def test_rejects_of_many_shards_are_counted_a_shard_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(context: StepContext) -> dict[str, object]:
+        write(context)
+        duplicates = [("d", reason, "") for reason in DUPLICATES]
+        write_rejects(context.storage, duplicates, 0)
+        for number in range(1, 6):
+            rows = [(f"x{number}", "empty", ""), *duplicates, (f"y{number}", f"long {number}", "")]
+            write_rejects(context.storage, rows, number)
+        return {"num_duplicates": 6 * len(DUPLICATES)}
+
+    in_full: list[str] = []
+
+    def read(storage: Storage, path: str, columns: list[str] | None = None) -> pa.Table:
+        if columns is None:
+            in_full.append(path)
+        return read_table(storage, path, columns)
+
+    monkeypatch.setattr(artifacts, "read_table", read)
+    step = Step(name="s", config={}, inputs=(), work=refuse, max_reject_share=0.1)
+    told = (
+        r"refused 10 rows, mostly 'empty' \(5\), 'long 1' \(1\), 'long 2' \(1\), and.*"
+        r" x1: empty: ''; y1: long 1: ''; x2: empty: ''$"
+    )
+    with pytest.raises(TooManyRejects, match=told):
+        Run(str(tmp_path), [step]).execute(Listener())
+    assert in_full == [f"rejects/00000000{number}.parquet" for number in range(3)]  # for examples
 
 
 def test_duplicates_are_rejects_that_stop_no_step(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Files read by range, written as a stream, and listed with their sizes and versions."""
 
 import hashlib
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ import pytest
 
 from cluster import s3_storage
 from cluster.errors import StorageError
-from cluster.storage import S3Storage, Storage, file_versions, open_storage, read_table, write_table
+from cluster.storage import (
+    LocalStorage,
+    S3Storage,
+    Storage,
+    file_versions,
+    open_storage,
+    read_table,
+    write_table,
+)
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -207,3 +216,22 @@ def test_file_is_written_on_condition(s3: S3Storage, monkeypatch: pytest.MonkeyP
     assert s3.write_if("lock", b"2", first) == second  # its answer was lost, and it was repeated
     s3.delete("lock")
     assert s3.write_if("lock", b"4", second) is None and not s3.exists("lock")
+
+
+def test_versions_of_local_files_are_read_at_once_and_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"{number:02}" for number in range(20)]
+    for name in names:
+        (tmp_path / name).write_text(f"content of {name}")
+    meeting, version = threading.Barrier(2), LocalStorage.version
+
+    def met(storage: LocalStorage, path: str) -> str:
+        meeting.wait(30)  # for another file's reader
+        return version(storage, path)
+
+    monkeypatch.setattr(LocalStorage, "version", met)
+    found = file_versions(open_storage(tmp_path), names)
+    assert found == [(n, hashlib.sha256(f"content of {n}".encode()).hexdigest()) for n in names]
+    with pytest.raises(FileNotFoundError):
+        file_versions(open_storage(tmp_path), ["00", "gone"])
