@@ -117,3 +117,15 @@ def test_any_parquet_is_read_or_refused(
         place, changed = noise
         written = written[:place] + changed + written[place + len(changed) :]
     read(written, "x.parquet")
+
+
+def test_any_byte_of_a_parquet_footer_may_be_wrong() -> None:
+    """Arrow ends the process where it is asked for a column chunk that does not fit the schema."""
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"text": ["what a text says", "b"], "n": [1, 2]}), sink)
+    written = sink.getvalue()
+    start = len(written) - 8 - int.from_bytes(written[-8:-4], "little")
+    for place in range(start, len(written) - 8):
+        for other in (1, 2, 37):
+            changed = bytes([written[place] ^ other])
+            read(written[:place] + changed + written[place + 1 :], "x.parquet")

@@ -10,6 +10,7 @@ from cluster.errors import Reject, StorageError, UserError, excerpt
 from cluster.parquet import open_parquet
 from cluster.row_files import Row
 from pipelines.datasets.sources.columns import MAX_BATCH_ROWS, Rows, find_column
+from pipelines.datasets.sources.parquet_footer import ColumnChunk, read_footer
 from pipelines.datasets.sources.streams import FREE_BYTES, MAX_UNPACKED, Source, Unreadable
 
 if TYPE_CHECKING:
@@ -39,14 +40,16 @@ def parquet_rows(source: Source) -> Iterator[Row | Reject]:
             )
         source.columns.update(dict.fromkeys(file.schema_arrow.names))
         names = [".".join(way) for way in ways.values() if way]
-        places, num_before = _places(file, content), _num_before(file)
-        free_bytes = FREE_BYTES // max(1, file.metadata.num_row_groups)
+        groups, num_before = _footer(file, content), _num_before(file)
+        places = _places(groups, content)
+        free_bytes = FREE_BYTES // max(1, len(groups))
         for number in _groups(source, places):
             max_bytes = max(free_bytes, MAX_UNPACKED * (places[number + 1] - places[number]))
             rows = Rows(source.name, source.fields, max_bytes, num_before[number])
             reason = None
             try:
-                batch_rows = _batch_rows(file, number, names, places[-1])
+                num_rows = num_before[number + 1] - num_before[number]
+                batch_rows = _batch_rows(num_rows, groups[number], names, places[-1])
                 for batch in file.iter_batches(batch_rows, row_groups=[number], columns=names):
                     yield from rows.of(batch)
             except Unreadable as error:
@@ -60,7 +63,7 @@ def parquet_rows(source: Source) -> Iterator[Row | Reject]:
 def parquet_count(source: Source) -> int:
     """Returns how many row groups begin in the source's span."""
     with source.file(in_order=False) as content:
-        return len(_groups(source, _places(_open(content), content)))
+        return len(_groups(source, _places(_footer(_open(content), content), content)))
 
 
 def _open(content: BinaryIO) -> pq.ParquetFile:
@@ -80,28 +83,27 @@ def _groups(source: Source, places: list[int]) -> list[int]:
     ]
 
 
-def _places(file: pq.ParquetFile, content: BinaryIO) -> list[int]:
+def _footer(file: pq.ParquetFile, content: BinaryIO) -> list[list[ColumnChunk]]:
+    """Returns the column chunks of each row group; raises Unreadable if it is broken."""
+    try:
+        groups = read_footer(content)
+    except ValueError as error:
+        raise Unreadable(f"not a readable Parquet file: {excerpt(error)}") from error
+    if len(groups) != file.metadata.num_row_groups:
+        raise Unreadable("not a readable Parquet file: the footer is broken")
+    return groups
+
+
+def _places(groups: list[list[ColumnChunk]], content: BinaryIO) -> list[int]:
     """Returns where each row group begins, and where the file ends.
 
     Whatever the footer says, they lie in the file, in the order of the groups.
     """
-    import pyarrow as pa
-
     end = content.seek(0, 2)
     places = [0]
-    try:
-        for number in range(file.metadata.num_row_groups):
-            group = file.metadata.row_group(number)
-            chunks = [group.column(column) for column in range(group.num_columns)]
-            offsets = [
-                offset
-                for chunk in chunks
-                for offset in (chunk.dictionary_page_offset, chunk.data_page_offset)
-                if offset
-            ]
-            places.append(max(places[-1], min([*offsets, end - 1])))
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise Unreadable(f"not a readable Parquet file: {excerpt(error)}") from error
+    for chunks in groups:
+        given = [chunk.place for chunk in chunks if chunk.place]
+        places.append(max(places[-1], min([*given, end - 1])))
     return [*places[1:], end]
 
 
@@ -111,17 +113,15 @@ def _num_before(file: pq.ParquetFile) -> list[int]:
     return list(accumulate((max(0, group.num_rows) for group in groups), initial=0))
 
 
-def _batch_rows(file: pq.ParquetFile, number: int, names: list[str], file_bytes: int) -> int:
+def _batch_rows(num_rows: int, chunks: list[ColumnChunk], names: list[str], file_bytes: int) -> int:
     """Returns how many rows are read at once; raises Unreadable if a column chunk is a bomb."""
     ways = [name.split(".") for name in names]
-    group = file.metadata.row_group(number)
-    chunks = [group.column(column) for column in range(group.num_columns)]
     sizes = [
-        chunk.total_uncompressed_size
+        chunk.unpacked_bytes
         for chunk in chunks
-        if any(chunk.path_in_schema.split(".")[: len(way)] == way for way in ways)
+        if any(chunk.path.split(".")[: len(way)] == way for way in ways)
     ]
     if max(sizes, default=0) > max(FREE_BYTES, MAX_UNPACKED * file_bytes):
         raise Unreadable(f"unpacks to more than {MAX_UNPACKED} times its size")
-    fitting: int = _BATCH_BYTES * group.num_rows // max(1, sum(sizes))
+    fitting: int = _BATCH_BYTES * num_rows // max(1, sum(sizes))
     return max(1, min(MAX_BATCH_ROWS, fitting))
