@@ -309,6 +309,7 @@ def unhurt(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.chaos
 @pytest.mark.timeout(1800)
 def test_steps_killed_at_their_work_end_with_the_same_figures(
     unhurt: Path, data_folder: Path, tmp_path: Path

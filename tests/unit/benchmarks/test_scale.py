@@ -196,7 +196,7 @@ def test_a_worker_has_the_processes_that_it_has_started():
             started.append(process)
         child = int(started[0].stdout.readline())
         stack.callback(os.kill, child, signal.SIGKILL)
-        while psutil.Process(child).cmdline()[0] != "pages":
+        while psutil.Process(child).cmdline()[:1] != ["pages"]:
             time.sleep(0.01)
         assert [found for found in workers() if found not in before] == [[started[0].pid, child]]
 
