@@ -168,15 +168,20 @@ def until(told):
     while not any(note.startswith(told) for _, _, note in list(heard.updates)):
         time.sleep(0.1)
 
-def come_and_go():
+def work():
+    counted(folder, "waits to be lost", heard, StageResources(node_resource="encoder"))
+
+def come_and_go():  # in the main thread, where Ray can handle signals
     until("waiting for 1 of 1 actors (each 1 CPU, 0.001 encoder; the cluster has 4 CPU, 0 encoder)")
     nodes.append(cluster.add_node(num_cpus=1, resources={"encoder": 1}))
     until("half")
     cluster.add_node(num_cpus=1, resources={"encoder": 1})
     nodes[0].kill_raylet()
 
-threading.Thread(target=come_and_go, daemon=True).start()
-counted(folder, "waits to be lost", heard, StageResources(node_resource="encoder"))
+working = threading.Thread(target=work, daemon=True)
+working.start()
+come_and_go()
+working.join()
 disconnect()
 cluster.remove_node(nodes[0])  # else Ray's own cleaning up at the exit finds it gone, and fails
 cluster.shutdown()
