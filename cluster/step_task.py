@@ -67,6 +67,11 @@ def run_in_task(work: Work, context: StepContext, resources: StageResources) -> 
                 if (now := _read_progress(context.storage) or told) != told:
                     told = now
                     context.progress.update(*told)
+    except BaseException:
+        # Never once it has ended: Ray 2.60 ends the driver where both meet in its books.
+        ray.cancel(reference)
+        raise
+    try:
         metrics: dict[str, Json] = ray.get(reference)
         return metrics
     except ray.exceptions.RayError as error:
@@ -74,8 +79,6 @@ def run_in_task(work: Work, context: StepContext, resources: StageResources) -> 
         if isinstance(cause, TokayError):
             raise cause from error
         raise reported_error(str(error), "the step's Ray task failed") from error
-    finally:
-        ray.cancel(reference, force=False)
 
 
 def _attempt(

@@ -151,6 +151,33 @@ def test_error_of_a_task_is_what_it_was(
     assert len(processes(tmp_path)) == 1  # it is not tried again
 
 
+QUICK = """
+import sys; from pathlib import Path
+from cluster.session import connect, disconnect
+from cluster.step_task import run_in_task
+from cluster.steps import StepContext
+from cluster.storage import open_storage
+from test_steps_in_tasks import Heard, ONE, quick
+
+connect(Path(sys.argv[1], "logs"))
+context = StepContext(storage=open_storage(sys.argv[1]), inputs={}, progress=Heard())
+for _ in range(25):
+    assert run_in_task(quick, context, ONE) == {"done": True}
+disconnect()
+"""
+
+
+def quick(context: StepContext) -> dict[str, Json]:
+    return {"done": True}
+
+
+def test_driver_survives_the_end_of_a_task(tmp_path: Path) -> None:
+    """Cancelling a task just as it ends makes Ray end the driver, in a few tries of some tens."""
+    command = [sys.executable, "-c", QUICK, str(tmp_path)]
+    here = {"PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run(command, check=True, timeout=300, env=os.environ | here)
+
+
 NODES = """
 import os, sys, threading, time; from pathlib import Path
 from ray.cluster_utils import Cluster
