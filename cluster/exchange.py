@@ -188,8 +188,9 @@ def run_tasks(
     except ray.exceptions.RayError as error:
         raise reported_error(str(error), "a task failed") from error
     finally:
-        for reference in running:
-            ray.cancel(reference, force=False)
+        if running:  # none of those that have ended: see `step_task`
+            for reference in ray.wait(running, num_returns=len(running), timeout=0)[1]:
+                ray.cancel(reference, force=False)
 
 
 def _described(

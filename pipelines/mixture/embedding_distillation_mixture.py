@@ -223,12 +223,7 @@ def make_mixture(
         sets: Sequence[np.ndarray], batches: Batches
     ) -> tuple[WriteTexts, list[ShardGroup]]:
         places = Places.of(batches, sets)
-        write = WriteTexts(
-            num_partitions=-(-len(batches) // per_shard),
-            batches_each=per_shard,
-            places=Shared.of(places),
-            format_=format_,
-        )
+        write = WriteTexts.of(batches, per_shard, places, format_=format_)
         return write, places.sources(texts)
 
     in_order = batches_in_order(list(map(len, held_out)), batch_size)

@@ -97,10 +97,10 @@ def make_fixed_mixture(
     def exchange(places: Places, batches: Batches, beside: Places | None = None) -> WriteLists:
         size = max(len(rows) for _, rows in batches)
         per_shard = max(1, LISTS_PER_SHARD // size)
-        return WriteLists(
-            num_partitions=-(-len(batches) // per_shard),
-            batches_each=per_shard,
-            places=Shared.of(places),
+        return WriteLists.of(
+            batches,
+            per_shard,
+            places,
             beside=Shared.of(beside) if beside else None,
             dimensions=dimensions,
             format_=format_,

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from cluster.artifacts import Artifact, Json
 from cluster.errors import UserError
-from cluster.exchange import Shared, run_exchange
+from cluster.exchange import run_exchange
 from cluster.shard_groups import ShardGroup
 from cluster.steps import Step, StepContext
 from pipelines.datasets.decontamination import Decontamination
@@ -186,12 +186,7 @@ def make_mixture(
 
     def exchange(sources: list[Source], batches: Batches) -> tuple[WriteExamples, list[ShardGroup]]:
         places = Places.of(batches, [source.keys["row"] for source in sources])
-        write = WriteExamples(
-            num_partitions=-(-len(batches) // per_shard),
-            batches_each=per_shard,
-            places=Shared.of(places),
-            format_=format_,
-        )
+        write = WriteExamples.of(batches, per_shard, places, format_=format_)
         return write, places.sources(texts)
 
     if any(map(len, held_out)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -165,6 +165,16 @@ class WriteBatches(Exchange):
     batches_each: int
     places: Shared
     schema: pa.Schema
+
+    @classmethod
+    def of(cls, batches: Batches, batches_each: int, places: Places, **fields: Any) -> Self:
+        """Returns an exchange with as many partitions as these batches need."""
+        return cls(
+            num_partitions=-(-len(batches) // batches_each),
+            batches_each=batches_each,
+            places=Shared.of(places),
+            **fields,
+        )
 
     def placed(
         self, source: ShardGroup, places: Places, made: Callable[[pa.Table], pa.Table]

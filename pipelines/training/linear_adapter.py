@@ -23,7 +23,7 @@ from pydantic import Field
 from cluster.artifacts import Artifact, Json, unfinished_artifact
 from cluster.config import Config
 from cluster.errors import UserError
-from cluster.exchange import Shared, run_exchange, run_tasks
+from cluster.exchange import run_exchange, run_tasks
 from cluster.shard_groups import shard_groups
 from cluster.stages import StageResources
 from cluster.step_task import run_in_task
@@ -160,13 +160,8 @@ def write_batches(
         lists, np.unique(places.rows), places.times, embeddings, dimensions, part(context, VECTORS)
     )
     per_shard = max(1, LISTS_PER_SHARD // len(batches[0][1]))
-    write = WriteLists(
-        num_partitions=-(-len(batches) // per_shard),
-        batches_each=per_shard,
-        places=Shared.of(places),
-        schema=_BATCH,
-        dimensions=dimensions,
-        format_=None,
+    write = WriteLists.of(
+        batches, per_shard, places, schema=_BATCH, dimensions=dimensions, format_=None
     )
     sources = [(LISTS, group) for group in places.sources(lists.rows)]
     sources += [(VECTORS, group) for group in shard_groups(vectors)]
