@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from cluster.artifacts import Artifact
 from cluster.errors import ArtifactError
-from cluster.exchange import PARTITION, Exchange, Shared
+from cluster.exchange import PARTITION, Exchange, Shared, is_among
 from cluster.shard_groups import ShardGroup, shard_groups
 from pipelines.fret.fusion import JUDGES, choose_labels
 from pipelines.fret.pairs import scored_candidates
@@ -170,7 +170,7 @@ class FindTexts(Exchange):
             return _by_key(self._asked(group), "passage_id", self.num_partitions)
         table = group.read(["id", "title", "text"]).rename_columns(["passage_id", "title", "text"])
         if self.wanted is not None:
-            is_wanted = np.isin(codes(table["passage_id"].to_pylist()), self.wanted.get())
+            is_wanted = is_among(codes(table["passage_id"].to_pylist()), self.wanted.get())
             table = table.filter(pa.array(is_wanted))
         return _by_key(_filled(table, _ASKED), "passage_id", self.num_partitions)
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.artifacts import Json
-from cluster.exchange import PARTITION, Exchange, Shared, run_exchange, run_tasks
+from cluster.exchange import PARTITION, Exchange, Shared, is_among, run_exchange, run_tasks
 from cluster.shard_groups import ShardGroup, shard_groups
 from cluster.steps import Step, StepContext
 from pipelines.records import PAIRS
@@ -146,7 +146,7 @@ class _Pairs(Exchange):
         if self.wanted is None:
             return passages
         ids = _beginnings(passages["id"].to_pylist())
-        return passages.filter(pa.array(np.isin(ids, self.wanted.get())))
+        return passages.filter(pa.array(is_among(ids, self.wanted.get())))
 
 
 def scored_candidates(row: dict[str, Any], num_scored: int) -> list[str]:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from cluster.artifacts import Artifact, unfinished_artifact
 from cluster.errors import ArtifactError, UserError
-from cluster.exchange import PARTITION, Exchange, Shared, run_exchange, run_tasks
+from cluster.exchange import PARTITION, Exchange, Shared, is_among, run_exchange, run_tasks
 from cluster.file_list import shard_path
 from cluster.files import FileEntry
 from cluster.shard_groups import ShardGroup, shard_groups
@@ -201,7 +201,7 @@ class FindVectors(Exchange):
                 f" student's {self.dimensions}: name a student of as many"
             )
         if self.wanted is not None:
-            is_wanted = np.isin(codes(table["id"].to_pylist()), self.wanted.get())
+            is_wanted = is_among(codes(table["id"].to_pylist()), self.wanted.get())
             table = table.filter(pa.array(is_wanted, pa.bool_()))
         columns = {
             "passage_id": table["id"],
