@@ -124,7 +124,7 @@ def test_names_of_columns_may_stand_behind_what_cannot_be_read(
         ("x.json", json.dumps([{"text": f"{n}"} for n in range(9)]).encode()),
         ("x.json", b'{\n"text": "a"}\n' * 9),
         ("x.txt", b"some text\n" * 9),
-        ("x.jsonl.gz", gzip.compress(line(1) + b"\n" + line(2))),
+        ("x.jsonl.gz", gzip.compress(line(1) + b"\n" + line(2), mtime=0)),
         ("x.parquet", b"no Parquet file"),
     ],
 )
