@@ -161,7 +161,7 @@ from test_steps_in_tasks import Heard, ONE, quick
 
 connect(Path(sys.argv[1], "logs"))
 context = StepContext(storage=open_storage(sys.argv[1]), inputs={}, progress=Heard())
-for _ in range(25):
+for _ in range(12):
     assert run_in_task(quick, context, ONE) == {"done": True}
 disconnect()
 """

@@ -186,23 +186,14 @@ def test_row_groups_in_no_order_are_all_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipelines.datasets.sources import parquet
+    from pipelines.datasets.sources.parquet_footer import ColumnChunk
 
     write_parquet(tmp_path / "x.parquet")
     places = parquet._places
 
-    def odd(file: Any, content: Any) -> list[int]:
-        class Chunk:
-            data_page_offset, dictionary_page_offset = 1 << 40, None
-
-        class Metadata:
-            num_row_groups = file.metadata.num_row_groups
-
-            def row_group(self, number: int) -> Any:
-                group = file.metadata.row_group(number)
-                shown = Chunk() if number == 4 else group.column(0)
-                return type("Group", (), {"num_columns": 1, "column": lambda *_: shown})()
-
-        return places(type("File", (), {"metadata": Metadata()})(), content)  # type: ignore[arg-type]
+    def odd(groups: list[list[ColumnChunk]], content: Any) -> list[int]:
+        groups[4] = [ColumnChunk(path="text", unpacked_bytes=1, place=1 << 40)]
+        return places(groups, content)
 
     corpus = Corpus(CorpusConfig(path=str(tmp_path / "x.parquet")))
     whole = list(corpus.documents())
