@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import signal
 import subprocess
+import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -171,16 +174,34 @@ def test_requests_are_counted_by_method_with_listings_apart():
     assert count_requests(log) == {"PUT": 1, "LIST": 1, "GET": 2, "POST": 1}
 
 
-def test_memory_of_this_process_is_seen_and_the_highest_is_kept():
-    before = pss(os.getpid())
+def test_memory_of_a_process_is_seen():
+    holding = "held = b'x' * 2**26; print(flush=True); input()"
+    command = [sys.executable, "-c", holding]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as process:  # type: ignore[call-overload]
+        process.stdout.readline()
+        found = pss(process.pid)
+        process.communicate(b"\n")
+    assert 2**26 < found < 2 * 2**26
+
+
+def test_the_highest_memory_is_kept(monkeypatch: pytest.MonkeyPatch):
+    sizes = itertools.chain([3, 9, 4], itertools.repeat(5))
+    looked = threading.Event()
+
+    def next_size(pid: int) -> int:
+        size = next(sizes)
+        if size == 5:
+            looked.set()
+        return size
+
+    monkeypatch.setattr("benchmarks.scale.pss", next_size)
+    monkeypatch.setattr("benchmarks.scale.workers", list)
     meter = Meter()
     meter.start()
-    held = np.ones(64 * 2**20, np.uint8)
-    while meter.driver < before + 0.9 * held.nbytes:
-        held[:] = held[0]
-    del held
+    assert looked.wait(60)
     meter.end()
-    assert pss(os.getpid()) < meter.driver
+    assert meter.driver == 9
 
 
 def test_a_worker_has_the_processes_that_it_has_started():
