@@ -38,6 +38,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -91,12 +92,14 @@ def read_sentences(data: Path) -> list[str]:
 def draw_passages(sentences: Sequence[str], name: object, num: int) -> Iterator[dict[str, str]]:
     """Yields the documents of a file, each of which is one passage."""
     draw = random.Random(f"{SEED} {name}")
+    words = [num_words(sentence) for sentence in sentences]
     for number in range(num):
-        text = ""
-        while num_words(text) < PASSAGE_WORDS:
-            text += f"{draw.choice(sentences)} "
+        drawn: list[int] = []
+        while sum(words[place] for place in drawn) < PASSAGE_WORDS:
+            drawn.append(draw.randrange(len(sentences)))
+        text = " ".join(sentences[place] for place in drawn)
         title = " ".join(draw.choice(sentences).split()[:5])
-        yield {"_id": f"{name}-{number}", "title": title, "text": text.rstrip()}
+        yield {"_id": f"{name}-{number}", "title": title, "text": text}
 
 
 def corpus_folder(folder: Path, num_passages: int) -> Path:
@@ -106,16 +109,28 @@ def corpus_folder(folder: Path, num_passages: int) -> Path:
 def write_corpus(folder: Path, sentences: Sequence[str], num_passages: int) -> None:
     """Writes the files of a corpus that are not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
+    files = []
     for number, start in enumerate(range(0, num_passages, PASSAGES_PER_FILE)):
-        file = folder / f"{number:06}.jsonl"
-        if file.exists():
-            continue
-        num = min(PASSAGES_PER_FILE, num_passages - start)
-        unfinished = file.with_suffix(".unfinished")
-        with unfinished.open("w", encoding="utf-8") as lines:
-            for document in draw_passages(sentences, number, num):
-                lines.write(f"{json.dumps(document)}\n")
-        unfinished.rename(file)
+        if not (file := folder / f"{number:06}.jsonl").exists():
+            files.append((file, number, min(PASSAGES_PER_FILE, num_passages - start)))
+    with ProcessPoolExecutor(initializer=_keep_sentences, initargs=(sentences,)) as pool:
+        list(pool.map(_write_file, *zip(*files, strict=True)) if files else ())
+
+
+_sentences: Sequence[str] = ()
+
+
+def _keep_sentences(sentences: Sequence[str]) -> None:
+    global _sentences
+    _sentences = sentences
+
+
+def _write_file(file: Path, number: int, num: int) -> None:
+    unfinished = file.with_suffix(".unfinished")
+    with unfinished.open("w", encoding="utf-8") as lines:
+        for document in draw_passages(_sentences, number, num):
+            lines.write(f"{json.dumps(document)}\n")
+    unfinished.rename(file)
 
 
 # --- measuring
