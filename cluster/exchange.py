@@ -193,19 +193,6 @@ def run_tasks(
                 ray.cancel(reference, force=False)
 
 
-def is_among(numbers: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Says of each number whether it is one of `wanted`, which is sorted; bool ``[numbers]``.
-
-    For a source's rows, of which those that no other asks for do not travel. It takes a search a
-    row, where `numpy.isin` sorts all that is wanted anew for each source.
-    """
-    if not len(wanted):
-        return np.zeros(len(numbers), bool)
-    places = np.minimum(np.searchsorted(wanted, numbers), len(wanted) - 1)
-    found: np.ndarray = wanted[places] == numbers
-    return found
-
-
 def _described(
     work: Callable[..., tuple[list[FileEntry], Any]], number: int, given: tuple[Any, ...]
 ) -> tuple[int, list[FileEntry], Any]:

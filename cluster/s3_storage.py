@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -26,6 +27,7 @@ _S3_ATTEMPTS = 8
 _TAIL_BYTES = 1 << 16  # holds the footer of most Parquet files, and the whole of a small file
 _CHUNK_BYTES = 1 << 20  # of an answer; so much at most is asked for twice
 _PART_BYTES = 16 << 20  # of an upload; S3 takes ten thousand parts
+_DELETED_AT_ONCE = 1000  # keys in a request; S3 takes no more
 _CONFLICTS = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
 
 
@@ -166,9 +168,13 @@ class S3Storage:
 
     def delete(self, prefix: str) -> None:
         """Deletes a file, or a folder with all it holds; nothing there is no error."""
-        with _s3_errors(self._uri(prefix)):
-            for path in [prefix, *self.list(prefix)]:
-                self.client.delete_object(Bucket=self.bucket, Key=self._key(path))
+        paths = iter([prefix, *(file.path for file in self.scan(prefix))])
+        while some := list(islice(paths, _DELETED_AT_ONCE)):
+            keys: Any = {"Objects": [{"Key": self._key(path)} for path in some], "Quiet": True}
+            with _s3_errors(self._uri(prefix)):
+                answer = self.client.delete_objects(Bucket=self.bucket, Delete=keys)
+            for failed in answer.get("Errors", []):
+                raise _refused(f"s3://{self.bucket}/{failed.get('Key')}", str(failed.get("Code")))
 
     def _head(self, path: str) -> HeadObjectOutputTypeDef:
         with _s3_errors(self._uri(path)):
@@ -355,6 +361,11 @@ _S3_REMEDIES = {
 }
 
 
+def _refused(uri: str, code: str) -> StorageError:
+    remedy = _S3_REMEDIES.get(code, "check the bucket, the region and the credentials")
+    return StorageError(f"cannot use {excerpt(uri, 300)}: {excerpt(code)}; {remedy}")
+
+
 @contextmanager
 def _s3_errors(uri: str) -> Iterator[None]:
     """Turns botocore's refusals into FileNotFoundError or one line for the user."""
@@ -369,8 +380,7 @@ def _s3_errors(uri: str) -> Iterator[None]:
             raise FileNotFoundError(uri) from error
         if code == "InvalidRange":
             raise _EmptyRange(uri) from error
-        remedy = _S3_REMEDIES.get(code, "check the bucket, the region and the credentials")
-        raise StorageError(f"cannot use {excerpt(uri, 300)}: {excerpt(code)}; {remedy}") from error
+        raise _refused(uri, code) from error
     except UnicodeEncodeError as error:  # a lone surrogate
         raise StorageError(f"cannot use {excerpt(uri, 300)}: it is no name of an object") from error
     except (BotoCoreError, Boto3Error) as error:

@@ -12,13 +12,13 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 from pydantic import Field, field_validator
 
 from cluster.artifacts import Artifact, Json, unfinished_artifact
 from cluster.config import Config
 from cluster.exchange import Exchange, Shared, run_exchange, run_tasks
 from cluster.file_list import shard_path
+from cluster.key_filter import KeyFilter
 from cluster.shard_groups import shard_groups
 from cluster.steps import Progress, Step, StepContext
 from cluster.storage import join, open_storage, write_table
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
 
 TITLE = "choose positives and hard negatives"
 AUTO = "auto"
-_MAX_WANTED = 10_000_000  # texts up to which the codes of their passages, 40 MB, go to every node
 _SCORING = ("probe", "scores", "cross_scores")  # the steps that may have scored pairs
 
 
@@ -237,17 +236,14 @@ def _exchange(
 
 def _texts(labels: Artifact, num_texts: int, fixed: bool, context: StepContext) -> Artifact:
     """Returns the texts that the labels ask for, each for each query that asks for it."""
-    passages, wanted, num_rows = context.input("passages"), None, num_texts
-    if num_texts <= _MAX_WANTED:
-        asking = ((group, fixed) for group in shard_groups(labels))
-        parts = [np.empty(0, np.uint32), *run_tasks(wanted_codes, asking)]
-        wanted = Shared.of(np.unique(np.concatenate(parts)))
-    else:
-        num_rows += passages.num_rows
+    passages = context.input("passages")
+    asking = ((group, fixed) for group in shard_groups(labels))
+    wanted = KeyFilter.of(num_texts, run_tasks(wanted_codes, asking))
+    num_rows = num_texts + round(wanted.share * passages.num_rows)
     find = FindTexts(
         num_partitions=num_partitions(num_rows, TEXTS_PER_SHARD),
         only_positives=fixed,
-        wanted=wanted,
+        wanted=Shared.of(wanted),
     )
     sources = [*sources_of(LABELS_SOURCE, labels), *sources_of(PASSAGES_SOURCE, passages)]
     return _exchange(find, sources, "texts", context)[0]

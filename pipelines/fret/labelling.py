@@ -7,19 +7,19 @@ candidates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
-from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
 
 from cluster.artifacts import Artifact
 from cluster.errors import ArtifactError
-from cluster.exchange import PARTITION, Exchange, Shared, is_among
+from cluster.exchange import PARTITION, Exchange, Shared
+from cluster.key_filter import codes
 from cluster.shard_groups import ShardGroup, shard_groups
 from pipelines.fret.fusion import JUDGES, choose_labels
 from pipelines.fret.pairs import scored_candidates
@@ -155,13 +155,13 @@ class FindTexts(Exchange):
 
     Attributes:
         only_positives: The negatives' texts are not asked for.
-        wanted: The sorted codes of all passages that are asked for, so that the texts of most
-            others do not travel; None where there are too many.
+        wanted: A `KeyFilter` of the passages that are asked for, so that the texts of most others
+            do not travel.
     """
 
     order: tuple[str, ...] = ("passage_id",)
     only_positives: bool
-    wanted: Shared | None
+    wanted: Shared
 
     def split(self, source: Source) -> pa.Table:
         """Returns for which query, and which of its labels, texts are asked for; or texts."""
@@ -169,9 +169,8 @@ class FindTexts(Exchange):
         if kind == LABELS_SOURCE:
             return _by_key(self._asked(group), "passage_id", self.num_partitions)
         table = group.read(["id", "title", "text"]).rename_columns(["passage_id", "title", "text"])
-        if self.wanted is not None:
-            is_wanted = is_among(codes(table["passage_id"].to_pylist()), self.wanted.get())
-            table = table.filter(pa.array(is_wanted))
+        is_wanted = self.wanted.get().passes(codes(table["passage_id"].to_pylist()))
+        table = table.filter(pa.array(is_wanted, pa.bool_()))
         return _by_key(_filled(table, _ASKED), "passage_id", self.num_partitions)
 
     def merge(self, rows: pa.Table) -> tuple[pa.Table, dict[str, int]]:
@@ -261,11 +260,6 @@ def wanted_codes(labels: ShardGroup, only_positives: bool) -> np.ndarray:
     """Returns the sorted codes of the passages that labels ask texts of."""
     rows = labels.read(_OF_LABELS).to_pylist()
     return np.unique(codes([id_ for row in rows for id_ in label_ids(row, only_positives)]))
-
-
-def codes(ids: Sequence[str]) -> np.ndarray:
-    """Returns a number of 32 bits for each id, uint32 ``[ids]``; few ids have one in common."""
-    return np.array([crc32(id_.encode()) for id_ in ids], np.uint32)
 
 
 def label_ids(row: dict[str, Any], only_positive: bool) -> list[str]:

@@ -6,7 +6,6 @@ queries stand, and every shard brings the texts that its scoring needs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.artifacts import Json
-from cluster.exchange import PARTITION, Exchange, Shared, is_among, run_exchange, run_tasks
+from cluster.exchange import PARTITION, Exchange, Shared, run_exchange, run_tasks
+from cluster.key_filter import KeyFilter, codes
 from cluster.shard_groups import ShardGroup, shard_groups
 from cluster.steps import Step, StepContext
 from pipelines.records import PAIRS
@@ -23,7 +23,6 @@ from pipelines.records import PAIRS
 if TYPE_CHECKING:
     from pipelines.recipe.recipe import Recipe
 
-_MAX_WANTED = 5_000_000  # pairs up to which the ids of their passages, 40 MB, go to every task
 TITLE = "sort what to score by passage"
 
 _ROWS = pa.schema(
@@ -93,18 +92,16 @@ def group_pairs(
         queries: Whose pairs.
         num_shards: As many as there are of candidates if None.
     """
-    candidates, wanted = context.input("candidates"), None
+    candidates = context.input("candidates")
     sources = [*shard_groups(candidates), *shard_groups(context.input("passages"))]
-    if candidates.num_rows * num_scored <= _MAX_WANTED:
-        asked = ((group, num_scored, queries) for group in shard_groups(candidates))
-        parts = list(run_tasks(_scored_ids, asked))
-        wanted = Shared.of(np.unique(np.concatenate([np.empty(0, np.uint64), *parts])))
+    asking = ((group, num_scored, queries) for group in shard_groups(candidates))
+    wanted = KeyFilter.of(candidates.num_rows * num_scored, run_tasks(_wanted_codes, asking))
     pairs = _Pairs(
         num_partitions=num_shards or candidates.num_shards,
         order=("passage_id", "query_id"),
         num_scored=num_scored,
         queries=queries,
-        wanted=wanted,
+        wanted=Shared.of(wanted),
     )
     return {"num_passages": 0, "num_pairs": 0} | run_exchange(pairs, sources, context)
 
@@ -116,13 +113,13 @@ class _Pairs(Exchange):
     Attributes:
         num_scored: Candidates of each query.
         queries: Whose pairs.
-        wanted: The sorted beginnings of the ids of all passages that have pairs, so that the texts
-            of others do not travel. None where there are too many.
+        wanted: A `KeyFilter` of the passages that have pairs, so that the texts of most others do
+            not travel.
     """
 
     num_scored: int
     queries: Queries
-    wanted: Shared | None
+    wanted: Shared
 
     def split(self, source: ShardGroup) -> pa.Table:
         """Returns the pairs of candidates, or passages."""
@@ -143,10 +140,8 @@ class _Pairs(Exchange):
         return table, {"num_passages": table.num_rows, "num_pairs": num_pairs}
 
     def _wanted(self, passages: pa.Table) -> pa.Table:
-        if self.wanted is None:
-            return passages
-        ids = _beginnings(passages["id"].to_pylist())
-        return passages.filter(pa.array(is_among(ids, self.wanted.get())))
+        passed = self.wanted.get().passes(codes(passages["id"].to_pylist()))
+        return passages.filter(pa.array(passed, pa.bool_()))
 
 
 def scored_candidates(row: dict[str, Any], num_scored: int) -> list[str]:
@@ -166,17 +161,13 @@ def _pairs(candidates: pa.Table, num_scored: int, queries: Queries) -> list[dict
     ]
 
 
-def _scored_ids(candidates: ShardGroup, num_scored: int, queries: Queries) -> np.ndarray:
-    """Returns the beginnings of the ids of all passages that the queries have pairs with."""
+def _wanted_codes(candidates: ShardGroup, num_scored: int, queries: Queries) -> np.ndarray:
+    """Returns the codes of the passages that the queries have pairs with."""
     parts = [
-        _beginnings([row["passage_id"] for row in _pairs(table, num_scored, queries)])
+        codes([row["passage_id"] for row in _pairs(table, num_scored, queries)])
         for table in candidates.tables()
     ]
     return np.unique(np.concatenate(parts))
-
-
-def _beginnings(ids: Sequence[str]) -> np.ndarray:
-    return np.array([int(id_[:16], 16) for id_ in ids], np.uint64)
 
 
 def _by_passage(sorted_rows: pa.Table) -> pa.Table:

@@ -16,13 +16,14 @@ import pyarrow.compute as pc
 
 from cluster.artifacts import Artifact, unfinished_artifact
 from cluster.errors import ArtifactError, UserError
-from cluster.exchange import PARTITION, Exchange, Shared, is_among, run_exchange, run_tasks
+from cluster.exchange import PARTITION, Exchange, Shared, run_exchange, run_tasks
 from cluster.file_list import shard_path
 from cluster.files import FileEntry
+from cluster.key_filter import KeyFilter, codes
 from cluster.shard_groups import ShardGroup, shard_groups
 from cluster.steps import StepContext
 from cluster.storage import Storage, write_table
-from pipelines.fret.labelling import codes, num_partitions
+from pipelines.fret.labelling import num_partitions
 from pipelines.mixture.formats import Format
 from pipelines.mixture.stored_rows import WriteBatches, groups_with, with_keys, write_rows
 from pipelines.records import EMBEDDING, FIXED_EXAMPLE
@@ -37,7 +38,6 @@ LISTS, VECTORS, BESIDE = "lists", "vectors", "beside"
 Source = tuple[str, ShardGroup]  # what it holds, and where
 
 _VECTORS_PER_SHARD = 32768
-_MAX_WANTED = 10_000_000  # vectors up to which the codes of their passages, 40 MB, go to every node
 _OF_FRET = [
     *("id", "task", "query", "dropped_by"),
     *("candidate_ids", "fused", "positive_id", "negative_ids"),
@@ -120,18 +120,15 @@ def find_vectors(
         UserError: The vectors have other dimensions.
         ArtifactError: A passage has no vector.
     """
-    rows, wanted, num_rows = Shared.of(needed), None, lists.num_vectors
-    groups = groups_with(needed, shard_groups(lists.rows))
-    if num_rows <= _MAX_WANTED:
-        parts = run_tasks(_wanted_codes, ((group, rows) for group in groups))
-        wanted = Shared.of(np.unique(np.concatenate([np.empty(0, np.uint32), *parts])))
-    else:
-        num_rows += embeddings.num_rows
+    rows, groups = Shared.of(needed), groups_with(needed, shard_groups(lists.rows))
+    asking = ((group, rows) for group in groups)
+    wanted = KeyFilter.of(lists.num_vectors, run_tasks(_wanted_codes, asking))
+    num_rows = lists.num_vectors + round(wanted.share * embeddings.num_rows)
     find = FindVectors(
         num_partitions=num_partitions(num_rows, max(1, _VECTORS_PER_SHARD // times)),
         dimensions=dimensions,
         rows=rows,
-        wanted=wanted,
+        wanted=Shared.of(wanted),
     )
     sources = [(LISTS, group) for group in groups]
     sources += [(VECTORS, group) for group in shard_groups(embeddings)]
@@ -146,14 +143,13 @@ class FindVectors(Exchange):
     Attributes:
         dimensions: Of a vector.
         rows: The sorted numbers of the lists that are needed.
-        wanted: The sorted codes of their passages, so that most other vectors do not travel; None
-            where there are too many.
+        wanted: A `KeyFilter` of their passages, so that most other vectors do not travel.
     """
 
     order: tuple[str, ...] = ("passage_id",)
     dimensions: int
     rows: Shared
-    wanted: Shared | None
+    wanted: Shared
 
     def split(self, source: Source) -> pa.Table:
         """Returns which vectors lists ask for; or vectors."""
@@ -200,9 +196,8 @@ class FindVectors(Exchange):
                 f"mixture.fixed_passages: the retriever's vectors have {found} dimensions and the"
                 f" student's {self.dimensions}: name a student of as many"
             )
-        if self.wanted is not None:
-            is_wanted = is_among(codes(table["id"].to_pylist()), self.wanted.get())
-            table = table.filter(pa.array(is_wanted, pa.bool_()))
+        is_wanted = self.wanted.get().passes(codes(table["id"].to_pylist()))
+        table = table.filter(pa.array(is_wanted, pa.bool_()))
         columns = {
             "passage_id": table["id"],
             "row": pa.nulls(table.num_rows, pa.int64()),

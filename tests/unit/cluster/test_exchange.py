@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
 
 from cluster import exchange
 from cluster.errors import StorageError
-from cluster.exchange import PARTITION, Exchange, Shared, is_among, run_tasks
+from cluster.exchange import PARTITION, Exchange, Shared, run_tasks
 from cluster.file_list import shard_path
 from cluster.storage import S3Storage, Storage, open_storage, read_table
 
@@ -80,13 +79,6 @@ def test_partition_is_read_without_the_others(bucket: str, monkeypatch: pytest.M
     rows = exchange._read_spill(storage, exchange._spill_path(0), 7, 50)
     assert rows is not None and rows["number"].to_pylist() == list(range(7, 10_000, 50))
     assert (len(read) <= 2 and sum(read) < size / 2) or size < 1 << 17
-
-
-@pytest.mark.parametrize("wanted", [[], [3], [0, 3, 9, 2**64 - 1]])
-def test_a_number_is_among_those_that_are_wanted(wanted: list[int]) -> None:
-    numbers = np.array([9, 0, 3, 2**64 - 1, 5, 3], np.uint64)
-    found = is_among(numbers, np.array(wanted, np.uint64))
-    assert found.tolist() == [number in wanted for number in numbers.tolist()]
 
 
 def test_without_ray_this_process_does_the_work() -> None:

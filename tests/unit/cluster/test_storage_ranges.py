@@ -206,6 +206,33 @@ def test_a_thousand_files_are_listed_in_one_request(
     assert versions == [(path, s3.version(path)) for path in paths]
 
 
+def test_a_folder_is_deleted_many_files_at_once(
+    s3: S3Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_storage, "_DELETED_AT_ONCE", 3)
+    for path in ["a/1", "a/2", "a/b/3", "a/4", "ab", "5"]:
+        s3.write_bytes(path, b"x")
+    requests: list[str] = []
+    s3.client.meta.events.register("after-call.s3", lambda model, **_: requests.append(model.name))
+    s3.delete("a")
+    assert s3.list() == ["5", "ab"]
+    assert requests == ["ListObjectsV2", "DeleteObjects", "DeleteObjects", "ListObjectsV2"]
+    s3.delete("nothing")
+
+
+def test_a_file_that_may_not_be_deleted_is_an_error(
+    s3: S3Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(Delete: Any, **_: Any) -> Any:
+        key = Delete["Objects"][-1]["Key"]
+        return {"Errors": [{"Key": key, "Code": "AccessDenied", "Message": "Access Denied"}]}
+
+    s3.write_bytes("a/1", b"x")
+    monkeypatch.setattr(s3.client, "delete_objects", refuse)
+    with pytest.raises(StorageError, match="a/1: AccessDenied; give this identity"):
+        s3.delete("a")
+
+
 def test_file_is_written_on_condition(s3: S3Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     first = s3.write_if("lock", b"1", None)
     assert first == s3.version("lock")

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from cluster import key_filter
 from cluster.artifacts import Artifact, Json
 from cluster.errors import ArtifactError
 from cluster.shard_groups import shard_groups
@@ -365,9 +366,9 @@ def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_groups, "__defaults__", (1,))
 
 
-@pytest.mark.parametrize("max_wanted", [0, 1000])
+@pytest.mark.parametrize("num_bits", [3, 28])  # with 8 bits, all passages travel
 def test_rows_and_figures_do_not_depend_on_the_tasks(
-    max_wanted: int,
+    num_bits: int,
     tmp_path: Path,
     label: MakeFret,
     by_passage: Callable[[list[dict[str, Any]]], pa.Table],
@@ -376,7 +377,8 @@ def test_rows_and_figures_do_not_depend_on_the_tasks(
 ) -> None:
     rows = many(24)
     judged = ["what does the owl near the dew eat in the dew winter"]
-    monkeypatch.setattr(fret_step, "_MAX_WANTED", max_wanted)
+    monkeypatch.setattr(key_filter, "_FEWEST_BITS", 3)
+    monkeypatch.setattr(key_filter, "_MOST_BITS", num_bits)
     whole = label(tmp_path / "whole", rows, by_passage(rows), judged, CONFIG)
     assert whole.num_shards == 1
     request.getfixturevalue("in_parts")

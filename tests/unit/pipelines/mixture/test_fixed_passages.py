@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import pytest
 
 from actors.encoder import Encoder
+from cluster import key_filter
 from cluster.artifacts import Artifact, Manifest, write_artifact, write_shards
 from cluster.errors import ArtifactError, UserError
 from cluster.file_list import FileList
@@ -182,7 +183,8 @@ def test_rows_do_not_depend_on_the_tasks(
     monkeypatch.setattr(stored_rows, "_SOURCE_BYTES", 1)
     monkeypatch.setattr(fixed_lists, "_VECTORS_PER_SHARD", 5)
     assert (mix(*settings)[0], files()) == whole
-    monkeypatch.setattr(fixed_lists, "_MAX_WANTED", 0)  # then all vectors travel
+    monkeypatch.setattr(key_filter, "_FEWEST_BITS", 3)  # with 8 bits, all vectors travel
+    monkeypatch.setattr(key_filter, "_MOST_BITS", 3)
     assert (mix(*settings)[0], files()) == whole
 
 
