@@ -352,7 +352,13 @@ def run(folder: Path, num_passages: int, arguments: argparse.Namespace) -> None:
     meter = Meter()
     with mock.patch("os.cpu_count", return_value=arguments.workers):  # that Ray is given
         connect(folder / "logs")
-    given = {"benchmark": "scale", "passages": num_passages, "workers": arguments.workers}
+    given = {
+        "benchmark": "scale",
+        "passages": num_passages,
+        "seeds": arguments.seeds,
+        "workers": arguments.workers,
+        "drawn_candidates": arguments.drawn_candidates,
+    }
     measured = Measured(meter, pss(os.getpid()), arguments.requests_log, **given)
     product = build_run(recipe, uri)
     steps = [
