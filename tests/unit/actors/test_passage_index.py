@@ -230,10 +230,10 @@ def test_exact_top_k_over_parts_equals_one_index():
     [
         ("auto", 2**18, 256, 10**9, "flat"),
         ("auto", 2**18, 257, 10**9, "ivf"),
-        # 1,024 lists: 0.17 * 1024 * (180 * 1024 + 2**18) = 77.7 M for the lists, and 13,987 * 0.6
-        # products for each query in place of 262,144: equal at 306 queries.
-        ("auto", 2**18, 257, 306, "flat"),
-        ("auto", 2**18, 257, 307, "ivf"),
+        # 1,024 lists: 1.2 * 1024 * (180 * 1024 + 2**18) = 548.6 M for the lists, and 14,080 * 4
+        # products for each query in place of 262,144: equal at 2,665.4 queries.
+        ("auto", 2**18, 257, 2665, "flat"),
+        ("auto", 2**18, 257, 2666, "ivf"),
         ("auto", 2**22, 1024, 1, "flat"),
         ("auto", 2**22, 1025, 1, "ivf"),  # exact vectors would take more than 16 GiB
         ("auto", 2**23, 1024, 1, "ivf"),
