@@ -3,8 +3,9 @@
     python benchmarks/scale_costs.py LINES [LINES ...]
 
 LINES are files of the JSON lines that `scale.py` prints, of several sizes and shares of seeds, with
-two workers. Prints the tables of docs/scale.md. To each step's lines a time is fitted by
-non-negative least squares of the relative error:
+two workers. Prints the tables of docs/scale.md. What `candidates` searches for grows as S P, and is
+in the first table alone. To each other step's lines a time is fitted by non-negative least squares
+of the relative error:
 
     seconds x workers = a + b P + c S
 
@@ -35,6 +36,9 @@ Line = dict[str, Any]
 # head, the actors of the recipe `cluster`, and dollars an hour of the nodes that are up meanwhile.
 CORES = {"passages": 12, "seeds": 12, "queries": 8, "embeddings": 4, "pairs": 12}
 CORES |= {"scores": 8, "fret": 12, "mixture": 12}
+# Steps that read no passages, or know of no seeds; the others grow with both.
+GROWS_WITH = {"passages": (1, 0), "embeddings": (1, 0)}
+GROWS_WITH |= dict.fromkeys(("queries", "scores", "mixture"), (0, 1))
 HEAD, LLM, INDEX = 0.81, 8 * 1.57, 4 * 0.92
 DOLLARS_AN_HOUR = defaultdict(lambda: HEAD)
 DOLLARS_AN_HOUR |= {"queries": HEAD + LLM, "scores": HEAD + LLM, "embeddings": HEAD + INDEX}
@@ -57,11 +61,17 @@ def read_lines(files: Sequence[Path]) -> dict[str, list[Line]]:
     return steps
 
 
-def fit(rows: Sequence[Sequence[float]], values: Sequence[float]) -> tuple[np.ndarray, float]:
+def fit(rows: Any, values: Sequence[float]) -> tuple[np.ndarray, float]:
     """Returns non-negative factors of the columns, and the largest relative error of a row."""
     columns, target = np.array(rows, float), np.array(values, float)
     factors, _ = nnls(columns / target[:, None], np.ones(len(target)))
     return factors, float(np.abs(columns @ factors / target - 1).max())
+
+
+def fit_step(step: str, lines: Sequence[Line]) -> tuple[np.ndarray, float]:
+    """Returns seconds of a core for a start, a passage and a seed, and the largest error."""
+    rows = np.array(of_sizes(lines)) * (1, *GROWS_WITH.get(step, (1, 1)))
+    return fit(rows, [line["seconds"] * line["workers"] for line in lines])
 
 
 def of_sizes(lines: Sequence[Line]) -> list[list[float]]:
@@ -104,8 +114,9 @@ def units(steps: dict[str, list[Line]]) -> str:
     """Returns the factors of each step."""
     rows = []
     for step, lines in steps.items():
-        values = [line["seconds"] * line["workers"] for line in lines]
-        (start, passage, seed), off = fit(of_sizes(lines), values)
+        if step not in CORES:
+            continue
+        (start, passage, seed), off = fit_step(step, lines)
         largest = max(lines, key=lambda line: line["num_rows"])
         written = [largest[name] / largest["num_rows"] for name in ("bytes", "work_bytes")]
         rows.append(
@@ -123,16 +134,13 @@ def costs(steps: dict[str, list[Line]], calls: dict[str, list[Line]]) -> str:
     """Returns time, storage calls and dollars of a cluster."""
     rows = []
     totals = np.zeros((len(SIZES), 4))
-    for step, cores in CORES.items():
-        if step not in steps:
+    for step, lines in steps.items():
+        if step not in CORES:
             continue
-        lines = steps[step]
-        (start, passage, seed), _ = fit(
-            of_sizes(lines), [line["seconds"] * line["workers"] for line in lines]
-        )
+        (start, passage, seed), _ = fit_step(step, lines)
         cells = []
         for number, passages in enumerate(SIZES):
-            seconds = start / 2 + (passage * passages + seed * SEEDS) / cores
+            seconds = start / 2 + (passage * passages + seed * SEEDS) / CORES[step]
             puts, gets = requests(step, calls.get(step, []), passages)
             dollars = seconds / 3600 * DOLLARS_AN_HOUR[step] + puts * PUT_USD + gets * GET_USD
             totals[number] += seconds, puts, gets, dollars
@@ -176,9 +184,11 @@ def main() -> None:
     parser.add_argument("lines", type=Path, nargs="+")
     steps = read_lines(parser.parse_args().lines)
     timed = {
-        step: [n for n in lines if n["workers"] == 2 and "by" not in n and "requests" not in n]
+        step: [n for n in lines if n["workers"] == 2 and not {"by", "requests"} & n.keys()]
         for step, lines in steps.items()
     }
+    if "candidates" in timed:
+        timed["candidates"] = [n for n in timed["candidates"] if not n["drawn_candidates"]]
     calls = {step: [n for n in lines if "requests" in n] for step, lines in steps.items()}
     for title, text in {
         "Seconds; the driver's MiB over its imports; the largest worker's MiB": measured(timed),
