@@ -181,7 +181,8 @@ class Meter(threading.Thread):
 
 def count_requests(log: str) -> Counter[str]:
     """Counts the requests in a web server's log by method; listings apart from other GETs."""
-    found = re.findall(r'"(GET|PUT|POST|HEAD|DELETE) (\S+) HTTP', log)
+    # What was refused or not found may be in colour.
+    found = re.findall(r'"(?:\x1b\[[\d;]*m)*(GET|PUT|POST|HEAD|DELETE) (\S+) HTTP', log)
     return Counter("LIST" if "list-type=" in url else method for method, url in found)
 
 

@@ -164,12 +164,12 @@ def test_a_step_without_a_model_stays_and_another_says_what_it_is():
 
 
 def test_requests_are_counted_by_method_with_listings_apart():
-    log = """
+    log = f"""
 127.0.0.1 - - [26/Nov/2026 23:00:00] "PUT /bucket/run/seeds/shards/0 HTTP/1.1" 200 -
 127.0.0.1 - - [26/Nov/2026 23:00:00] "GET /bucket?list-type=2&prefix=run HTTP/1.1" 200 -
 127.0.0.1 - - [26/Nov/2026 23:00:01] "GET /bucket/run/x HTTP/1.1" 206 -
 127.0.0.1 - - [26/Nov/2026 23:00:01] "POST /bucket/run/x?uploads HTTP/1.1" 200 -
-127.0.0.1 - - [26/Nov/2026 23:00:01] "GET /bucket/run/y HTTP/1.1" 404 -
+127.0.0.1 - - [26/Nov/2026 23:00:01] "{chr(27)}[33mGET /bucket/run/y HTTP/1.1{chr(27)}[0m" 404 -
 """
     assert count_requests(log) == {"PUT": 1, "LIST": 1, "GET": 2, "POST": 1}
 
