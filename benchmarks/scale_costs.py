@@ -173,9 +173,9 @@ def requests(step: str, lines: Sequence[Line], passages: int) -> tuple[float, fl
     return found[0], found[1] + 2 * sources * partitions
 
 
-def num_shards(passages: float, seeds: float) -> tuple[float, float]:
-    """Returns how many shards passages and seeds have."""
-    return passages / passages_per_shard(int(passages * CORPUS_BYTES)), seeds / SEEDS_A_SHARD
+def num_shards(passages: float, seeds: float) -> tuple[float, float, float]:
+    """Returns 1, and how many shards passages and seeds have."""
+    return 1, passages / passages_per_shard(int(passages * CORPUS_BYTES)), seeds / SEEDS_A_SHARD
 
 
 def main() -> None:

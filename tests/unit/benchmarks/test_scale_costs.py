@@ -39,19 +39,19 @@ def test_factors_are_those_that_the_times_were_made_of() -> None:
 
 
 def test_shards_grow_with_the_corpus() -> None:
-    assert num_shards(10_240, 512) == (10, 2)
-    assert num_shards(10**9, 0)[0] == 10**9 / 65_536
+    assert num_shards(10_240, 512) == (1, 10, 2)
+    assert num_shards(10**9, 0)[1] == 10**9 / 65_536
 
 
 def test_requests_are_of_shards_and_of_what_an_exchange_brings_together() -> None:
     lines = [
-        line(p, 0.1, requests={"PUT": 3 * p / 1024 + 5 * p / 2560, "GET": p / 1024})
+        line(p, 0.1, requests={"PUT": 7 + 3 * p / 1024 + 5 * p / 2560, "GET": p / 1024})
         for p in (10_240, 102_400)
     ]
-    lines.append(line(10_240, 0.5, requests={"PUT": 3 * 10 + 5 * 20, "GET": 10}))
-    shards, seed_shards = num_shards(10**8, scale_costs.SEEDS)
+    lines.append(line(10_240, 0.5, requests={"PUT": 7 + 3 * 10 + 5 * 20, "GET": 10}))
+    _, shards, seed_shards = num_shards(10**8, scale_costs.SEEDS)
     puts, gets = requests("seeds", lines, 10**8)
-    assert puts == pytest.approx(3 * shards + 5 * seed_shards)
+    assert puts == pytest.approx(7 + 3 * shards + 5 * seed_shards)
     assert gets == pytest.approx(shards)
     sources = 10**8 * scale_costs.PASSAGE_BYTES / 2**24
     more = requests("pairs", lines, 10**8)[1] - gets
