@@ -59,7 +59,7 @@ def main() -> None:
         _, rows[name] = index.search(queries, arguments.k)
         seconds[name] = time.perf_counter() - begin
         print(f"{name}: {seconds[name]:.2f} s", file=sys.stderr, flush=True)
-    products = 2 * arguments.queries * arguments.rows * arguments.dimensions
+    operations = 2 * arguments.queries * arguments.rows * arguments.dimensions
     report = {
         "benchmark": "flat_search",
         "faiss": faiss.__version__,
@@ -70,7 +70,7 @@ def main() -> None:
         "k": arguments.k,
         "cpu_s": round(seconds["cpu"], 3),
         "cpu_add_s": round(filling["cpu"], 2),
-        "cpu_gflops": round(products / seconds["cpu"] / 1e9, 1),
+        "cpu_gflops": round(operations / seconds["cpu"] / 1e9, 1),
     }
     if "gpu" in indexes:
         report |= {

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import faiss
 import numpy as np
 import pytest
@@ -44,6 +47,21 @@ def test_search_equals_brute_force():
     again = other.search(np.asfortranarray(queries, dtype=np.float64), 20)
     np.testing.assert_array_equal(again[0], scores)
     np.testing.assert_array_equal(again[1], rows)
+
+
+def test_few_queries_are_multiplied_and_not_scanned_for_on_few_threads():
+    script = """
+import faiss
+from actors.passage_index import PassageIndex
+
+faiss.omp_set_num_threads(3)
+assert faiss.cvar.distance_compute_blas_threshold == 128_000, "FAISS has another rule now"
+PassageIndex(4)
+print(faiss.cvar.distance_compute_blas_threshold)
+"""
+    command = [sys.executable, "-c", script]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert int(printed) == 6_000
 
 
 class LastOfTies:
