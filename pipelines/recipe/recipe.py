@@ -221,6 +221,18 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _student_is_not_its_teacher(self) -> "Recipe":
+        stage, student = self.embedding_distillation, self.student
+        teacher = stage and (stage.teacher or self.retriever).model
+        if teacher == student.model and _is_uncut(student):
+            raise ValueError(
+                f"embedding_distillation: given, and the student is its teacher {teacher}, uncut,"
+                " so that there is nothing to learn: give student.layers, another model or"
+                f" {TEACHER}, or set embedding_distillation to null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _passages_can_stay(self) -> "Recipe":
         if self.mixture.fixed_passages is None:
             return self
@@ -247,8 +259,7 @@ class Recipe(Config):
                 f" distillation_weight {loss.distillation_weight:g} {given} nothing but the order"
                 " of lists is learnt: set the first to 0 and the second to 1"
             )
-        cut = (student.layers, student.projection, student.pooling, student.bidirectional or None)
-        whole = student.model == self.retriever.model and cut == (None,) * 4
+        whole = student.model == self.retriever.model and _is_uncut(student)
         teacher = stage and (stage.teacher or self.retriever).model
         if self.prefinetuning or not (whole or teacher == self.retriever.model):
             remedy = (
@@ -322,6 +333,12 @@ class Recipe(Config):
         if len(set(names)) < len(names):
             raise ValueError(f"two test sets have one name: {names}; give each its own")
         return test_sets
+
+
+def _is_uncut(student: StudentConfig) -> bool:
+    """Says whether the student is its model as it is: whole, and with that model's own pooling."""
+    cut = (student.layers, student.projection, student.pooling, student.bidirectional or None)
+    return cut == (None,) * 4
 
 
 class RunModels(BaseModel):

@@ -254,6 +254,19 @@ def test_passages_that_cannot_stay_are_refused(settings: list[str], message: str
         load_recipe("laptop", [*FIXED, *settings])
 
 
+def test_student_that_is_its_teacher_has_no_vectors_to_learn() -> None:
+    distilled, other = "embedding_distillation={}", "{model: embedded:other}"
+    uncut = "student.layers=null"
+    with pytest.raises(UserError, match="the student is its teacher embedded:all-MiniLM-L6-v2"):
+        load_recipe("laptop", [distilled, uncut])
+    for setting in (
+        *("student.layers=[0, 5]", "student.projection=8", "student.model=embedded:other"),
+        f"embedding_distillation.teacher={other}",
+    ):
+        assert load_recipe("laptop", [distilled, uncut, setting]).embedding_distillation
+    assert load_recipe("adapt-half").embedding_distillation
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -279,8 +292,8 @@ def test_training_that_would_learn_nothing_is_refused(settings: list[str], messa
 def test_missing_recipe_names_those_that_exist() -> None:
     with pytest.raises(
         UserError,
-        match="one of adapt, cluster, gecko, gecko-mini, gpu, gpu-80gb, gpu-8x80gb, laptop,"
-        " multilingual",
+        match="one of adapt, adapt-half, cluster, gecko, gecko-mini, gpu, gpu-80gb, gpu-8x80gb,"
+        " laptop, multilingual",
     ):
         load_recipe("lptop")
 
