@@ -163,6 +163,11 @@ class Recipe(Config):
         return {"llm": self.llm, **own, **teacher, **({"cross_encoder": asked} if asked else {})}
 
     @property
+    def _model_of_teacher(self) -> str | None:
+        stage = self.embedding_distillation
+        return (stage.teacher or self.retriever).model if stage else None
+
+    @property
     def has_probe(self) -> bool:
         """Whether some queries are scored before all the others are."""
         return self.fret.fusion == AUTO or self.probe.sample is not None
@@ -222,9 +227,8 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _student_is_not_its_teacher(self) -> "Recipe":
-        stage, student = self.embedding_distillation, self.student
-        teacher = stage and (stage.teacher or self.retriever).model
-        if teacher == student.model and _is_uncut(student):
+        teacher = self._model_of_teacher
+        if teacher == self.student.model and _is_uncut(self.student):
             raise ValueError(
                 f"embedding_distillation: given, and the student is its teacher {teacher}, uncut,"
                 " so that there is nothing to learn: give student.layers, another model or"
@@ -237,7 +241,6 @@ class Recipe(Config):
         if self.mixture.fixed_passages is None:
             return self
         loss, fret, student = self.training.loss, self.fret, self.student
-        stage = self.embedding_distillation
         given = "given, and with mixture.fixed_passages"
         if self.mixture.fret_weight == 0 or self.mixture.labelled:
             key = "labelled" if self.mixture.labelled else "fret_weight"
@@ -260,7 +263,7 @@ class Recipe(Config):
                 " of lists is learnt: set the first to 0 and the second to 1"
             )
         whole = student.model == self.retriever.model and _is_uncut(student)
-        teacher = stage and (stage.teacher or self.retriever).model
+        teacher = self._model_of_teacher
         if self.prefinetuning or not (whole or teacher == self.retriever.model):
             remedy = (
                 "leave prefinetuning out, which leaves it"
