@@ -42,10 +42,14 @@ class Silent:
 
 @dataclass(frozen=True, kw_only=True)
 class Square(Stage):
-    """Squares n, refuses multiples of 10, notes each shard that it worked on."""
+    """Squares n, refuses multiples of 10, notes each shard that it worked on.
+
+    It finishes no shard before ``nodes_at_work`` nodes have begun one.
+    """
 
     notes: str
     seconds_a_shard: float = 0.0
+    nodes_at_work: int = 0
     fail_with: str = ""
     columns: tuple[str, ...] = ("id", "n")
     resources: StageResources = RESOURCES
@@ -57,12 +61,14 @@ class Square(Stage):
             os._exit(1)
 
         async def square(table: pa.Table) -> StageOutput:
+            node = ray.get_runtime_context().get_node_id()
+            Path(f"{self.notes}.{node}").touch()
+            while len(list(Path(self.notes).parent.glob("notes.*"))) < self.nodes_at_work:
+                await asyncio.sleep(0.1)
             await asyncio.sleep(self.seconds_a_shard)
             first = table["id"][0].as_py()
             with Path(self.notes).open("a") as notes:
                 notes.write(f"{first}\n")
-            node = ray.get_runtime_context().get_node_id()
-            Path(f"{self.notes}.{node}").touch()
             if first == "r015" and self.fail_with in ("kill", "die") and self._first_time():
                 if self.fail_with == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -326,7 +332,7 @@ def come(missing, has):
     cluster.add_node(num_cpus=1, num_gpus=1, resources={"llm": 1})
 
 resources = StageResources(num_actors=2, num_cpus=1, node_resource="llm", shards_in_flight=1)
-stage = Square(notes=f"{folder}/notes", seconds_a_shard=0.5, resources=resources)
+stage = Square(notes=f"{folder}/notes", nodes_at_work=2, resources=resources)
 running = threading.Thread(target=lambda: make_run(folder, stage).execute(listener), daemon=True)
 running.start()
 come(2, "4 CPU, 0 llm")
@@ -368,7 +374,9 @@ def lose_second():
 
 threading.Thread(target=lose_second).start()
 resources = StageResources(num_actors=2, num_cpus=1, shards_in_flight=2)
-stage = Square(notes=f"{folder}/notes", seconds_a_shard=0.5, resources=resources)
+stage = Square(
+    notes=f"{folder}/notes", seconds_a_shard=0.5, nodes_at_work=2, resources=resources
+)
 make_run(folder, stage).execute(Silent())
 disconnect()
 cluster.remove_node(second)  # else Ray's own cleaning up at the exit finds it gone, and fails
