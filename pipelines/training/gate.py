@@ -2,7 +2,9 @@
 
 Training on a few hundred examples makes some models better and some worse, and which of the two is
 not known beforehand. So the student is compared with the model that training started from, and
-replaces it only where it is shown to be better.
+replaces it only where it is shown to be better. A student that has learnt to find the passages that
+an LLM's queries were written for finds more of them whether or not it serves people: the corpus'
+own titles and first sentences, which no LLM wrote, can forbid it.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from pipelines.evaluation.paired_test import Gain, gains
 from pipelines.fingerprints import fingerprinted
 from pipelines.records import GATE
 from pipelines.training import training
-from pipelines.training.gate_queries import known_item_ndcg, read_known_items
+from pipelines.training.gate_queries import WRITTEN, known_item_ndcg, read_known_items
 
 if TYPE_CHECKING:
     from actors.encoder import Encoder
@@ -51,8 +53,9 @@ class GateConfig(Config):
     num_queries: int = Field(
         default=500,
         ge=1,
-        description="held-out queries, at least: what the LLM's are too few for, titles and first"
-        " sentences of held-out documents are",
+        description="held-out queries that decide, at least: what the LLM's are too few for,"
+        " titles and first sentences of held-out documents are; and how many of these, at most, can"
+        " forbid a student",
     )
     num_seeds: int = Field(
         default=200, ge=0, description="held-out passages that the LLM writes queries for"
@@ -63,7 +66,11 @@ class GateConfig(Config):
         " (WiSE-FT, LM-Cocktail), beside the student itself",
     )
     significance: float = Field(
-        default=0.05, gt=0, lt=1, description="chance of exporting what is no better than the start"
+        default=0.05,
+        gt=0,
+        lt=1,
+        description="chance of exporting what is no better than the start; and of forbidding what"
+        " is no worse by the corpus' own queries",
     )
     max_passages: int = Field(
         default=20_000, ge=100, description="that are searched, the held-out ones among them"
@@ -132,6 +139,8 @@ class Judge:
         rows: A row of `records.GATE` for each query, but for the scores.
         num_texts: Texts that a model has to encode.
         score: Returns a model's nDCG@10 for each query, ``[queries]``; told of the texts encoded.
+        num_deciding: So many queries, the first, decide; None: all.
+        own: Places of the corpus' own queries, which can forbid a model.
         metrics: For the step's manifest.
         notes: What whoever reads the decision has to know.
     """
@@ -140,6 +149,8 @@ class Judge:
     rows: Sequence[dict[str, Json]]
     num_texts: int
     score: Callable[[Encoder, Progress], np.ndarray]
+    num_deciding: int | None = None
+    own: Sequence[int] = ()
     metrics: Mapping[str, Json] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -151,36 +162,77 @@ class Decision:
     Attributes:
         weight: Of the trained student: 1 is that student, 0 its start.
         gains: Over the start, by weight, of all others.
+        losses: The start's gains over each of them, by the corpus' own queries.
+        forbidden: The weight that would be exported, had the corpus' own queries no say; None
+            where it is the same.
     """
 
     weight: float
     gains: Mapping[float, Gain]
+    losses: Mapping[float, Gain] = field(default_factory=dict)
+    forbidden: float | None = None
 
 
 def decide(
-    scores: Mapping[float, np.ndarray], groups: Sequence[str], significance: float
+    scores: Mapping[float, np.ndarray],
+    groups: Sequence[str],
+    significance: float,
+    *,
+    num_deciding: int | None = None,
+    own: Sequence[int] = (),
 ) -> Decision:
     """Chooses the model with the highest mean score of those that are shown to be better.
 
     A model is shown to be better than the start where the test of `evaluation.paired_test.gains`
-    gives a p of `significance` or less; that test knows that the best of several is looked at.
-    Where there is no such model, a tie for example, it is the start.
+    gives a p of `significance` or less; that test knows that the best of several is looked at. It
+    is forbidden where the same test, of the corpus' own queries, shows the start to be better than
+    it. Where no model is left, after a tie for example, it is the start.
 
     Args:
         scores: Weight of the trained student -> score of each query, the start's (0) among them.
         groups: Of each query; queries of one group stand or fall together.
-        significance: The chance of not choosing the start where no model is better.
+        significance: The chance of not choosing the start where no model is better; and of
+            forbidding a model where none is worse by the corpus' own queries.
+        num_deciding: So many queries, the first, decide; None: all.
+        own: Places of the corpus' own queries, which can forbid a model.
     """
     weights = [weight for weight in scores if weight != START]
     differences = np.stack([scores[weight] - scores[START] for weight in weights])
-    found = dict(zip(weights, gains(differences, groups), strict=True))
+
+    def test(differences: np.ndarray, places: Sequence[int]) -> dict[float, Gain]:
+        found = gains(differences[:, places], [groups[place] for place in places])
+        return dict(zip(weights, found, strict=True))
+
+    found = test(differences, range(len(groups) if num_deciding is None else num_deciding))
+    losses = test(-differences, list(own))
+
+    def best(allowed: Sequence[float]) -> float:
+        return max(allowed, key=lambda weight: (found[weight].mean, -weight), default=START)
+
     better = [weight for weight, gain in found.items() if gain.mean > 0 and gain.p <= significance]
-    chosen = max(better, key=lambda weight: (found[weight].mean, -weight), default=START)
-    return Decision(weight=chosen, gains=found)
+    wanted = best(better)
+    chosen = best([weight for weight in better if losses[weight].p > significance])
+    forbidden = wanted if wanted != chosen else None
+    return Decision(weight=chosen, gains=found, losses=losses, forbidden=forbidden)
 
 
-def explain(decision: Decision, queries: str) -> str:
-    """Returns the decision and its reason in a sentence; `queries` says how many of which."""
+def explain(decision: Decision, queries: str, own: str = "") -> str:
+    """Returns the decision and its reason in a sentence or two.
+
+    `queries` says how many of which decided, and `own` how many of the corpus' own could forbid.
+    """
+    if (weight := decision.forbidden) is not None:
+        name = _subject(weight)
+        lost = decision.losses[weight]
+        told = (
+            f"{name[0].upper()}{name[1:]} was better than the start on {queries}"
+            f" ({_shown(decision.gains[weight])}), but worse on {own} ({-lost.mean:+.3f}, p"
+            f" {lost.p:.2g})"
+        )
+        if decision.weight == START:
+            return f"{told}: the start is exported."
+        allowed = _shown(decision.gains[decision.weight])
+        return f"{told}: {_subject(decision.weight)} is exported ({allowed})."
     gain, trained = decision.gains.get(decision.weight), decision.gains[STUDENT]
     if decision.weight == STUDENT:
         return (
@@ -188,9 +240,9 @@ def explain(decision: Decision, queries: str) -> str:
             " exported."
         )
     if gain is not None:
+        name = _subject(decision.weight)
         return (
-            f"A mixture of the trained student's weights ({decision.weight:g}) and its start's"
-            f" ({1 - decision.weight:g}) was better than the start on {queries} ({_shown(gain)}):"
+            f"{name[0].upper()}{name[1:]} was better than the start on {queries} ({_shown(gain)}):"
             " it is exported."
         )
     mixtures = {w: each for w, each in decision.gains.items() if w != STUDENT}
@@ -266,7 +318,13 @@ def run_gate(
             except BrokenVectors as error:
                 scores[weight] = np.zeros(len(judge.rows))
                 notes.append(f"{name_weight(weight)} counts as finding nothing: {error}")
-    decision = decide(scores, [row["group"] for row in judge.rows], config.significance)
+    decision = decide(
+        scores,
+        [row["group"] for row in judge.rows],
+        config.significance,
+        num_deciding=judge.num_deciding,
+        own=judge.own,
+    )
     with tempfile.TemporaryDirectory() as temporary:
         write(decision.weight, temporary)
         upload_folder(Path(temporary), context.storage, TRAINED)
@@ -274,12 +332,21 @@ def run_gate(
     rows = [row | {"ndcg_at_10": each} for row, each in zip(judge.rows, found, strict=True)]
     table = pa.Table.from_pylist(rows, schema=GATE)
     context.log.append(write_shards(context.storage, table, _ROWS_PER_SHARD))
+    num_deciding = len(rows) if judge.num_deciding is None else judge.num_deciding
     return {
         "weight": decision.weight,
         "exported": name_weight(decision.weight),
-        "decision": explain(decision, f"{len(rows):,} {judge.name}"),
-        "candidates": [_row(weight, scores[weight], decision) for weight in weights],
-        "num_queries": len(rows),
+        "decision": explain(
+            decision,
+            f"{num_deciding:,} {judge.name}",
+            f"{len(judge.own):,} titles and first sentences",
+        ),
+        "candidates": [
+            _row(weight, scores[weight][:num_deciding], decision, with_own=bool(judge.own))
+            for weight in weights
+        ],
+        "num_queries": num_deciding,
+        "num_own_queries": len(judge.own),
         "notes": notes,
         **judge.metrics,
     }
@@ -291,7 +358,17 @@ def name_weight(weight: float) -> str:
     return names.get(weight, f"{weight:g} of the trained student")
 
 
-def _row(weight: float, scores: np.ndarray, decision: Decision) -> dict[str, Json]:
+def _subject(weight: float) -> str:
+    if weight == STUDENT:
+        return "the trained student"
+    return (
+        f"a mixture of the trained student's weights ({weight:g}) and its start's ({1 - weight:g})"
+    )
+
+
+def _row(
+    weight: float, scores: np.ndarray, decision: Decision, *, with_own: bool
+) -> dict[str, Json]:
     row: dict[str, Json] = {
         "weight": weight,
         "name": name_weight(weight),
@@ -299,6 +376,13 @@ def _row(weight: float, scores: np.ndarray, decision: Decision) -> dict[str, Jso
     }
     if gain := decision.gains.get(weight):
         row |= {"difference": gain.mean, "interval": [gain.low, gain.high], "p": gain.p}
+        if with_own:
+            lost = decision.losses[weight]
+            row["own_queries"] = {
+                "difference": -lost.mean,
+                "interval": [-lost.high, -lost.low],
+                "p_worse": lost.p,
+            }
     return row
 
 
@@ -315,9 +399,10 @@ def _held_out(config: GateConfig, context: StepContext) -> Judge:
         num_queries=config.num_queries,
         max_passages=config.max_passages,
     )
-    kinds = dict(Counter(each.kind for each in items.queries))
+    own = [place for place, each in enumerate(items.queries) if each.kind != WRITTEN]
+    kinds = dict(Counter(each.kind for each in items.queries[: items.num_deciding]))
     notes = []
-    if (given := len(items.queries)) < config.num_queries:
+    if (given := items.num_deciding) < config.num_queries:
         notes.append(
             f"There are {given:,} held-out queries, and gate.num_queries asks for"
             f" {config.num_queries:,}: the corpus has too few documents, of which"
@@ -337,6 +422,8 @@ def _held_out(config: GateConfig, context: StepContext) -> Judge:
         ],
         num_texts=items.num_texts,
         score=lambda encoder, progress: known_item_ndcg(encoder, items, progress),
+        num_deciding=items.num_deciding,
+        own=own,
         metrics={"queries": kinds, "num_passages": len(items.pool)},
         notes=tuple(notes),
     )

@@ -62,11 +62,13 @@ class KnownItems:
     """Queries, each with the one passage that it has to find among those of a pool.
 
     Attributes:
-        queries: Any number.
+        queries: Any number; those that the LLM wrote, then titles and first sentences.
+        num_deciding: So many of them, the first, decide.
         pool: The passages that are searched; the queries' own are among them.
     """
 
     queries: Sequence[HeldOutQuery]
+    num_deciding: int
     pool: Sequence[Passage]
 
     @property
@@ -112,22 +114,23 @@ def read_known_items(
     targets = {query.passage.id: by_id[query.passage.id] for query in chosen}
     others = [passage for passage in drawn if passage.id not in targets]
     pool = [*targets.values(), *others[: max(0, max_passages - len(targets))]]
-    return KnownItems(queries=chosen, pool=pool)
+    num_written = sum(each.kind == WRITTEN for each in chosen)
+    num_deciding = min(len(chosen), max(num_written, num_queries))
+    return KnownItems(queries=chosen, num_deciding=num_deciding, pool=pool)
 
 
 def held_out_queries(
     written: Sequence[HeldOutQuery], own: Sequence[Sequence[OwnQuery]], num_queries: int
 ) -> list[HeldOutQuery]:
-    """Chooses the queries that decide: all that the LLM wrote, then titles and first sentences.
+    """Chooses the queries of a gate: all that the LLM wrote, then titles and first sentences.
 
-    Of the documents' own queries there are as many as are missing to `num_queries`; each document
-    gives one before any gives a second, so that no long document has a say for many. A query that
-    is there twice, without case, names no passage, and is left out.
+    Each document gives one of its own before any gives a second, so that no long document has a
+    say for many. A query that is there twice, without case, names no passage, and is left out.
 
     Args:
         written: What the LLM wrote.
         own: For each document, the queries that it brings with it.
-        num_queries: As many in all, if there are as many.
+        num_queries: As many of the documents' own, if there are as many.
     """
     drawn = [sorted(each, key=lambda one: draw(f"{one.kind} {one.passage.id}")) for each in own]
     rounds = chain.from_iterable(zip_longest(*drawn))
@@ -143,7 +146,7 @@ def held_out_queries(
         [each for each in queries if counts[each.query.casefold()] == 1]
         for queries in (written, brought)
     )
-    return [*written, *brought[: max(0, num_queries - len(written))]]
+    return [*written, *brought[:num_queries]]
 
 
 def known_item_ndcg(

@@ -79,6 +79,43 @@ def test_significance_is_the_recipes() -> None:
     assert decide(given, ALONE, 0.2).weight == 1.0
 
 
+TWICE = [*ALONE, *(f"own {name}" for name in ALONE)]  # those that decide, then the corpus' own
+ASKED: dict[str, Any] = {"num_deciding": 100, "own": range(100, 200)}
+
+
+def twice(deciding: np.ndarray, own: np.ndarray) -> np.ndarray:
+    return np.concatenate([deciding, own])
+
+
+def test_corpus_own_queries_forbid_a_student_that_the_others_find_better() -> None:
+    start, better = twice(START, START), scores(0.2)
+    given = {0.0: start, 1.0: twice(better, scores(-0.1))}
+    decision = decide(given, TWICE, 0.05, **ASKED)
+    assert (decision.weight, decision.forbidden) == (0.0, 1.0)
+    assert decision.gains[1.0].mean == pytest.approx(0.06)
+    assert decision.losses[1.0].mean == pytest.approx(0.03)
+    assert explain(decision, "100 held-out queries", "100 titles") == (
+        "The trained student was better than the start on 100 held-out queries (+0.060, p 0.0001),"
+        " but worse on 100 titles (-0.030, p 0.0001): the start is exported."
+    )
+    given[0.5] = twice(scores(0.1), START)
+    decision = decide(given, TWICE, 0.05, **ASKED)
+    assert (decision.weight, decision.forbidden) == (0.5, 1.0)
+    assert explain(decision, "100 held-out queries", "100 titles").endswith(
+        "but worse on 100 titles (-0.030, p 0.0001): a mixture of the trained student's weights"
+        " (0.5) and its start's (0.5) is exported (+0.030, p 0.0001)."
+    )
+
+
+@pytest.mark.parametrize("own", [START, scores(0.1), scores(0.1, -0.29)])
+def test_corpus_own_queries_alone_export_nothing_and_forbid_no_tie(own: np.ndarray) -> None:
+    start = twice(START, START)
+    decision = decide({0.0: start, 1.0: twice(scores(0.2), own)}, TWICE, 0.05, **ASKED)
+    assert (decision.weight, decision.forbidden) == (1.0, None)
+    no_better = decide({0.0: start, 1.0: twice(START, scores(0.2))}, TWICE, 0.05, **ASKED)
+    assert (no_better.weight, no_better.forbidden) == (0.0, None)
+
+
 def test_decision_is_told_in_a_sentence() -> None:
     def told(weight: float, **found: Gain) -> str:
         gains = {float(name.replace("_", ".")[1:]): gain for name, gain in found.items()}
@@ -138,7 +175,7 @@ Gate = Callable[..., tuple[dict[str, Any], Encoder]]
 def gate(models: tuple[Encoder, Encoder], context: MakeContext, tmp_path: Path) -> Gate:
     """Runs the gate with a judge by weight."""
 
-    def run(*judged: np.ndarray) -> tuple[dict[str, Any], Encoder]:
+    def run(*judged: np.ndarray, **asked: Any) -> tuple[dict[str, Any], Encoder]:
         start, trained = (
             saved(each, tmp_path / name)
             for each, name in zip(models, ("student", "training"), strict=True)
@@ -150,8 +187,9 @@ def gate(models: tuple[Encoder, Encoder], context: MakeContext, tmp_path: Path) 
             progress(1)
             return judged[len(seen) - 1]
 
-        rows = [{"kind": "k", "query": f"q{name}", "group": name} for name in ALONE]
-        judge = Judge(name="queries", rows=rows, num_texts=1, score=score, metrics={"queries": 1})
+        names = TWICE[: len(judged[0])]
+        rows = [{"kind": "k", "query": f"q{name}", "group": name} for name in names]
+        judge = Judge(name="queries", rows=rows, num_texts=1, score=score, **asked)
         folders = {"student": "encoder", "training": "encoder"}
         config = StudentConfig(model="base", max_tokens=32, dtype="float32")
         step = context(tmp_path / "gate", student=start, training=trained)
@@ -202,6 +240,21 @@ def test_gate_writes_the_student_that_is_better(
     assert metrics["exported"] == "the trained student"
     for name, weights in models[1].model.state_dict().items():
         assert torch.equal(chosen.model.state_dict()[name], weights), name
+
+
+def test_gate_counts_the_corpus_own_queries_apart(gate: Gate, tmp_path: Path) -> None:
+    start, worse = twice(START, START), scores(-0.1)
+    judged = (start, twice(scores(0.1), worse), twice(scores(0.2), worse))
+    metrics, _ = gate(*judged, **ASKED)
+    assert (metrics["weight"], metrics["num_queries"], metrics["num_own_queries"]) == (0, 100, 100)
+    assert "but worse on 100 titles and first sentences (-0.030" in metrics["decision"]
+    row = metrics["candidates"][-1]
+    assert row["difference"] == pytest.approx(0.06)
+    assert row["ndcg_at_10"] == pytest.approx(0.56)
+    assert row["own_queries"]["difference"] == pytest.approx(-0.03)
+    assert row["own_queries"]["p_worse"] < 0.001
+    assert "own_queries" not in metrics["candidates"][0]
+    assert read_table(open_storage(tmp_path / "gate"), "shards/000000000.parquet").num_rows == 200
 
 
 def test_student_that_diverged_leaves_the_start(
