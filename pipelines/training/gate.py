@@ -110,6 +110,7 @@ def step(recipe: Recipe) -> Step:
             **fingerprinted(config),
             "student": {"dtype": student.dtype, "max_tokens": student.max_tokens},
             "judged_on": None if test_set is None else test_set_fingerprint(test_set),
+            "forbidden_by": "own queries" if test_set is None else None,
         },
         inputs=(*folders, *(("passages", "seeds", "queries") if test_set is None else ())),
         work=lambda context: run_in_task(run, context, recipe.resources.encoder),
