@@ -125,6 +125,7 @@ def test_run_gives_the_usable_queries_of_held_out_documents(tmp_path: Path) -> N
         ("d0", "what do bees do", HELD_OUT),
         ("d1", "bees", "query too short"),
         ("d9", "who dances", None),
+        ("d2", "who finds flowers", HELD_OUT),
     ]
 
     def write(table: pa.Table, file: bytes = b"") -> Any:
@@ -152,18 +153,19 @@ def test_run_gives_the_usable_queries_of_held_out_documents(tmp_path: Path) -> N
     )
     found = [(each.kind, each.query, each.document) for each in items.queries]
     assert found[0] == (WRITTEN, "what do bees do", "d0")
+    assert found[1] == (WRITTEN, "who finds flowers", "d2")
     assert items.queries[0].task == "t"
-    assert sorted(found[1:]) == [
+    assert sorted(found[2:]) == [
         *(("first sentence", f"Sentence {n} of all.", f"d{n}") for n in range(3)),
         ("title", "The title of 1", "d1"),  # the others share theirs
     ]
-    assert items.num_deciding == 5  # all that there are
+    assert items.num_deciding == 6  # all that there are
     assert len(items.pool) == 20
     assert {"d0", "d1", "d2"} <= {each.id for each in items.pool}
     assert next(each for each in items.pool if each.id == "d1").title == "The title of 1"
     again = read_known_items(
         made["passages"], made["seeds"], made["queries"], num_queries=1, max_passages=30
     )
-    assert [each.kind == WRITTEN for each in again.queries] == [True, False]
-    assert again.num_deciding == 1  # the LLM's are enough
+    assert [each.kind == WRITTEN for each in again.queries] == [True, True, False]
+    assert again.num_deciding == 2  # the LLM's are enough, and all of them decide
     assert {each.id for each in items.pool} - {*held_out} <= {each.id for each in again.pool}
